@@ -1,0 +1,29 @@
+"""Prompt-adaptive structured pruning of the feedforward blocks of Hugging Face causal language models.
+
+The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three lines prune a model:
+
+    with griffin.prune(model, sparsity=0.5, statistic="griffin"):
+        model.generate(**inputs)
+"""
+
+from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
+from griffin.pruner import MODES, Pruner, prune
+from griffin.selection import SELECTIONS, kept_neurons, select
+from griffin.statistics import STATISTICS, Statistic, aggregate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODES",
+    "SELECTIONS",
+    "STATISTICS",
+    "FeedForwardBlock",
+    "Pruner",
+    "Statistic",
+    "UnsupportedModelError",
+    "aggregate",
+    "find_feedforward_blocks",
+    "kept_neurons",
+    "prune",
+    "select",
+]

@@ -1,0 +1,176 @@
+"""Where the feedforward (FF) blocks of a model are, found by the names of their projections.
+
+In every supported architecture the activations z are the input of the output projection, so a block is fully
+described by its input projections and its output projection: nothing of the model's own forward is rewritten.
+
+Dimensions: D = FF width (number of neurons), H = hidden size of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a feedforward block that cannot be pruned; the message names the module."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The attribute names under which a family of architectures keeps an FF block.
+
+    `parts` is how many D-wide matrices one input projection stacks: 2 where gate and up are fused, else 1.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    parts: int = 1
+
+
+LAYOUTS = (
+    Layout(("gate_proj", "up_proj"), "down_proj"),  # llama, mistral, gemma, qwen, stablelm, olmo2, cohere, granite
+    Layout(("gate_up_proj",), "down_proj", parts=2),  # phi3, glm
+    Layout(("fc1",), "fc2"),  # opt, phi
+    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # gpt-neox, falcon, bloom
+    Layout(("c_fc",), "c_proj"),  # gpt2, starcoder2
+)
+
+# Attribute names under which mixture-of-experts layers keep their routed experts.
+_ROUTED = ("experts", "router")
+
+
+def weight_out_in(module: nn.Module) -> Tensor:
+    """The weight of a projection as a view [out, in], whichever way round the module stores it."""
+    weight = module.get_parameter("weight")
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardBlock:
+    """One FF block of a model: z = act(x W1^T + b1) or act(x Wg^T) * (x Wu^T), and the output z Wd^T + b2.
+
+    Attributes:
+        name: the module that holds the projections, as in `model.named_modules()`.
+        inputs: the input projections, gate before up; a single one where the block is plain or fused.
+        output: the output projection, whose input is z [.., D].
+        parts: D-wide matrices stacked in each input projection (2: fused gate and up).
+    """
+
+    name: str
+    inputs: tuple[nn.Module, ...]
+    output: nn.Module
+    parts: int
+
+    @cached_property
+    def width(self) -> int:
+        """D, the number of neurons of the dense block."""
+        return weight_out_in(self.output).shape[1]
+
+    @cached_property
+    def input_norms(self) -> Tensor:
+        """[D] float32: per neuron, the product over the input matrices of its weight row's L2 norm."""
+        rows = [part for module in self.inputs for part in weight_out_in(module).detach().chunk(self.parts, dim=0)]
+        norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
+        return torch.stack(norms).prod(dim=0)
+
+    @cached_property
+    def output_norms(self) -> Tensor:
+        """[D] float32: per neuron, the L1 norm of its column of the output projection."""
+        columns = weight_out_in(self.output).detach()
+        return torch.linalg.vector_norm(columns, ord=1, dim=0, dtype=torch.float32)
+
+
+def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
+    """The FF blocks of a Hugging Face causal language model, one per decoder layer, in layer order.
+
+    Args:
+        model: a `transformers` model; only its decoder is searched, so vision towers are left alone.
+
+    Returns:
+        One block per decoder layer.
+
+    Raises:
+        UnsupportedModelError: a decoder layer is a mixture of experts, has no block of a known layout or more
+            than one, or a projection is not a plain floating-point matrix in memory (quantised, offloaded).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    blocks = []
+    for layer in _decoder_layers(model):
+        layer_name = names[layer]
+        _refuse_routed(layer, layer_name)
+        found = [block for module in layer.modules() if (block := _block_at(module, names[module])) is not None]
+        if not found:
+            wanted = "; ".join(f"{' + '.join(layout.inputs)} -> {layout.output}" for layout in LAYOUTS)
+            raise UnsupportedModelError(
+                f"no feedforward block of a known layout in {layer_name!r} ({type(layer).__name__}); known: {wanted}"
+            )
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"{layer_name!r} holds {len(found)} feedforward blocks "
+                f"({', '.join(repr(block.name) for block in found)}); one per layer is supported"
+            )
+        blocks.append(found[0])
+    return blocks
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: its outermost module list of the length that the config names."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers language model")
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    decoder: nn.Module = getattr(model, "get_decoder")()  # noqa: B009 (nn.Module declares its attributes as tensors)
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def _refuse_routed(layer: nn.Module, layer_name: str) -> None:
+    for name, module in layer.named_modules():
+        if any(hasattr(module, attribute) for attribute in _ROUTED):
+            where = f"{layer_name}.{name}" if name else layer_name
+            raise UnsupportedModelError(
+                f"{where!r} ({type(module).__name__}) is a mixture of experts; only dense feedforward blocks are pruned"
+            )
+
+
+def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
+    """The block whose projections are direct children of `module`, if there is one."""
+    children = dict(module.named_children())
+    for layout in LAYOUTS:
+        if all(attribute in children for attribute in (*layout.inputs, layout.output)):
+            block = FeedForwardBlock(
+                name, tuple(children[attribute] for attribute in layout.inputs), children[layout.output], layout.parts
+            )
+            for attribute in (*layout.inputs, layout.output):
+                _refuse_unplain(children[attribute], f"{name}.{attribute}")
+            for attribute, projection in zip(layout.inputs, block.inputs, strict=True):
+                rows, wanted = weight_out_in(projection).shape[0], block.width * layout.parts
+                if rows != wanted:
+                    raise UnsupportedModelError(
+                        f"'{name}.{attribute}' has {rows} outputs where {layout.output!r} needs {wanted}"
+                    )
+            return block
+    return None
+
+
+def _refuse_unplain(projection: nn.Module, name: str) -> None:
+    weight = getattr(projection, "weight", None)
+    if (
+        not isinstance(projection, (nn.Linear, Conv1D))
+        or not isinstance(weight, nn.Parameter)
+        or not weight.is_floating_point()
+        or weight.dim() != 2
+        or weight.is_meta
+    ):
+        state = f"{weight.dtype}, {weight.device.type}" if isinstance(weight, Tensor) else "no weight"
+        raise UnsupportedModelError(
+            f"{name!r} ({type(projection).__name__}, {state}) is not a plain floating-point projection in memory; "
+            "quantised, adapted or offloaded projections cannot be pruned"
+        )

@@ -1,0 +1,440 @@
+"""The pruner: a context in which prompts run dense and what follows a prompt runs on the prompt's experts.
+
+Which of the two a forward call is follows from the KV cache, never from the length of its input: an empty cache
+begins a new prompt; inside `model.generate` the prompt lasts until the cache holds all of its tokens, however it
+is chunked; outside of it, until the first call has been made, or for as long as `Pruner.prefill()` lasts.
+
+Dimensions: B = batch rows, S = positions of one forward call, D = FF width, K = kept neurons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import GenerationMode
+
+from griffin.compaction import CompactBlock
+from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks
+from griffin.selection import SELECTIONS, kept_neurons, select
+from griffin.statistics import STATISTICS, aggregate
+
+MODES = ("compact", "masked")
+
+# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are
+# rows with the same experts, so swapping them is harmless.
+_DECODINGS = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
+
+_pruned_models: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass
+class _Generation:
+    """What `model.generate` knows of a running call and the forward calls do not."""
+
+    prompt_length: int  # positions, padding and earlier turns included
+    prompts: int  # rows before beams or several returned sequences multiply them
+    padding_mask: Tensor | None  # [prompts, prompt_length], where the caller passed one
+
+
+class Pruner:
+    """Prunes the FF blocks of a model per prompt. Use `griffin.prune` to make one, and it as a context manager."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float | Sequence[float],
+        statistic: str,
+        selection: str,
+        mode: str,
+        shared_experts: bool,
+        seed: int,
+    ) -> None:
+        for key, value, allowed in (
+            ("statistic", statistic, STATISTICS),
+            ("selection", selection, SELECTIONS),
+            ("mode", mode, MODES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
+        self.model: Any = model
+        self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
+        self.kept: list[int] = [
+            kept_neurons(block.width, value)
+            for block, value in zip(self.blocks, _per_layer(sparsity, len(self.blocks)), strict=True)
+        ]
+        self.statistic = STATISTICS[statistic]
+        self.selection = selection
+        self.mode = mode
+        self.shared_experts = shared_experts
+        self.seed = seed
+
+        self._draws = self.statistic.random or selection != "topk"
+        self._signature = inspect.signature(model.forward)
+        self._compact: list[CompactBlock | None] = []
+        self._root_hook: Any = None
+        self._block_hooks: list[Any] = []
+        self._generation: _Generation | None = None
+        self._in_prefill = False
+        self._positions = 0  # in the cache after the last call, so that the next call is known to continue it
+        self._forget_prompt()
+
+    # -- the context ----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Pruner:
+        if self.model in _pruned_models:
+            raise RuntimeError("this model is being pruned already; leave that context first")
+        _pruned_models.add(self.model)
+        self._root_hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._dense_generate = self.model.generate
+        self.model.generate = self._generate
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._install_dense()
+        self._remove_block_hooks()
+        self._root_hook.remove()
+        del self.model.generate  # uncovers the class's own
+        self._compact = []
+        _pruned_models.discard(self.model)
+
+    @contextlib.contextmanager
+    def prefill(self) -> Iterator[None]:
+        """Forward calls in this context are stretches of one prompt: for chunked prefill outside `generate`."""
+        self._in_prefill = True
+        try:
+            yield
+        finally:
+            self._in_prefill = False
+
+    # -- what was chosen ------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """Per layer, the scores of the last prompt: [B, D] float32, [1, D] where static or shared.
+
+        Raises:
+            RuntimeError: no prompt has run yet.
+        """
+        self._choose()
+        assert self._scores is not None
+        return self._scores
+
+    @property
+    def experts(self) -> list[Tensor]:
+        """Per layer, the kept neurons of the last prompt: [B, K] int64, ascending; [1, K] where static or shared.
+
+        Raises:
+            RuntimeError: no prompt has run yet.
+        """
+        self._choose()
+        assert self._experts is not None
+        return self._experts
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`, telling the forward calls how long the prompt is."""
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
+        _refuse_decoding(config, kwargs)
+        inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            raise ValueError("generate needs a prompt: pass input_ids or inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        length = inputs.shape[1] if mask is None else mask.shape[1]
+        self._generation = _Generation(length, inputs.shape[0], mask)
+        try:
+            return self._dense_generate(*args, **kwargs)
+        finally:
+            self._generation = None
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._signature.bind_partial(*args, **kwargs).arguments
+        call |= call.pop("kwargs", {})
+        inputs = call.get("input_ids")
+        ids = inputs
+        if inputs is None:
+            inputs = call.get("inputs_embeds")
+        if inputs is None:
+            raise ValueError("a pruned model needs input_ids or inputs_embeds")
+        cache = call.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        rows, positions = inputs.shape[:2]
+
+        if self._generation is not None:
+            in_prompt = cached < self._generation.prompt_length
+        else:
+            in_prompt = cached == 0 or self._in_prefill
+        if in_prompt:
+            if cached == 0 or cached != self._positions:
+                self._begin_prompt(rows)  # a cache filled elsewhere begins a new prompt too
+            self._continue_prompt(rows, positions, ids, self._valid_positions(call, cached, rows, positions))
+        else:
+            self._continue_generation(rows)
+        self._positions = cached + positions
+
+    def _forget_prompt(self) -> None:
+        self._phase: Literal["none", "prompt", "generation"] = "none"
+        self._rows = 0
+        self._shape_BS = (0, 0)
+        self._valid_BS: Tensor | None = None
+        self._lengths_B: Tensor | None = None
+        self._digests: list[int] = []
+        self._totals_BD: list[Tensor | None] = [None] * len(self.blocks)
+        self._scores: list[Tensor] | None = None
+        self._experts: list[Tensor] | None = None
+        self._dropped_B1D: list[Tensor] = []
+
+    def _begin_prompt(self, rows: int) -> None:
+        prompts = self._generation.prompts if self._generation is not None else rows
+        if self.mode == "compact" and prompts > 1 and not self.shared_experts:
+            raise ValueError(
+                f"mode='compact' holds one expert set and the batch has {prompts} prompts: "
+                "use mode='masked', or shared_experts=True"
+            )
+        self._forget_prompt()
+        self._rows = rows
+        self._digests = [0] * rows
+
+    def _continue_prompt(self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None) -> None:
+        if rows != self._rows:
+            raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
+        self._install_dense()
+        if self._phase != "prompt":
+            self._remove_block_hooks()
+            if self.statistic.gather is not None:
+                self._hook_blocks(self._gather)
+            self._phase = "prompt"
+        self._scores = self._experts = None
+        self._shape_BS = (rows, positions)
+        self._valid_BS = valid_BS
+        lengths_B = torch.full((rows,), positions) if valid_BS is None else valid_BS.sum(dim=1)
+        self._lengths_B = lengths_B if self._lengths_B is None else self._lengths_B + lengths_B.to(self._lengths_B)
+        if self._draws:
+            if ids is None:
+                raise ValueError("random statistics and selections need input_ids: their seed is the prompt")
+            self._digests = _digests(ids, valid_BS, self._digests)
+
+    def _continue_generation(self, rows: int) -> None:
+        if self._phase == "none":
+            raise ValueError("the KV cache was filled before pruning began: run the prompt inside the context")
+        if self._phase == "generation":
+            return
+        self._choose()
+        assert self._experts is not None
+        self._remove_block_hooks()
+        if self.mode == "compact":
+            self._install_compact(self._experts)
+        else:
+            self._dropped_B1D = [
+                torch.ones(len(experts), block.width, dtype=torch.bool, device=experts.device)
+                .scatter_(1, experts, False)
+                .unsqueeze(1)
+                for block, experts in zip(self.blocks, self._experts, strict=True)
+            ]
+            if not self.shared_experts and rows != self._rows:
+                raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
+            self._hook_blocks(self._mask)
+        self._phase = "generation"
+
+    def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
+        """[B, S] bool, False where this call's tokens are padding; None where there is none."""
+        mask = call.get("attention_mask")
+        if mask is None:
+            return None
+        if not (isinstance(mask, Tensor) and mask.dim() == 2):
+            # `generate` has built the masks of a static cache by now; the caller's own tells the padding.
+            mask = self._generation.padding_mask if self._generation is not None else None
+            if mask is None:
+                raise ValueError("padding is read from a 2-D attention_mask: pass one")
+            mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
+        if mask.shape[0] != rows or mask.shape[1] < cached + positions:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)}: expected [{rows}, {cached + positions}], cached tokens included"
+            )
+        return mask[:, cached : cached + positions].bool()
+
+    # -- the prompt -----------------------------------------------------------------------------------------------
+
+    def _hook_blocks(self, hook: Any) -> None:
+        for layer, block in enumerate(self.blocks):
+            self._block_hooks.append(
+                block.output.register_forward_pre_hook(lambda _, args, layer=layer: hook(layer, args[0]))
+            )
+
+    def _remove_block_hooks(self) -> None:
+        for handle in self._block_hooks:
+            handle.remove()
+        self._block_hooks = []
+
+    @torch.no_grad()
+    def _gather(self, layer: int, z: Tensor) -> None:
+        z_BSD = z.detach().reshape(*self._shape_BS, -1).float()  # some architectures flatten B and S
+        if self._valid_BS is not None:
+            z_BSD = z_BSD.masked_fill(~self._valid_BS.to(z.device).unsqueeze(-1), 0.0)
+        assert self.statistic.gather is not None
+        part_BD = self.statistic.gather(z_BSD)
+        total_BD = self._totals_BD[layer]
+        self._totals_BD[layer] = part_BD if total_BD is None else total_BD + part_BD
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        """Scores and experts of the prompt, once it is complete."""
+        if self._experts is not None:
+            return
+        if self._phase == "none":
+            raise RuntimeError("no prompt has run yet")
+        scores, experts = [], []
+        for layer, block in enumerate(self.blocks):
+            draw_BD = self._draw(layer)
+            scores_BD = self.statistic.score(self._totals_BD[layer], block, draw_BD)
+            if self.shared_experts or self.mode == "compact":
+                assert self._lengths_B is not None
+                scores_BD = aggregate(scores_BD, self._lengths_B) if len(scores_BD) > 1 else scores_BD
+                draw_BD = None if draw_BD is None else draw_BD[:1]
+            scores.append(scores_BD)
+            experts.append(select(scores_BD, self.kept[layer], self.selection, draw_BD))
+        self._scores, self._experts = scores, experts
+
+    def _draw(self, layer: int) -> Tensor | None:
+        """[B, D] uniform numbers that follow from the seed, the layer and the row's own prompt.
+
+        So a prompt draws the same experts in whichever batch and order it comes.
+        """
+        if not self._draws:
+            return None
+        block = self.blocks[layer]
+        rows = [
+            torch.rand(block.width, generator=torch.Generator().manual_seed(seed))
+            for seed in (zlib.crc32(f"{self.seed} {layer}".encode(), digest) for digest in self._digests)
+        ]
+        return torch.stack(rows).to(weight_device(block))
+
+    # -- the experts at work --------------------------------------------------------------------------------------
+
+    def _mask(self, layer: int, z: Tensor) -> Tensor:
+        dropped_B1D = self._dropped_B1D[layer]
+        z_BSD = z.reshape(self._rows if len(dropped_B1D) > 1 else 1, -1, z.shape[-1])
+        return z_BSD.masked_fill(dropped_B1D, 0.0).reshape(z.shape)
+
+    def _install_compact(self, experts: list[Tensor]) -> None:
+        if not self._compact:
+            # A block that keeps all of its neurons keeps its own weights: bit-identical to dense.
+            self._compact = [
+                CompactBlock(block, kept) if kept < block.width else None
+                for block, kept in zip(self.blocks, self.kept, strict=True)
+            ]
+        for compact, experts_1K in zip(self._compact, experts, strict=True):
+            if compact is not None:
+                compact.install(experts_1K[0])
+
+    def _install_dense(self) -> None:
+        for compact in self._compact:
+            if compact is not None:
+                compact.uninstall()
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float | Sequence[float] = 0.5,
+    statistic: str = "griffin",
+    selection: str = "topk",
+    *,
+    mode: str = "compact",
+    shared_experts: bool = False,
+    seed: int = 0,
+) -> Pruner:
+    """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
+
+        with griffin.prune(model, sparsity=0.5, statistic="griffin") as pruner:
+            model.generate(**inputs)
+            pruner.experts[0]  # [B, K], the neurons that layer 0 kept
+
+    Prompts run dense, so the first generated token is the dense model's; the following tokens use the prompt's
+    experts. Leaving the context restores the model bit for bit, also after an exception. Sparsity 0 is
+    bit-identical to the dense model.
+
+    Args:
+        model: a `transformers` causal language model with dense FF blocks.
+        sparsity: share of FF neurons dropped, 0 <= sparsity < 1, for all layers or one number per layer.
+        statistic: what scores the neurons, one of `STATISTICS`.
+        selection: how scores become experts, one of `SELECTIONS`.
+        mode: `compact` swaps in the kept neurons' weights (fast, one expert set at a time); `masked` sets the
+            dropped activations to zero (every sequence of a batch has its own experts; no faster than dense).
+        shared_experts: one expert set for the whole batch, by the paper's aggregation.
+        seed: of random statistics and selections; a prompt draws the same in any batch.
+
+    Returns:
+        The context manager; entering it gives itself.
+
+    Raises:
+        ValueError: an argument is out of range.
+        UnsupportedModelError: the model has an FF block that cannot be pruned.
+
+    Source:
+        Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
+        arXiv 2404.01365.
+    """
+    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed)
+
+
+def weight_device(block: FeedForwardBlock) -> torch.device:
+    """The device that a block's scores live on."""
+    weight = block.output.weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def _per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
+    values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
+    if len(values) != layers:
+        raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
+    for value in values:
+        if not 0 <= value < 1:
+            raise ValueError(f"sparsity={value}: expected 0 <= sparsity < 1")
+    return values
+
+
+def _refuse_decoding(config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation."""
+
+    def option(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    if option("use_cache") is False:
+        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
+    if option("guidance_scale") not in (None, 1, 1.0):
+        raise ValueError(f"guidance_scale={option('guidance_scale')}: a second, unconditional prompt is not supported")
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("custom_generate is not supported: its forward calls are unknown")
+    merged = copy.deepcopy(config)
+    for name in vars(merged):
+        setattr(merged, name, option(name))
+    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
+    if decoding not in _DECODINGS:
+        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
+        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
+
+
+def _digests(ids_BS: Tensor, valid_BS: Tensor | None, before: list[int]) -> list[int]:
+    """A running checksum of each row's tokens, padding excluded."""
+    rows = []
+    for row, digest in enumerate(before):
+        ids_S = ids_BS[row] if valid_BS is None else ids_BS[row][valid_BS[row].to(ids_BS.device)]
+        rows.append(zlib.crc32(ids_S.to("cpu", torch.int64).numpy().tobytes(), digest))
+    return rows
