@@ -46,8 +46,8 @@ _ROUTED = ("experts", "router")
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight of a projection as a view [out, in], whichever way round the module stores it."""
-    weight = module.get_parameter("weight")
-    return weight.t() if isinstance(module, Conv1D) else weight
+    weight: Tensor = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,8 @@ class FeedForwardBlock:
     def output_norms(self) -> Tensor:
         """[D] float32: per neuron, the L1 norm of its column of the output projection."""
         columns = weight_out_in(self.output).detach()
-        return torch.linalg.vector_norm(columns, ord=1, dim=0, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(columns, ord=1, dim=0, dtype=torch.float32)
+        return norms
 
 
 def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:

@@ -148,8 +148,8 @@ class Pruner:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
-        _refuse_decoding(config, kwargs)
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        _refuse_decoding(self.model.generation_config, given, kwargs)
         inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -410,21 +410,23 @@ def _per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
     return values
 
 
-def _refuse_decoding(config: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation."""
+def _refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
 
-    def option(name: str) -> Any:
-        return kwargs.get(name, getattr(config, name, None))
+    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
+    """
+    merged = copy.deepcopy(default)
+    for options in (vars(given) if given is not None else {}, kwargs):
+        for name, value in options.items():
+            if value is not None and hasattr(merged, name):
+                setattr(merged, name, value)
 
-    if option("use_cache") is False:
+    if merged.use_cache is False:
         raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
-    if option("guidance_scale") not in (None, 1, 1.0):
-        raise ValueError(f"guidance_scale={option('guidance_scale')}: a second, unconditional prompt is not supported")
+    if merged.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    merged = copy.deepcopy(config)
-    for name in vars(merged):
-        setattr(merged, name, option(name))
     decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
     if decoding not in _DECODINGS:
         allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))

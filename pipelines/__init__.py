@@ -1,0 +1,1 @@
+"""The research pipeline: configured runs of the `griffin` library, and their records."""

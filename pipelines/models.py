@@ -1,0 +1,134 @@
+"""Loading a model and its tokenizer, from wherever its configuration says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from pipelines.config import ModelConfig
+from pipelines.errors import UserError
+from pipelines.packaged_models import converted
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer.
+
+    Attributes:
+        context_length: the most tokens, prompt and generation together, that the model was made for.
+        device: what it runs on, in words.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    add_bos_token: bool
+    context_length: int
+    device: str
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's token ids, with the BOS token in front where the model's configuration asks for it."""
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.bos_token_id, *ids] if self.add_bos_token else ids
+
+
+def device_kind(device: str) -> str:
+    """cpu, cuda or mps: what `device=auto` stands for on this machine.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]
+    if not there or (":" in device and int(device.partition(":")[2]) >= torch.cuda.device_count()):
+        raise UserError(f"device={device}: not on this machine; use device=auto")
+    return kind
+
+
+def load(config: ModelConfig, device: str, seed: int) -> LoadedModel:
+    """Load a model for evaluation.
+
+    Args:
+        config: which model.
+        device: as `RunConfig.device`; `auto` with GPUs spreads the layers over them.
+        seed: of random weights.
+
+    Raises:
+        UserError: the model cannot be had: no connection, no licence, no package, no such device.
+    """
+    kind = device_kind(device)
+    if config.source == "random":
+        model, tokenizer = _random(config, kind if device == "auto" else device, seed)
+    else:
+        place: Any = "auto" if device == "auto" and kind == "cuda" else kind if device == "auto" else device
+        model, tokenizer = _pretrained(config, place)
+    model.eval().requires_grad_(False)
+    # Nothing of how a checkpoint likes to be sampled may leak into an evaluation; only its end tokens stay.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.add_bos_token and tokenizer.bos_token_id is None:
+        raise UserError(f"model.add_bos_token=true: the tokenizer of {config.name} has no BOS token")
+    return LoadedModel(
+        model,
+        tokenizer,
+        config.add_bos_token,
+        model.config.get_text_config().max_position_embeddings,
+        torch.cuda.get_device_name() if kind == "cuda" else kind,
+    )
+
+
+def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = config.repo if config.source == "hub" else converted(config)
+    options: dict[str, Any] = {"revision": config.revision} if config.source == "hub" and config.revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=config.dtype, device_map=place, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        gate = f"; its licence must be accepted at {config.licence_gate}" if config.licence_gate else ""
+        raise UserError(f"model={config.name}: cannot load {source}: {reason}{gate}") from error
+    return model, tokenizer
+
+
+def _random(config: ModelConfig, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    architecture = dict(config.architecture)
+    try:
+        shape = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"model.architecture of {config.name}: {error}") from error
+    return model, _byte_tokenizer()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte of UTF-8, so that a model of random weights runs every task without a download."""
+    specials = ["<|bos|>", "<|eos|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])

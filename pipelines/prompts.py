@@ -1,0 +1,55 @@
+"""The prompts of the summarisation tasks, in the reference implementation's format (HELM's)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.config import GenerationTask
+from pipelines.data import read_rows, read_shots
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data, ready to be continued."""
+
+    index: int
+    id: str
+    text: str
+    reference: str
+
+
+def read_prompts(task: GenerationTask, limit: int | None) -> list[Prompt]:
+    """The prompts of a task, built from its data; needs no model.
+
+    Raises:
+        UserError: the data is missing, malformed or unreachable.
+    """
+    shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
+    return [
+        Prompt(
+            index,
+            str(row.get("id", index)),
+            summarization_prompt(row[task.article_field], task.instruction, shots),
+            row[task.summary_field],
+        )
+        for index, row in enumerate(read_rows(task, limit))
+    ]
+
+
+def summarization_prompt(article: str, instruction: str, shots: list[tuple[str, str]]) -> str:
+    """The prompt that a summary of `article` continues.
+
+    Args:
+        article: the text to summarise.
+        instruction: the line that asks for the summary.
+        shots: solved examples, (article, summary) each, in the order shown.
+
+    Returns:
+        Text that ends in a line break, right where the summary begins.
+    """
+
+    def question(text: str) -> str:
+        return f"###\nArticle: {text}\n\n{instruction}\n"
+
+    solved = [f"{question(shot_article)}{summary}\n\n" for shot_article, summary in shots]
+    return "".join([*solved, question(article)])

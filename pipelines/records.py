@@ -1,0 +1,184 @@
+"""Run folders: the source of truth about what was run and what came out.
+
+    <output_dir>/<run_id>/config.yaml     the resolved configuration, written first
+                          samples.jsonl   one line per sample, appended as the run goes
+                          record.json     written last and in one step: a run with a record is finished
+
+A run that was cut off anywhere continues after its last whole sample. This module knows neither models nor tasks;
+the analysis reads its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipelines.errors import UserError
+
+Sample = dict[str, Any]
+Record = dict[str, Any]
+
+
+def run_id(readable: str, identity: dict[str, Any]) -> str:
+    """The name of a run: readable words and a hash of all that determines its result.
+
+    Args:
+        readable: words for people, of letters, digits, `_`, `.` and `-`.
+        identity: plain values; equal identities are the same run.
+    """
+    canonical = json.dumps(identity, sort_keys=True, ensure_ascii=False)
+    return f"{readable}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
+
+
+class RunFolder:
+    """One run's folder. Creating the object touches no file.
+
+    Attributes:
+        path: `<output_dir>/<run_id>`.
+    """
+
+    def __init__(self, output_dir: Path, run_id: str) -> None:
+        self.run_id = run_id
+        self.path = output_dir / run_id
+        self._samples = self.path / "samples.jsonl"
+        self._record = self.path / "record.json"
+
+    def record(self) -> Record | None:
+        """The record of a finished run; None where there is none or it is damaged, so that the run is done again."""
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return record if isinstance(record, dict) and record.get("status") == "finished" else None
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Create the folder and write its configuration.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def samples(self) -> list[Sample]:
+        """The whole samples written so far. What follows the last whole one is cut off the file."""
+        try:
+            data = self._samples.read_bytes()
+        except FileNotFoundError:
+            return []
+        samples: list[Sample] = []
+        whole = 0
+        for line in data.splitlines(keepends=True):
+            try:
+                sample = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            samples.append(sample)
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(self._samples, whole)
+        return samples
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Append samples, and return once they are on disk.
+
+        Raises:
+            UserError: the file cannot be written, for example because the disk is full.
+        """
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        try:
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(self._samples, error) from error
+
+    def finish(
+        self, config: dict[str, Any], metrics: dict[str, float], timing: dict[str, float], device: str
+    ) -> Record:
+        """Write the record, in one step.
+
+        Args:
+            config: the resolved configuration of this one run.
+            metrics: flat, name -> number.
+            timing: flat, name -> seconds.
+            device: what the model ran on, in words.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        record: Record = {
+            "run_id": self.run_id,
+            "status": "finished",
+            "config": config,
+            "metrics": metrics,
+            "timing": timing,
+            "environment": environment(device),
+        }
+        try:
+            _replace(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise _unwritable(self._record, error) from error
+        return record
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error (0 for a single value).
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values to average")
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), spread
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What ran: versions and the kind of machine, and nothing that names a site or a person."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "device": device,
+        **{package: _version(package) for package in ("griffin-pruning", "torch", "transformers", "rouge-score")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"output_dir: cannot write {path}: {error.strerror}")

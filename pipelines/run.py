@@ -1,0 +1,52 @@
+"""The one entry: `python -m pipelines.run model=gemma_7b task=xsum sparsity=0.5`, with `-m` for sweeps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from pipelines import config, job
+from pipelines.errors import UserError
+from pipelines.summary import summary_table
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def main() -> None:
+    """Compose, run, print the summary. Exit code 1 if any job failed."""
+    config.register()
+    # Hydra then raises what goes wrong instead of printing it over several lines; we print one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job.job)()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues after the last whole sample")
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {UserError(_readable(error))}")
+    except OSError as error:
+        sys.exit(f"error: output_dir: cannot write {error.filename}: {error.strerror}")
+    if job.finished:
+        print()
+        print(summary_table(job.finished))
+        print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in job.finished}))}")
+    if job.failed:
+        sys.exit(1)
+
+
+def _readable(error: Exception) -> str:
+    """The part of a composition error that speaks to the user: the key, the value and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={choice}: expected one of {', '.join(error.options)}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {error.msg or error}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    main()

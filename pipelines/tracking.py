@@ -1,0 +1,139 @@
+"""Weights & Biases: a view of the records, never their source. The only module that imports wandb."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipelines.config import WandbConfig
+from pipelines.records import Record, Sample
+
+_CONNECT_SECONDS = 3
+
+
+class Tracker:
+    """One run in W&B. With `wandb.mode=disabled` every method does nothing and wandb is not imported."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, done: int, values: dict[str, float]) -> None:
+        """The metrics so far, over the number of samples done."""
+        if self._run is not None:
+            self._run.log({"samples_done": done, **values}, step=done)
+
+    def finish(self, record: Record, samples: list[Sample]) -> None:
+        """The record's metrics and timing into the summary, the samples as a table."""
+        if self._run is None:
+            return
+        import wandb
+
+        columns = list(dict.fromkeys(key for sample in samples for key in sample))
+        table = wandb.Table(columns=columns, data=[[sample.get(key) for key in columns] for sample in samples])
+        self._run.log({"samples": table})
+        self._run.summary.update({**record["metrics"], **record["timing"]})
+
+
+@contextlib.contextmanager
+def track(
+    settings: WandbConfig, folder: Path, run_id: str, name: str, group: str, job_type: str, tags: list[str], config: Any
+) -> Iterator[Tracker]:
+    """A run in W&B for as long as the context lasts, marked as failed if it ends with an exception.
+
+    An unreachable or refusing server costs one warning: the run goes on offline, to be uploaded by `wandb sync`.
+
+    Args:
+        settings: mode, project and entity.
+        folder: the run folder; all of wandb's files stay in it.
+        run_id: our run id, and W&B's.
+        name: for people.
+        group: what the runs of a sweep share.
+        job_type: the task's kind.
+        tags: free labels.
+        config: the resolved configuration, nested plain values.
+    """
+    if settings.mode == "disabled":
+        yield Tracker(None)
+        return
+    with _files_in(folder):
+        run = _init(
+            settings,
+            {
+                "project": settings.project,
+                "entity": settings.entity,
+                "dir": str(folder),
+                "id": run_id,
+                "resume": "allow",
+                "name": name,
+                "group": group,
+                "job_type": job_type,
+                "tags": tags,
+                "config": config,
+            },
+        )
+        try:
+            yield Tracker(run)
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish()
+
+
+def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
+    import wandb
+
+    # The machine's name, its user and the command line are nobody's business; timeouts bound a dead server.
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=10,
+        finish_timeout=60,
+        disable_git=True,
+        save_code=False,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+    )
+    if settings.mode == "offline":
+        return wandb.init(mode="offline", settings=quiet, **arguments)
+    address = wandb.setup().settings.base_url
+    try:
+        _check_reachable(address)
+        return wandb.init(mode="online", settings=quiet, **arguments)
+    except (OSError, wandb.Error) as error:
+        reason = " ".join(str(error).split())
+        print(
+            f"warning: wandb.mode=online: {address} cannot be used ({reason}); tracking goes on offline, upload it "
+            f"later with: wandb sync {arguments['dir']}/wandb/offline-run-*",
+            file=sys.stderr,
+        )
+        return wandb.init(mode="offline", settings=quiet, **arguments)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError within seconds where wandb itself would try for minutes."""
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):
+        pass
+
+
+@contextlib.contextmanager
+def _files_in(folder: Path) -> Iterator[None]:
+    """wandb keeps the bytes of tables in the home folder unless its environment says otherwise."""
+    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(folder / "wandb")) | {"WANDB_DIR": str(folder)})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,100 @@
+"""A tiny, randomly initialised model of every architecture family in the layout table."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+LAYERS = 3
+VOCABULARY = 97
+
+# Generation never stops early: there is no end token. Prompts never hold the padding token.
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_LLAMA = _COMMON | {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_HEADS_OF_8 = _LLAMA | {"head_dim": 8}
+_OPT = _COMMON | {
+    "hidden_size": 32,
+    "ffn_dim": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 32,
+}
+
+# family: (model type, config). The biases of qwen2, phi, opt, gpt2 and others are on by default.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _LLAMA | {"mlp_bias": True}),
+    "mistral": ("mistral", _LLAMA),
+    "gemma": ("gemma", _HEADS_OF_8),
+    # Shorter than the longest prompts here, so that the window slides.
+    "gemma2": ("gemma2", _HEADS_OF_8 | {"sliding_window": 8}),
+    "gemma3_text": ("gemma3_text", _HEADS_OF_8 | {"sliding_window": 8}),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", _HEADS_OF_8),
+    "stablelm": ("stablelm", _LLAMA),
+    "olmo2": ("olmo2", _LLAMA),
+    "cohere": ("cohere", _LLAMA),
+    "granite": ("granite", _LLAMA | {"mlp_bias": True}),
+    "phi3": ("phi3", _LLAMA),
+    "glm": ("glm", _HEADS_OF_8),
+    "opt": ("opt", _OPT),
+    # As OPT 350M: norms after the blocks, and projections around the decoder.
+    "opt_350m": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "phi": ("phi", _LLAMA),
+    "gpt_neox": ("gpt_neox", _LLAMA),
+    "falcon": (
+        "falcon",
+        _COMMON
+        | {
+            "hidden_size": 32,
+            "ffn_hidden_size": 80,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "alibi": False,
+            "bias": True,
+        },
+    ),
+    "bloom": ("bloom", _COMMON | {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4}),
+    "gpt2": (
+        "gpt2",
+        _COMMON | {"n_embd": 32, "n_inner": 80, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
+    ),
+    "starcoder2": ("starcoder2", _LLAMA),
+}
+FAMILIES = list(_CONFIGS)
+WIDTHS = {family: 128 if family == "bloom" else 80 for family in FAMILIES}  # Bloom's is 4 times its hidden size
+
+
+def build(model_type: str, **config: Any) -> PreTrainedModel:
+    """A model with random values everywhere, biases and norms too, and large enough for varied generations."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+            else:  # biases are initialised to 0 and norms to 0 or 1: stay around that
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def fresh(family: str) -> PreTrainedModel:
+    """A new model, for tests that break it."""
+    model_type, config = _CONFIGS[family]
+    return build(model_type, **config)
+
+
+@cache
+def tiny(family: str) -> PreTrainedModel:
+    """The family's model, shared by all tests: pruning leaves it as it was."""
+    return fresh(family)
