@@ -6,6 +6,7 @@ composing; what a type cannot say is checked here, when `typed` builds the objec
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -207,12 +208,23 @@ def typed(cfg: DictConfig) -> RunConfig:
     Raises:
         UserError: a value is missing, of the wrong type, or at odds with another.
     """
+    for prefix, node in _NODES:
+        group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
+        for key in set(group or ()) - {item.name for item in fields(node)}:
+            raise UserError(unknown_key(f"{prefix}{key}"))  # +KEY=VALUE adds what no class has
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def unknown_key(key: str) -> str:
+    """What to tell a user who set a key that does not exist."""
+    keys = [prefix + item.name for prefix, node in _NODES for item in fields(node)]
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"{key}: no such key{f' (did you mean {close[0]}?)' if close else ''}; --help lists them all"
 
 
 def help_text() -> str:
@@ -224,13 +236,16 @@ def help_text() -> str:
         "",
         "Keys (KEY=VALUE; the whole composed configuration: --cfg job; a sweep: -m and comma-separated values)",
     ]
-    for prefix, node in (
-        ("", RunConfig),
-        ("grid.", GridConfig),
-        ("wandb.", WandbConfig),
-        ("model.", ModelConfig),
-        ("task.", GenerationTask),
-        ("task.hub.", HubDataset),
-    ):
+    for prefix, node in _NODES:
         lines += [f"  {prefix + item.name:24}{item.metadata['help']}" for item in fields(node)]
-    return "\n".join([*lines, "", "Choices of model, task and experiment", "$CONFIG_GROUPS", ""])
+    return "\n".join([*lines, "", "Choices of model, task and experiment", "$APP_CONFIG_GROUPS", ""])
+
+
+_NODES: tuple[tuple[str, Any], ...] = (
+    ("", RunConfig),
+    ("grid.", GridConfig),
+    ("wandb.", WandbConfig),
+    ("model.", ModelConfig),
+    ("task.", GenerationTask),
+    ("task.hub.", HubDataset),
+)

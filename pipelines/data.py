@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.config import GenerationTask, HubDataset
 from pipelines.errors import UserError
+from pipelines.hub import prepare_hub
 
 EMBEDDED = Path(__file__).parent / "data"
 
@@ -94,7 +95,8 @@ def _parse_row(line: str, needed: tuple[str, ...], where: str) -> Row:
 
 
 def _read_hub(hub: HubDataset, split: str, needed: tuple[str, ...], limit: int | None) -> list[Row]:
-    import datasets  # slow to import, and needed for hub data only
+    prepare_hub()
+    import datasets  # slow to import, needed for hub data only, and reads the hub's state when imported
 
     try:
         table = datasets.load_dataset(hub.path, hub.name, split=split)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 import griffin
 from pipelines.config import GenerationTask, RunConfig
+from pipelines.errors import UserError
 from pipelines.methods import Method, pruner_options
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt
@@ -34,13 +35,13 @@ def evaluate(
 
     A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says so, as in the
     reference implementation.
+
+    Raises:
+        UserError: the model cannot be pruned like this.
     """
     task: GenerationTask = config.task
     room = loaded.context_length - task.max_new_tokens
-    pruning = (
-        contextlib.nullcontext() if method.dense else griffin.prune(loaded.model, **pruner_options(config, method))
-    )
-    with pruning:
+    with _pruned(loaded, config, method):
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             encoded = [loaded.encode(prompt.text) for prompt in batch]
@@ -53,6 +54,15 @@ def evaluate(
             if fitting:
                 samples += _generate(loaded, fitting, task, config.seed)
             yield sorted(samples, key=lambda sample: sample["index"])
+
+
+def _pruned(loaded: LoadedModel, config: RunConfig, method: Method) -> AbstractContextManager[Any]:
+    if method.dense:
+        return nullcontext()
+    try:
+        return griffin.prune(loaded.model, **pruner_options(config, method))
+    except ValueError as error:
+        raise UserError(f"model={config.model.name}: {error}") from error
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

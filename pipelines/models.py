@@ -20,6 +20,7 @@ from transformers import (
 
 from pipelines.config import ModelConfig
 from pipelines.errors import UserError
+from pipelines.hub import prepare_hub
 from pipelines.packaged_models import converted
 
 
@@ -97,8 +98,13 @@ def load(config: ModelConfig, device: str, seed: int) -> LoadedModel:
 
 
 def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = config.repo if config.source == "hub" else converted(config)
-    options: dict[str, Any] = {"revision": config.revision} if config.source == "hub" and config.revision else {}
+    options: dict[str, Any] = {}
+    if config.source == "hub":
+        prepare_hub()
+        source: Any = config.repo
+        options = {"revision": config.revision or "main"}
+    else:
+        source = converted(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -106,8 +112,8 @@ def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTr
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        gate = f"; its licence must be accepted at {config.licence_gate}" if config.licence_gate else ""
-        raise UserError(f"model={config.name}: cannot load {source}: {reason}{gate}") from error
+        gate = f"; its licence must be accepted first, at {config.licence_gate}" if config.licence_gate else ""
+        raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}") from error
     return model, tokenizer
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipelines import config, job
 from pipelines.errors import UserError
@@ -39,12 +39,17 @@ def main() -> None:
 
 
 def _readable(error: Exception) -> str:
-    """The part of a composition error that speaks to the user: the key, the value and what is allowed."""
+    """What a composition error says to the user: the key, the value and what is allowed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={choice}: expected one of {', '.join(error.options)}"
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {error.msg or error}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form KEY=VALUE, or the value needs quotes"
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return config.unknown_key(str(cause.full_key))
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{str(error).removeprefix('Error merging override ')}: {str(cause.msg).splitlines()[0]}"
     return str(error)
 
 

@@ -72,11 +72,12 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", _LLAMA),
 }
 FAMILIES = list(_CONFIGS)
+ONE_PER_LAYOUT = ["llama", "phi3", "opt", "bloom", "gpt2"]
 WIDTHS = {family: 128 if family == "bloom" else 80 for family in FAMILIES}  # Bloom's is 4 times its hidden size
 
 
 def build(model_type: str, **config: Any) -> PreTrainedModel:
-    """A model with random values everywhere, biases and norms too, and large enough for varied generations."""
+    """A model with random values everywhere: biases and norms too, and weights large enough for clear decisions."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32).eval()
     with torch.no_grad():

@@ -116,29 +116,36 @@ def run(model: PreTrainedModel, family: str, ids: Tensor, *spans: Span) -> tuple
     return logits, seen
 
 
-def score(model: PreTrainedModel, family: str, statistic: str, layer: int, z_SD: Tensor) -> Tensor:
-    """[D]: a neuron's score by the formulas."""
+def score(statistic: str, z_SD: Tensor, input_matrices_DH: list[Tensor], output_matrix_HD: Tensor) -> Tensor:
+    """[D]: each neuron's score by the formulas."""
     if statistic == "griffin":
-        total = torch.zeros(z_SD.shape[1], dtype=torch.float64)
+        total_D = torch.zeros(z_SD.shape[1], dtype=torch.float64)
         for z_D in z_SD:
             length = math.sqrt(float((z_D * z_D).sum()))
             if length > 0:
-                total += (z_D / length) ** 2
-        return total.sqrt()
+                total_D += (z_D / length) ** 2
+        return total_D.sqrt()
     if statistic == "wanda":
-        return output_matrix(model, family, layer).abs().sum(dim=0) * (z_SD * z_SD).sum(dim=0).sqrt()
+        return output_matrix_HD.abs().sum(dim=0) * (z_SD * z_SD).sum(dim=0).sqrt()
     if statistic == "magnitude":
-        product = torch.ones(z_SD.shape[1], dtype=torch.float64)
-        for matrix in input_matrices(model, family, layer):
-            product *= (matrix * matrix).sum(dim=1).sqrt()
-        return product
+        product_D = torch.ones(z_SD.shape[1], dtype=torch.float64)
+        for matrix_DH in input_matrices_DH:
+            product_D *= (matrix_DH * matrix_DH).sum(dim=1).sqrt()
+        return product_D
     raise ValueError(statistic)
+
+
+def score_layers(model: PreTrainedModel, family: str, statistic: str, z: list[Tensor]) -> list[Tensor]:
+    """Each layer's scores [D] from its z [S, D]."""
+    return [
+        score(statistic, z[layer], input_matrices(model, family, layer), output_matrix(model, family, layer))
+        for layer in range(LAYERS)
+    ]
 
 
 def scores(model: PreTrainedModel, family: str, statistic: str, ids: Tensor) -> list[Tensor]:
     """Each layer's scores [D] for a prompt [1, S]."""
-    _, z = run(model, family, ids)
-    return [score(model, family, statistic, layer, z[layer]) for layer in range(LAYERS)]
+    return score_layers(model, family, statistic, run(model, family, ids)[1])
 
 
 def best(scores_D: Tensor, sparsity: float) -> list[int]:

@@ -1,0 +1,34 @@
+"""The Hugging Face hub, reached or known to be out of reach within seconds.
+
+Left alone, the hub's clients retry for most of a minute, noisily, for every file.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from functools import cache
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_CONNECT_SECONDS = 3
+
+
+@cache
+def prepare_hub() -> None:
+    """Before anything from the hub: where it cannot be reached, use cached files only, and say so once.
+
+    `HF_HUB_OFFLINE=1` has the same effect without the attempt. Behind a proxy nothing is attempted.
+    """
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE or getproxies():
+        return
+    parts = urlsplit(hub.ENDPOINT)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):
+            pass
+    except OSError as error:
+        print(f"warning: {hub.ENDPOINT} cannot be reached ({error}); using cached files only", file=sys.stderr)
+        hub.HF_HUB_OFFLINE = True

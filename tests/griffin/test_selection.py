@@ -1,0 +1,132 @@
+"""From scores to experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from griffin import SELECTIONS, kept_neurons, select
+
+DRAWS = 20_000
+TOLERANCE = 0.02  # about four standard deviations of a difference of two frequencies
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def subset_frequencies(experts_BK: Tensor, width: int) -> Tensor:
+    """How often each set of neurons came up, indexed by the set's bits."""
+    codes_B = (2**experts_BK).sum(dim=1)
+    return torch.bincount(codes_B, minlength=2**width) / len(codes_B)
+
+
+@pytest.mark.parametrize(
+    ("width", "sparsity", "kept"),
+    [(1, 0.0, 1), (1, 0.99, 1), (80, 0.0, 80), (80, 0.5, 40), (7, 0.5, 3), (80, 0.999, 1)],
+)
+def test_kept_neurons_round_down_to_at_least_one(width: int, sparsity: float, kept: int) -> None:
+    assert kept_neurons(width, sparsity) == kept
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_single_neuron_is_kept(selection: str) -> None:
+    assert select(torch.tensor([[0.5]]), 1, selection, torch.tensor([[0.5]])).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_keeping_all_neurons_keeps_each_once(selection: str) -> None:
+    assert select(uniform(2, 5), 5, selection, uniform(2, 5)).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_topk_keeps_the_largest_scores_in_ascending_order() -> None:
+    assert select(torch.tensor([[3.0, 0.0, 5.0, 4.0], [1.0, 2.0, 0.0, 0.5]]), 2).tolist() == [[2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_experts_are_distinct_ascending_and_in_range(selection: str) -> None:
+    experts_BK = select(uniform(50, 12), 7, selection, torch.rand(50, 12))
+    assert experts_BK.shape == (50, 7)
+    assert experts_BK.dtype == torch.int64
+    assert bool((experts_BK.diff(dim=1) > 0).all())
+    assert int(experts_BK.min()) >= 0
+    assert int(experts_BK.max()) < 12
+
+
+def test_sample_is_distributed_as_multinomial_without_replacement() -> None:
+    scores_1D = torch.tensor([[8.0, 4.0, 2.0, 1.0, 0.5, 0.25]])
+    torch.manual_seed(0)
+    expected_BK = torch.multinomial(scores_1D.expand(DRAWS, -1), 3, replacement=False)
+    found_BK = select(scores_1D, 3, "sample", torch.rand(DRAWS, 6))
+    torch.testing.assert_close(
+        subset_frequencies(found_BK, 6), subset_frequencies(expected_BK, 6), rtol=0, atol=TOLERANCE
+    )
+
+
+def test_topk_sample_draws_the_second_half_from_the_rest() -> None:
+    scores_D = torch.tensor([1.0, 8.0, 2.0, 0.5, 4.0, 0.25])
+    torch.manual_seed(0)
+    rest_D = scores_D.clone()
+    rest_D[[1, 4]] = 0  # the best two are certain
+    drawn_BK = torch.multinomial(rest_D.expand(DRAWS, -1), 2, replacement=False)
+    expected_BK = torch.cat([torch.tensor([[1, 4]]).expand(DRAWS, -1), drawn_BK], dim=1)
+    found_BK = select(scores_D.unsqueeze(0), 4, "topk_sample", torch.rand(DRAWS, 6))
+    torch.testing.assert_close(
+        subset_frequencies(found_BK, 6), subset_frequencies(expected_BK, 6), rtol=0, atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("kept", [2, 3, 6, 7])
+def test_topk_sample_contains_the_best_half(kept: int) -> None:
+    scores_BD = uniform(50, 12)
+    found_BK = select(scores_BD, kept, "topk_sample", torch.rand(50, 12))
+    for found_K, best_K in zip(found_BK, scores_BD.topk(kept // 2).indices, strict=True):
+        assert set(best_K.tolist()) <= set(found_K.tolist())
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_with_too_few_positive_scores_all_of_them_are_kept(selection: str) -> None:
+    scores_1D = torch.zeros(1, 8)
+    scores_1D[0, [2, 5]] = torch.tensor([1e-6, 3.0])
+    for experts_K in select(scores_1D.expand(100, -1), 4, selection, torch.rand(100, 8)).tolist():
+        assert {2, 5} < set(experts_K)
+        assert len(set(experts_K)) == 4
+
+
+@pytest.mark.parametrize("selection", ["sample", "topk_sample"])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_uniform_range_are_harmless(selection: str, extreme: float) -> None:
+    # Gumbel noise of 0 is minus infinity; the largest float32 below 1 is the other end.
+    experts = select(torch.ones(1, 4), 3, selection, torch.tensor([[extreme, 0.5, 0.5, extreme]])).tolist()[0]
+    assert len(set(experts)) == 3
+    assert {1, 2} <= set(experts) if extreme == 0.0 and selection == "sample" else set(experts) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("selection", ["sample", "topk_sample"])
+def test_one_score_row_serves_every_row_of_the_draw(selection: str) -> None:
+    scores_1D, draw_BD = uniform(1, 12), torch.rand(5, 12)
+    found_BK = select(scores_1D, 4, selection, draw_BD)
+    assert torch.equal(found_BK, select(scores_1D.expand(5, -1), 4, selection, draw_BD))
+    assert len({tuple(experts_K) for experts_K in found_BK.tolist()}) > 1
+
+
+def test_the_same_draw_selects_the_same() -> None:
+    assert torch.equal(*(select(uniform(3, 12), 4, "sample", uniform(3, 12)) for _ in range(2)))
+
+
+def test_an_unknown_selection_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"selection='best'.*topk, sample, topk_sample"):
+        select(uniform(1, 4), 2, "best")
+
+
+@pytest.mark.parametrize("kept", [0, 5, -1])
+def test_kept_out_of_range_is_refused(kept: int) -> None:
+    with pytest.raises(ValueError, match=f"kept={kept}: expected 1 to 4"):
+        select(uniform(1, 4), kept)
+
+
+@pytest.mark.parametrize("selection", ["sample", "topk_sample"])
+def test_sampling_without_a_draw_is_refused(selection: str) -> None:
+    with pytest.raises(ValueError, match="needs random numbers"):
+        select(uniform(1, 4), 2, selection)
