@@ -29,27 +29,27 @@ def read_prompts(task: GenerationTask, limit: int | None) -> list[Prompt]:
         Prompt(
             index,
             str(row.get("id", index)),
-            summarization_prompt(row[task.article_field], task.instruction, shots),
+            summarization_prompt(row[task.article_field], task.instruction, task.shot_instruction, shots),
             row[task.summary_field],
         )
         for index, row in enumerate(read_rows(task, limit))
     ]
 
 
-def summarization_prompt(article: str, instruction: str, shots: list[tuple[str, str]]) -> str:
+def summarization_prompt(article: str, instruction: str, shot_instruction: str, shots: list[tuple[str, str]]) -> str:
     """The prompt that a summary of `article` continues.
+
+    The reference words the instruction of its shots and of its question differently ("1 sentence", "1 sentences"),
+    and leaves the line break after the question to the model.
 
     Args:
         article: the text to summarise.
         instruction: the line that asks for the summary.
+        shot_instruction: the line between article and summary in the shots.
         shots: solved examples, (article, summary) each, in the order shown.
 
     Returns:
-        Text that ends in a line break, right where the summary begins.
+        Text that ends with the instruction.
     """
-
-    def question(text: str) -> str:
-        return f"###\nArticle: {text}\n\n{instruction}\n"
-
-    solved = [f"{question(shot_article)}{summary}\n\n" for shot_article, summary in shots]
-    return "".join([*solved, question(article)])
+    solved = [f"###\nArticle: {text}\n\n{shot_instruction}\n{summary}\n\n" for text, summary in shots]
+    return "".join([*solved, f"###\nArticle: {article}\n\n{instruction}"])

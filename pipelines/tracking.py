@@ -98,6 +98,7 @@ def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
         save_code=False,
         x_disable_meta=True,
         x_disable_machine_info=True,
+        host="",
     )
     if settings.mode == "offline":
         return wandb.init(mode="offline", settings=quiet, **arguments)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from families import VOCABULARY
+from torch import Tensor
 
 
 def prompt(length: int, seed: int = 0) -> Tensor:

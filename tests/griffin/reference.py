@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from families import LAYERS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from families import LAYERS
 
 
 class Paths(NamedTuple):

@@ -1,0 +1,130 @@
+"""A prompt in stretches gives the experts and tokens of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, ONE_PER_LAYOUT, tiny
+from prompts import pad, prompt
+from running import as_lists, difference, generate, new_tokens
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import griffin
+from griffin import Pruner
+
+
+@pytest.mark.parametrize("length", [1, 5, 11, 13])  # whole, exactly one chunk, a last chunk of one token, of three
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_in_chunks_equals_generate(family: str, length: int) -> None:
+    model, ids = tiny(family), prompt(length)
+    with griffin.prune(model) as pruner:
+        whole = generate(model, ids)
+        experts = as_lists(pruner.experts)
+        chunked = generate(model, ids, prefill_chunk_size=5)
+        assert as_lists(pruner.experts) == experts
+    assert new_tokens(chunked, ids) == new_tokens(whole, ids)
+
+
+@pytest.mark.parametrize("statistic", list(griffin.STATISTICS))
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_a_padded_batch_in_chunks(family: str, statistic: str) -> None:
+    model = tiny(family)
+    ids_BS, mask_BS = pad([prompt(11, 0), prompt(3, 1)], "left")  # the second row's first chunk is padding only
+    with griffin.prune(model, statistic=statistic, mode="masked") as pruner:
+        whole = generate(model, ids_BS, mask_BS)
+        scores = pruner.scores
+        chunked = generate(model, ids_BS, mask_BS, prefill_chunk_size=5)
+        for found_BD, expected_BD in zip(pruner.scores, scores, strict=True):
+            assert difference(found_BD, expected_BD) < 1e-5
+    assert new_tokens(chunked, ids_BS) == new_tokens(whole, ids_BS)
+
+
+def test_shared_experts_count_the_tokens_of_all_chunks() -> None:
+    model = tiny("llama")
+    ids_BS, mask_BS = pad([prompt(11, 0), prompt(3, 1)], "left")
+    with griffin.prune(model, shared_experts=True) as pruner:
+        generate(model, ids_BS, mask_BS)
+        scores = pruner.scores
+        generate(model, ids_BS, mask_BS, prefill_chunk_size=5)
+        for found_1D, expected_1D in zip(pruner.scores, scores, strict=True):
+            assert difference(found_1D, expected_1D) < 1e-5
+
+
+def forward_in_stretches(model: PreTrainedModel, pruner: Pruner, ids: Tensor, lengths: list[int]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with pruner.prefill():
+        for stretch in ids.split(lengths, dim=1):
+            model(stretch, past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_calls_in_stretches_equal_one_call(family: str, mode: str) -> None:
+    model, ids, token = tiny(family), prompt(11), prompt(1, 1)
+    with griffin.prune(model, mode=mode) as pruner:
+        expected = model(token, past_key_values=model(ids).past_key_values).logits
+        experts = as_lists(pruner.experts)
+        for lengths in ([11], [4, 6, 1], [1, 10]):
+            cache = forward_in_stretches(model, pruner, ids, lengths)
+            found = model(token, past_key_values=cache).logits
+            assert as_lists(pruner.experts) == experts
+            assert difference(found, expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_stretches_run_dense(mode: str) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    expected = model(ids).logits[:, -3:]
+    with griffin.prune(model, mode=mode) as pruner, pruner.prefill():
+        found = model(ids[:, 8:], past_key_values=model(ids[:, :8]).past_key_values).logits
+    assert difference(found, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_reading_experts_between_stretches_does_not_fix_them() -> None:
+    model, ids = tiny("llama"), prompt(11)
+    with griffin.prune(model) as pruner:
+        model(ids)
+        expected = as_lists(pruner.experts)
+        with pruner.prefill():
+            cache = model(ids[:, :6]).past_key_values
+            early = as_lists(pruner.experts)
+            model(ids[:, 6:], past_key_values=cache)
+        assert as_lists(pruner.experts) == expected != early
+
+
+@torch.no_grad()
+def test_two_prompts_in_one_prefill_are_two_prompts() -> None:
+    model = tiny("llama")
+    with griffin.prune(model) as pruner:
+        model(prompt(7, 1))
+        expected = as_lists(pruner.experts)
+        with pruner.prefill():
+            model(prompt(11))
+            model(prompt(7, 1))
+        assert as_lists(pruner.experts) == expected
+
+
+@torch.no_grad()
+def test_prefill_ends_with_its_context_even_after_an_exception() -> None:
+    model, ids, token = tiny("llama"), prompt(7), prompt(1, 1)
+    with griffin.prune(model) as pruner:
+        expected = model(token, past_key_values=model(ids).past_key_values).logits
+        with pytest.raises(KeyError), pruner.prefill():
+            cache = model(ids).past_key_values
+            raise KeyError
+        assert torch.equal(model(token, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_a_stretch_with_other_rows_is_refused() -> None:
+    model = tiny("llama")
+    with griffin.prune(model, mode="masked") as pruner, pruner.prefill():
+        cache = model(prompt(7)).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="1 rows and its next stretch 2"):
+            model(prompt(2).expand(2, -1), past_key_values=cache)
