@@ -1,0 +1,197 @@
+"""Leaving the context gives the model back as it was, whatever happened inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import reference
+import torch
+from families import FAMILIES, ONE_PER_LAYOUT, fresh, tiny
+from prompts import prompt
+from running import generate
+from transformers import PreTrainedModel
+
+import griffin
+
+HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything about a model that pruning touches or might touch, objects by identity."""
+    return {
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        "storage": [(parameter.data_ptr(), parameter.requires_grad) for parameter in model.parameters()],
+        "buffers": [(name, id(buffer)) for name, buffer in model.named_buffers()],
+        "state_dict": list(model.state_dict()),
+        "attributes": {name: list(vars(module)) for name, module in model.named_modules()},
+        "hooks": {name: [list(getattr(module, key)) for key in HOOKS] for name, module in model.named_modules()},
+        "nf": {name: getattr(module, "nf", None) for name, module in model.named_modules()},
+        "generate": model.generate,
+        "forward": model.forward,
+    }
+
+
+@contextmanager
+def unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """The body leaves the model as it found it: the same objects, the same bits, the same logits."""
+    before, ids = state(model), prompt(9, 8)
+    bits = [parameter.detach().clone() for parameter in model.parameters()]
+    dense = generate(model, ids)
+    yield
+    after = state(model)
+    for key, value in before.items():
+        assert after[key] == value, key
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), bits, strict=True))
+    again = generate(model, ids)
+    assert torch.equal(again.sequences, dense.sequences)
+    assert all(torch.equal(*steps) for steps in zip(again.logits, dense.logits, strict=True))
+
+
+@contextmanager
+def failing(model: PreTrainedModel, family: str, call: int) -> Iterator[None]:
+    """The output projection of the middle layer raises KeyError in its n-th forward call."""
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyError
+
+    handle = reference.output_projection(model, family, 1).register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_generation(family: str, mode: str) -> None:
+    model = tiny(family)
+    with unchanged(model), griffin.prune(model, mode=mode):
+        generate(model, prompt(11))
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_without_a_prompt(family: str, mode: str) -> None:
+    model = tiny(family)
+    with unchanged(model), griffin.prune(model, mode=mode):
+        pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_between_a_prompt_and_its_continuation(family: str, mode: str) -> None:
+    model = tiny(family)
+    with unchanged(model), griffin.prune(model, mode=mode) as pruner:
+        generate(model, prompt(11))
+        with pruner.prefill():
+            model(prompt(7, 1))
+
+
+@pytest.mark.parametrize("call", [1, 3], ids=["mid-prefill", "mid-generation"])
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_an_exception(family: str, mode: str, call: int) -> None:
+    model = tiny(family)
+    with (
+        unchanged(model),
+        failing(model, family, call),
+        pytest.raises(KeyError),
+        griffin.prune(model, mode=mode),
+    ):
+        generate(model, prompt(11))
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_the_context_survives_an_exception_in_generate(mode: str, call: int) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    with griffin.prune(model, mode=mode):
+        expected = generate(model, ids)
+        with failing(model, "llama", call), pytest.raises(KeyError):
+            generate(model, prompt(7, 1), prefill_chunk_size=5)
+        found = generate(model, ids)
+    assert all(torch.equal(*steps) for steps in zip(found.logits, expected.logits, strict=True))
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_pruning_works_again(mode: str) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    pruner = griffin.prune(model, mode=mode)
+    outputs = []
+    for context in (pruner, griffin.prune(model, mode=mode), pruner):  # the same pruner can be entered again
+        with context:
+            outputs.append(generate(model, ids).sequences)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_a_generation_interrupted_by_leaving_the_context_is_never_dense(mode: str) -> None:
+    model, ids, tokens = tiny("llama"), prompt(11), prompt(2, 1)
+    pruner = griffin.prune(model, mode=mode)
+    with pruner:
+        cache = model(ids).past_key_values
+        model(tokens[:, :1], past_key_values=cache)
+        expected = model(tokens[:, 1:], past_key_values=cache).logits
+    with pruner:
+        cache = model(ids).past_key_values
+        model(tokens[:, :1], past_key_values=cache)
+    try:
+        with pruner:
+            found = model(tokens[:, 1:], past_key_values=cache).logits
+    except ValueError:
+        return  # a pruner that forgets its prompt on leaving has to say so
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("again", [lambda model, pruner: griffin.prune(model), lambda model, pruner: pruner])
+def test_nesting_is_refused_and_harmless(again: Callable[[PreTrainedModel, griffin.Pruner], griffin.Pruner]) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    with griffin.prune(model):
+        expected = generate(model, ids).sequences
+    with unchanged(model), griffin.prune(model) as outer:
+        with pytest.raises(RuntimeError, match="pruned already"), again(model, outer):
+            pass
+        assert torch.equal(generate(model, ids).sequences, expected)
+
+
+def test_two_models_are_pruned_at_once() -> None:
+    first, second, ids = tiny("llama"), tiny("mistral"), prompt(11)
+    with griffin.prune(first):
+        expected = generate(first, ids).sequences
+    with unchanged(first), unchanged(second), griffin.prune(first), griffin.prune(second):
+        generate(second, ids)
+        assert torch.equal(generate(first, ids).sequences, expected)
+
+
+def test_a_generate_of_the_users_own_stays() -> None:
+    model, ids = fresh("llama"), prompt(11)
+    original, calls = model.generate, []
+
+    def generate_and_count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    model.generate = generate_and_count
+    with griffin.prune(model):
+        model.generate(ids, max_new_tokens=2)
+    assert len(calls) == 1
+    assert vars(model).get("generate") is generate_and_count
+
+
+def test_hooks_of_the_users_own_stay() -> None:
+    model, ids, seen = fresh("llama"), prompt(11), []
+    model.register_forward_pre_hook(lambda *_: seen.append("model"))
+    reference.output_projection(model, "llama", 1).register_forward_pre_hook(lambda *_: seen.append("projection"))
+    with unchanged(model), griffin.prune(model):
+        seen.clear()
+        generate(model, ids, max_new_tokens=2)
+        assert seen == ["model", "projection"] * 2

@@ -1,0 +1,143 @@
+"""How the tests call the pipeline and read what a call leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+
+from pipelines import config, run
+from pipelines.config import RunConfig
+
+REPOSITORY = Path(run.__file__).resolve().parents[1]
+
+# Byte tokens make texts long, so the tests bring short articles. References of single letters meet sampled bytes
+# often enough that ROUGE is not simply 0.
+ALPHABET = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
+ARTICLES = [
+    "The ferry was late again on Monday.",
+    "A bakery in the old town now sells bread by weight, and its neighbours follow.",
+    "Two otters were seen in the harbour.",
+    "The museum closes its east wing for a year while the roof, which leaks in winter, is made anew.",
+    "Snow fell on the pass in June.",
+    "The council votes on a second bridge, after forty years of talk about it.",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def lines(self, start: str) -> list[str]:
+        """The lines on stderr that begin with `start`."""
+        return [line for line in self.err.splitlines() if line.startswith(start)]
+
+
+def main(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """Call the entry in this process, as `python -m pipelines.run OVERRIDES`."""
+    capfd.readouterr()
+    message, code = "", 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["run.py", *overrides])
+        try:
+            run.main()
+        except SystemExit as end:  # what the interpreter does with it at the end of a process
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            message = f"{end.code}\n" if isinstance(end.code, str) else ""
+    captured = capfd.readouterr()
+    return Outcome(code, captured.out, captured.err + message)
+
+
+def command(*overrides: str) -> list[str]:
+    """The entry as a command of its own."""
+    return [sys.executable, "-m", "pipelines.run", *overrides]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process of its own, which finds the package from any folder and nobody's settings."""
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "WANDB_", "HYDRA_")) and not name.lower().endswith("_proxy")
+    }
+    return plain | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables
+
+
+def process(arguments: Sequence[str], cwd: Path, timeout: float = 120, **variables: str) -> Outcome:
+    """Run a command to its end."""
+    done = subprocess.run(
+        arguments, cwd=cwd, env=environment(**variables), timeout=timeout, capture_output=True, text=True, check=False
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    """A JSON Lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny(output_dir: Path, *more: str, rows: int = 3, tokens: int = 8) -> list[str]:
+    """A run of a second: a random model, `rows` short articles, no shots, no tracking; later overrides win."""
+    data = output_dir.with_name("articles.jsonl")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(data, [{"article": text, "summary": ALPHABET} for text in ARTICLES])
+    plain = {
+        "model": "random_tiny",
+        "task.data_files": str(data),
+        "task.shots": "0",
+        "task.max_new_tokens": str(tokens),
+        "limit": str(rows),
+        "output_dir": str(output_dir),
+        "wandb.mode": "disabled",
+    }
+    plain |= dict(override.split("=", 1) for override in more)
+    return [f"{key}={value}" for key, value in plain.items()]
+
+
+def run_folders(output_dir: Path) -> list[Path]:
+    """The run folders, by name."""
+    return sorted(path for path in output_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def run_folder(output_dir: Path) -> Path:
+    """The one run folder."""
+    (folder,) = run_folders(output_dir)
+    return folder
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a run."""
+    record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return record
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of a run, in the file's order."""
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
+    assert lines.pop() == "", "the last line is not whole"
+    return [json.loads(line) for line in lines]
+
+
+def texts(folder: Path) -> list[str]:
+    """The generated texts of a run, in the data's order."""
+    return [sample["text"] for sample in sorted(read_samples(folder), key=lambda sample: sample["index"])]
+
+
+def composed(*overrides: str) -> RunConfig:
+    """The checked configuration of a call."""
+    config.register()
+    with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
+        return config.typed(hydra.compose("config", overrides=list(overrides)))

@@ -1,0 +1,42 @@
+"""What all tests of the pipeline share: a process that looks fresh, and a call of its entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import calling
+import pytest
+import torch
+from calling import Outcome
+
+from pipelines import job
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models run many times faster on one thread than on a shared pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline keeps results and the model for as long as a process lives; every test is a new one."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: this takes it back after the test
+    job.finished.clear()
+    job.failed.clear()
+    job._load.cache_clear()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The entry, called in this process with overrides."""
+
+    def entry(*overrides: str) -> Outcome:
+        job.finished.clear()
+        job.failed.clear()
+        return calling.main(overrides, monkeypatch, capfd)
+
+    return entry

@@ -1,0 +1,189 @@
+"""Mistakes in a call: one line that names the key and the value, at once, with nothing loaded and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import Outcome, tiny
+
+GOOD_ROW = '{"article": "Rain fell.", "summary": "Rain."}\n'
+FILES = {
+    "malformed.jsonl": GOOD_ROW.encode() + b'{"article": "Rain fell."\n',
+    "no_summary.jsonl": b'{"article": "Rain fell."}\n',
+    "number.jsonl": b'\n{"article": "Rain fell.", "summary": 3}\n',
+    "latin1.jsonl": GOOD_ROW.encode() + '{"article": "Caf\u00e9.", "summary": "Caf\u00e9."}\n'.encode("latin-1"),
+    "surrogate.jsonl": b'{"article": "Rain fell.", "summary": "Rain \\ud800."}\n',
+    "list.jsonl": b'["Rain fell.", "Rain."]\n',
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n  \n",
+    "good.jsonl": GOOD_ROW.encode(),
+}
+
+# (overrides, what the error must name); FILES stands for the folder with the files above.
+BAD: list[tuple[str, ...]] = [
+    ("model=foo", "model=foo", "smollm2_135m"),
+    ("task=foo", "task=foo", "xsum"),
+    ("experiment=foo", "experiment=foo", "quickstart"),
+    ("statistic=foo", "statistic=foo", "wanda"),
+    ("selection=foo", "selection=foo", "topk_sample"),
+    ("mode=foo", "mode=foo", "masked"),
+    ("task.decoding=foo", "task.decoding=foo", "greedy"),
+    ("task.kind=foo", "task.kind=foo", "generation"),
+    ("wandb.mode=foo", "wandb.mode=foo", "offline"),
+    ("model.source=foo", "model.source=foo", "package"),
+    ("model.dtype=int8", "model.dtype=int8", "bfloat16"),
+    ("device=foo", "device=foo", "cpu"),
+    ("device=cuda:", "device=cuda:", "cuda:N"),
+    ("device=cuda:99", "device=cuda:99"),
+    # sparsity
+    ("sparsity=1", "sparsity=1", "< 1"),
+    ("sparsity=-0.1", "sparsity=-0.1", "0 <="),
+    ("sparsity=half", "sparsity=half"),
+    ("sparsity=nan", "sparsity=nan"),
+    ("sparsity=inf", "sparsity=inf"),
+    ("sparsity=null", "sparsity=null"),
+    ("sparsity=", "sparsity="),
+    ("sparsity=[]", "sparsity=[]"),
+    ("sparsity=[0.5,0.5,1]", "sparsity=1"),
+    ("grid.sparsity=[2]", "grid.sparsity=2"),
+    ("grid.sparsity=0.5", "grid.sparsity=0.5"),
+    ("grid.sparsity=[half]", "grid.sparsity=[half]"),
+    ("grid.statistic=[foo]", "grid.statistic=foo", "magnitude"),
+    ("grid.sparsity=[0.5] sparsity=[0.1,0.2,0.3]", "sparsity=[0.1, 0.2, 0.3]", "grid.sparsity"),
+    # keys
+    ("sparsiti=0.3", "sparsiti", "sparsity"),
+    ("+sparsiti=0.3", "sparsiti", "sparsity"),
+    ("task.max_tokens=3", "task.max_tokens", "task.max_new_tokens"),
+    ("+task.max_tokens=3", "task.max_tokens", "task.max_new_tokens"),
+    ("+wandb.name=mine", "wandb.name"),
+    ("+task.hub.splits=test", "task.hub.splits"),
+    # types
+    ("batch_size=two", "batch_size=two"),
+    ("batch_size=1.5", "batch_size=1.5"),
+    ("limit=all", "limit=all"),
+    ("seed=x", "seed=x"),
+    ("shared_experts=maybe", "shared_experts=maybe"),
+    ("tags=mine", "tags=mine"),
+    ("wandb=offline", "wandb=offline"),
+    ("task=null", "task"),
+    ("model=null", "model"),
+    # numbers out of range
+    ("batch_size=0", "batch_size=0"),
+    ("limit=0", "limit=0"),
+    ("seed=-1", "seed=-1"),
+    ("task.max_new_tokens=0", "task.max_new_tokens=0"),
+    ("task.shots=-1", "task.shots=-1"),
+    # at odds with one another
+    ("mode=compact batch_size=4", "mode=compact", "batch_size=4"),
+    ("task.decoding=reference_sampling batch_size=4", "task.decoding=reference_sampling", "batch_size=4"),
+    ("task=xsum task.shots=1", "task.data_files", "task.shots_file"),
+    ("model.source=hub", "model.repo", "model.source=hub"),
+    # data
+    ("task.data_files=FILES/absent.jsonl", "task.data_files=FILES/absent.jsonl"),
+    ("task.data_files=FILES", "task.data_files=FILES"),
+    ("task.data_files=FILES/malformed.jsonl", "task.data_files=FILES/malformed.jsonl", "line 2"),
+    ("task.data_files=FILES/no_summary.jsonl", "line 1", "'summary'", "article"),
+    ("task.data_files=FILES/number.jsonl", "line 2", "'summary'", "int"),
+    ("task.data_files=FILES/latin1.jsonl", "task.data_files=FILES/latin1.jsonl", "line 2", "UTF-8"),
+    ("task.data_files=FILES/surrogate.jsonl", "task.data_files=FILES/surrogate.jsonl", "line 1"),
+    ("task.data_files=FILES/list.jsonl", "line 1", "list", "object"),
+    ("task.data_files=FILES/empty.jsonl", "task.data_files=FILES/empty.jsonl"),
+    ("task.data_files=FILES/blank.jsonl", "task.data_files=FILES/blank.jsonl"),
+    ("task.article_field=document", "task.data_files", "'document'"),
+    ("task.shots=1 task.shots_file=FILES/absent.jsonl", "task.shots_file=FILES/absent.jsonl"),
+    ("task.shots=1 task.shots_file=FILES/malformed.jsonl task.shots=2", "task.shots_file", "line 2"),
+    ("task.shots=2 task.shots_file=FILES/good.jsonl", "task.shots=2"),
+    ("task.shots=99", "task.shots=99"),
+    # places
+    ("output_dir=FILES/good.jsonl", "output_dir", "FILES/good.jsonl"),
+    ("output_dir=FILES/good.jsonl/below", "output_dir", "FILES/good.jsonl/below"),
+    ("output_dir=/proc/griffin", "output_dir", "/proc/griffin"),
+    ("output_dir=", "output_dir="),  # as a shell writes it where the variable is not set
+    # not overrides at all
+    ("sparsity", "sparsity", "KEY=VALUE"),
+    ("sparsity=[0.5", "sparsity=[0.5"),
+    ("=3", "=3"),
+    ("statistic=griffin,magnitude", "statistic=griffin,magnitude"),
+]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def with_bad(good: list[str], bad: list[str]) -> list[str]:
+    """The call with its bad overrides instead of the good ones of the same keys."""
+    keys = {override.partition("=")[0] for override in bad}
+    return [override for override in good if override.partition("=")[0] not in keys] + bad
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_one_error(ended: Outcome, *named: str) -> None:
+    assert ended.code == 1
+    assert "Traceback" not in ended.err + ended.out
+    (error,) = ended.lines("error: ")
+    assert [word for word in named if word not in error] == []
+    assert len(error) < 1000, "an error is read by a person"
+
+
+@pytest.mark.parametrize("case", BAD, ids=[case[0] for case in BAD])
+def test_mistakes_are_told_in_one_line_before_anything_is_loaded(
+    case: tuple[str, ...], call: Callable[..., Outcome], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("pipelines.models.load", load)
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    out = tmp_path / "out"
+    overrides, *named = [text.replace("FILES", str(files)) for text in case]
+    before = left_behind(files)
+    ended = call(*with_bad(tiny(out), overrides.split()))
+    assert_one_error(ended, *named)
+    assert len(ended.err.splitlines()) == 1
+    assert left_behind(out) == []
+    assert left_behind(cwd) == []
+    assert left_behind(files) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ("sparsity=[0.5,0.5]", ["sparsity", "2", "3"]),  # one value per layer, of which only the model knows
+        ("model.architecture.model_type=foo", ["model.architecture", "foo"]),
+        ("model.architecture.hidden_size=wide", ["model.architecture", "hidden_size", "wide"]),
+        ("model.architecture.hidden_size=65", ["model.architecture", "65"]),  # not a multiple of the heads
+        ("model.architecture.model_type=mixtral +model.architecture.num_local_experts=2", ["model=", "mixture"]),
+        ("model.architecture.model_type=bert", ["model"]),
+    ],
+)
+def test_what_only_the_model_can_tell_is_one_line_too(
+    overrides: str, named: list[str], call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ended = call(*with_bad(tiny(out), overrides.split()))
+    assert_one_error(ended, *named)
+    assert [name for name in left_behind(out) if not name.endswith("config.yaml")] == []
+
+
+def test_unused_embedded_data_that_is_absent_is_not_called_an_output_folder(
+    call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    # data_files replace the embedded data, so nothing needs to be there; if it is refused, then by its own name.
+    ended = call(*tiny(tmp_path / "out", "task.embedded=absent.jsonl"))
+    assert "Error executing job" not in ended.err
+    if ended.code:
+        assert_one_error(ended, "task.embedded", "absent.jsonl")
