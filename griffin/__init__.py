@@ -9,6 +9,7 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.pruner import MODES, Pruner, prune
 from griffin.selection import SELECTIONS, kept_neurons, select
+from griffin.shared_prompt import SharedPrompt
 from griffin.statistics import STATISTICS, Statistic, aggregate
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "STATISTICS",
     "FeedForwardBlock",
     "Pruner",
+    "SharedPrompt",
     "Statistic",
     "UnsupportedModelError",
     "aggregate",

@@ -43,6 +43,12 @@ LAYOUTS = (
 # Attribute names under which mixture-of-experts layers keep their routed experts.
 _ROUTED = ("experts", "router")
 
+# Attribute names that, where set, make a neuron's activation depend on the other neurons (a quantile over all of
+# them), or let the forward go around its output projection. Dropping neurons would then do something else.
+_COUPLED = ("activation_sparsity", "slow_but_exact")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight of a projection as a view [out, in], whichever way round the module stores it."""
@@ -103,7 +109,7 @@ def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
     blocks = []
     for layer in _decoder_layers(model):
         layer_name = names[layer]
-        _refuse_routed(layer, layer_name)
+        _refuse_attributes(layer, layer_name)
         found = [block for module in layer.modules() if (block := _block_at(module, names[module])) is not None]
         if not found:
             wanted = "; ".join(f"{' + '.join(layout.inputs)} -> {layout.output}" for layout in LAYOUTS)
@@ -132,13 +138,19 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
-def _refuse_routed(layer: nn.Module, layer_name: str) -> None:
+def _refuse_attributes(layer: nn.Module, layer_name: str) -> None:
     for name, module in layer.named_modules():
+        where = f"{layer_name}.{name}" if name else layer_name
         if any(hasattr(module, attribute) for attribute in _ROUTED):
-            where = f"{layer_name}.{name}" if name else layer_name
             raise UnsupportedModelError(
                 f"{where!r} ({type(module).__name__}) is a mixture of experts; only dense feedforward blocks are pruned"
             )
+        for attribute in _COUPLED:
+            if getattr(module, attribute, None):
+                raise UnsupportedModelError(
+                    f"{where!r} ({type(module).__name__}) has {attribute}={getattr(module, attribute)}: "
+                    "its neurons do not act on their own"
+                )
 
 
 def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
@@ -157,6 +169,7 @@ def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
                     raise UnsupportedModelError(
                         f"'{name}.{attribute}' has {rows} outputs where {layout.output!r} needs {wanted}"
                     )
+            _refuse_between(block, children)
             return block
     return None
 
@@ -166,7 +179,7 @@ def _refuse_unplain(projection: nn.Module, name: str) -> None:
     if (
         not isinstance(projection, (nn.Linear, Conv1D))
         or not isinstance(weight, nn.Parameter)
-        or not weight.is_floating_point()
+        or weight.dtype not in _DTYPES
         or weight.dim() != 2
         or weight.is_meta
     ):
@@ -175,3 +188,31 @@ def _refuse_unplain(projection: nn.Module, name: str) -> None:
             f"{name!r} ({type(projection).__name__}, {state}) is not a plain floating-point projection in memory; "
             "quantised, adapted or offloaded projections cannot be pruned"
         )
+    if type(projection).forward not in (nn.Linear.forward, Conv1D.forward) and not _is_linear(projection):
+        raise UnsupportedModelError(
+            f"{name!r} ({type(projection).__name__}) does not compute x W^T + b; it cannot be pruned"
+        )
+
+
+@torch.no_grad()
+def _is_linear(projection: nn.Module) -> bool:
+    """Whether a projection with a forward of its own does what its weight and bias say, tried on one input."""
+    weight: Tensor = weight_out_in(projection)
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device).unsqueeze(0)
+    said = nn.functional.linear(x, weight, getattr(projection, "bias", None))
+    done: Tensor = projection(x)
+    return bool(torch.allclose(done, said, rtol=1e-2, atol=1e-2 * float(said.abs().max())))
+
+
+def _refuse_between(block: FeedForwardBlock, children: dict[str, nn.Module]) -> None:
+    """Refuse a block with something as wide as its neurons between them and the output projection (a norm)."""
+    projections = {*block.inputs, block.output}
+    for attribute, child in children.items():
+        if child in projections:
+            continue
+        for parameter in child.parameters(recurse=False):
+            if parameter.shape == (block.width,) and block.width != weight_out_in(block.output).shape[0]:
+                raise UnsupportedModelError(
+                    f"'{block.name}.{attribute}' ({type(child).__name__}) acts on all neurons at once; "
+                    "a block with it cannot be pruned"
+                )

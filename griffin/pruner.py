@@ -12,20 +12,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMode
 
 from griffin.compaction import CompactBlock
-from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks
-from griffin.selection import SELECTIONS, kept_neurons, select
-from griffin.statistics import STATISTICS, aggregate
+from griffin.experts import choose_experts, prompt_digests
+from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
+from griffin.gathering import Gatherer
+from griffin.masking import Mask
+from griffin.selection import SELECTIONS, kept_neurons
+from griffin.statistics import STATISTICS
 
 MODES = ("compact", "masked")
 
@@ -74,7 +76,7 @@ class Pruner:
         self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
         self.kept: list[int] = [
             kept_neurons(block.width, value)
-            for block, value in zip(self.blocks, _per_layer(sparsity, len(self.blocks)), strict=True)
+            for block, value in zip(self.blocks, sparsity_per_layer(sparsity, len(self.blocks)), strict=True)
         ]
         self.statistic = STATISTICS[statistic]
         self.selection = selection
@@ -82,14 +84,21 @@ class Pruner:
         self.shared_experts = shared_experts
         self.seed = seed
 
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
+            )
         self._draws = self.statistic.random or selection != "topk"
+        self._gatherer = Gatherer(self.blocks, [self.statistic])
+        self._mask = Mask(self.blocks)
         self._signature = inspect.signature(model.forward)
         self._compact: list[CompactBlock | None] = []
-        self._root_hook: Any = None
-        self._block_hooks: list[Any] = []
+        self._root_hooks: list[Any] = []
         self._generation: _Generation | None = None
         self._in_prefill = False
-        self._positions = 0  # in the cache after the last call, so that the next call is known to continue it
+        # The cache after the last call and the positions in it, so that the next call is known to continue it.
+        self._cache: ReferenceType[Any] | None = None
+        self._positions = 0
         self._forget_prompt()
 
     # -- the context ----------------------------------------------------------------------------------------------
@@ -98,17 +107,28 @@ class Pruner:
         if self.model in _pruned_models:
             raise RuntimeError("this model is being pruned already; leave that context first")
         _pruned_models.add(self.model)
-        self._root_hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._dense_generate = self.model.generate
-        self.model.generate = self._generate
+        self._root_hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
+        self._own_generate = vars(self.model).get("generate")
+        if hasattr(self.model, "generate"):  # a decoder without its language modelling head has none
+            self._dense_generate = self.model.generate
+            self.model.generate = self._generate
         return self
 
     def __exit__(self, *_: object) -> None:
         self._install_dense()
-        self._remove_block_hooks()
-        self._root_hook.remove()
-        del self.model.generate  # uncovers the class's own
+        self._gatherer.detach()
+        self._mask.detach()
+        for hook in self._root_hooks:
+            hook.remove()
+        vars(self.model).pop("generate", None)  # uncovers the class's own
+        if self._own_generate is not None:
+            self.model.generate = self._own_generate
         self._compact = []
+        if self._phase == "generation":
+            self._phase = "prompt"  # entered again, the next generation call puts the experts back to work
         _pruned_models.discard(self.model)
 
     @contextlib.contextmanager
@@ -181,24 +201,27 @@ class Pruner:
         else:
             in_prompt = cached == 0 or self._in_prefill
         if in_prompt:
-            if cached == 0 or cached != self._positions:
+            known = self._cache is None or self._cache() is cache
+            if cached == 0 or cached != self._positions or not known:
                 self._begin_prompt(rows)  # a cache filled elsewhere begins a new prompt too
             self._continue_prompt(rows, positions, ids, self._valid_positions(call, cached, rows, positions))
         else:
             self._continue_generation(rows)
         self._positions = cached + positions
 
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        self._cache = None if cache is None else ref(cache)
+
     def _forget_prompt(self) -> None:
         self._phase: Literal["none", "prompt", "generation"] = "none"
         self._rows = 0
-        self._shape_BS = (0, 0)
-        self._valid_BS: Tensor | None = None
+        self._rows_per_prompt = 1  # beams, or several returned sequences
         self._lengths_B: Tensor | None = None
         self._digests: list[int] = []
-        self._totals_BD: list[Tensor | None] = [None] * len(self.blocks)
+        self._gatherer.reset()
         self._scores: list[Tensor] | None = None
         self._experts: list[Tensor] | None = None
-        self._dropped_B1D: list[Tensor] = []
 
     def _begin_prompt(self, rows: int) -> None:
         prompts = self._generation.prompts if self._generation is not None else rows
@@ -209,26 +232,24 @@ class Pruner:
             )
         self._forget_prompt()
         self._rows = rows
+        self._rows_per_prompt = rows // prompts
         self._digests = [0] * rows
 
     def _continue_prompt(self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None) -> None:
         if rows != self._rows:
             raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
         self._install_dense()
-        if self._phase != "prompt":
-            self._remove_block_hooks()
-            if self.statistic.gather is not None:
-                self._hook_blocks(self._gather)
-            self._phase = "prompt"
+        self._mask.detach()
+        self._gatherer.expect(rows, positions, valid_BS)
+        self._gatherer.attach()
+        self._phase = "prompt"
         self._scores = self._experts = None
-        self._shape_BS = (rows, positions)
-        self._valid_BS = valid_BS
         lengths_B = torch.full((rows,), positions) if valid_BS is None else valid_BS.sum(dim=1)
         self._lengths_B = lengths_B if self._lengths_B is None else self._lengths_B + lengths_B.to(self._lengths_B)
         if self._draws:
             if ids is None:
                 raise ValueError("random statistics and selections need input_ids: their seed is the prompt")
-            self._digests = _digests(ids, valid_BS, self._digests)
+            self._digests = prompt_digests(ids, valid_BS, self._digests)
 
     def _continue_generation(self, rows: int) -> None:
         if self._phase == "none":
@@ -237,19 +258,13 @@ class Pruner:
             return
         self._choose()
         assert self._experts is not None
-        self._remove_block_hooks()
+        self._gatherer.detach()
         if self.mode == "compact":
             self._install_compact(self._experts)
         else:
-            self._dropped_B1D = [
-                torch.ones(len(experts), block.width, dtype=torch.bool, device=experts.device)
-                .scatter_(1, experts, False)
-                .unsqueeze(1)
-                for block, experts in zip(self.blocks, self._experts, strict=True)
-            ]
             if not self.shared_experts and rows != self._rows:
                 raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
-            self._hook_blocks(self._mask)
+            self._mask.attach(self._experts)
         self._phase = "generation"
 
     def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
@@ -269,76 +284,36 @@ class Pruner:
             )
         return mask[:, cached : cached + positions].bool()
 
-    # -- the prompt -----------------------------------------------------------------------------------------------
+    # -- the experts at work --------------------------------------------------------------------------------------
 
-    def _hook_blocks(self, hook: Any) -> None:
-        for layer, block in enumerate(self.blocks):
-            self._block_hooks.append(
-                block.output.register_forward_pre_hook(lambda _, args, layer=layer: hook(layer, args[0]))
-            )
-
-    def _remove_block_hooks(self) -> None:
-        for handle in self._block_hooks:
-            handle.remove()
-        self._block_hooks = []
-
-    @torch.no_grad()
-    def _gather(self, layer: int, z: Tensor) -> None:
-        z_BSD = z.detach().reshape(*self._shape_BS, -1).float()  # some architectures flatten B and S
-        if self._valid_BS is not None:
-            z_BSD = z_BSD.masked_fill(~self._valid_BS.to(z.device).unsqueeze(-1), 0.0)
-        assert self.statistic.gather is not None
-        part_BD = self.statistic.gather(z_BSD)
-        total_BD = self._totals_BD[layer]
-        self._totals_BD[layer] = part_BD if total_BD is None else total_BD + part_BD
-
-    @torch.no_grad()
     def _choose(self) -> None:
         """Scores and experts of the prompt, once it is complete."""
         if self._experts is not None:
             return
         if self._phase == "none":
             raise RuntimeError("no prompt has run yet")
-        scores, experts = [], []
-        for layer, block in enumerate(self.blocks):
-            draw_BD = self._draw(layer)
-            scores_BD = self.statistic.score(self._totals_BD[layer], block, draw_BD)
-            if self.shared_experts or self.mode == "compact":
-                assert self._lengths_B is not None
-                scores_BD = aggregate(scores_BD, self._lengths_B) if len(scores_BD) > 1 else scores_BD
-                draw_BD = None if draw_BD is None else draw_BD[:1]
-            scores.append(scores_BD)
-            experts.append(select(scores_BD, self.kept[layer], self.selection, draw_BD))
-        self._scores, self._experts = scores, experts
-
-    def _draw(self, layer: int) -> Tensor | None:
-        """[B, D] uniform numbers that follow from the seed, the layer and the row's own prompt.
-
-        So a prompt draws the same experts in whichever batch and order it comes.
-        """
-        if not self._draws:
-            return None
-        block = self.blocks[layer]
-        rows = [
-            torch.rand(block.width, generator=torch.Generator().manual_seed(seed))
-            for seed in (zlib.crc32(f"{self.seed} {layer}".encode(), digest) for digest in self._digests)
-        ]
-        return torch.stack(rows).to(weight_device(block))
-
-    # -- the experts at work --------------------------------------------------------------------------------------
-
-    def _mask(self, layer: int, z: Tensor) -> Tensor:
-        dropped_B1D = self._dropped_B1D[layer]
-        z_BSD = z.reshape(self._rows if len(dropped_B1D) > 1 else 1, -1, z.shape[-1])
-        return z_BSD.masked_fill(dropped_B1D, 0.0).reshape(z.shape)
+        assert self._lengths_B is not None
+        shared = self.shared_experts or self.mode == "compact"
+        self._scores, self._experts = choose_experts(
+            self.blocks,
+            self._gatherer,
+            self.statistic,
+            self.selection,
+            self.kept,
+            self._digests,
+            self.seed,
+            self._lengths_B[:: self._rows_per_prompt] if shared else None,
+        )
 
     def _install_compact(self, experts: list[Tensor]) -> None:
         if not self._compact:
             # A block that keeps all of its neurons keeps its own weights: bit-identical to dense.
-            self._compact = [
-                CompactBlock(block, kept) if kept < block.width else None
-                for block, kept in zip(self.blocks, self.kept, strict=True)
-            ]
+            # Buffers made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._compact = [
+                    CompactBlock(block, kept) if kept < block.width else None
+                    for block, kept in zip(self.blocks, self.kept, strict=True)
+                ]
         for compact, experts_1K in zip(self._compact, experts, strict=True):
             if compact is not None:
                 compact.install(experts_1K[0])
@@ -393,14 +368,7 @@ def prune(
     return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed)
 
 
-def weight_device(block: FeedForwardBlock) -> torch.device:
-    """The device that a block's scores live on."""
-    weight = block.output.weight
-    assert isinstance(weight, Tensor)
-    return weight.device
-
-
-def _per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
+def sparsity_per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
     values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
     if len(values) != layers:
         raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
@@ -431,12 +399,3 @@ def _refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
     if decoding not in _DECODINGS:
         allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
         raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
-
-
-def _digests(ids_BS: Tensor, valid_BS: Tensor | None, before: list[int]) -> list[int]:
-    """A running checksum of each row's tokens, padding excluded."""
-    rows = []
-    for row, digest in enumerate(before):
-        ids_S = ids_BS[row] if valid_BS is None else ids_BS[row][valid_BS[row].to(ids_BS.device)]
-        rows.append(zlib.crc32(ids_S.to("cpu", torch.int64).numpy().tobytes(), digest))
-    return rows

@@ -1,0 +1,84 @@
+"""From what was gathered of the prompts to their experts, layer by layer.
+
+Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from griffin.feedforward import FeedForwardBlock
+from griffin.gathering import Gatherer
+from griffin.selection import select
+from griffin.statistics import Statistic, aggregate
+
+
+@torch.no_grad()
+def choose_experts(
+    blocks: Sequence[FeedForwardBlock],
+    gatherer: Gatherer,
+    statistic: Statistic,
+    selection: str,
+    kept: Sequence[int],
+    digests: Sequence[int],
+    seed: int,
+    shared_lengths_B: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores and experts of the prompts that were gathered.
+
+    Args:
+        blocks: the FF blocks, in layer order.
+        gatherer: what it gathered must include this statistic.
+        statistic: what scores the neurons.
+        selection: how scores become experts.
+        kept: K of each layer.
+        digests: per row, a number that stands for its prompt (see `prompt_digests`); unused without randomness.
+        seed: of random statistics and selections.
+        shared_lengths_B: where the prompts share one expert set, the length of each; fewer than the rows where
+            several rows (beams) continue one prompt.
+
+    Returns:
+        Per layer, scores [B, D] float32 and experts [B, K] int64; one row where static or shared.
+    """
+    scores, experts = [], []
+    for layer, block in enumerate(blocks):
+        draw_BD = _draw(block, layer, digests, seed) if statistic.random or selection != "topk" else None
+        scores_BD = statistic.score(gatherer.total(statistic, layer), block, draw_BD)
+        if shared_lengths_B is not None:
+            scores_BD = scores_BD[:: max(1, len(scores_BD) // len(shared_lengths_B))]
+            scores_BD = aggregate(scores_BD, shared_lengths_B) if len(scores_BD) > 1 else scores_BD
+            draw_BD = None if draw_BD is None else draw_BD[:1]
+        scores.append(scores_BD)
+        experts.append(select(scores_BD, kept[layer], selection, draw_BD))
+    return scores, experts
+
+
+def prompt_digests(ids_BS: Tensor, counted_BS: Tensor | None, before: Sequence[int]) -> list[int]:
+    """A running checksum of each row's tokens, so that a prompt draws the same experts in any batch and order.
+
+    Args:
+        ids_BS: token ids.
+        counted_BS: which of them belong to the prompt; None: all.
+        before: the rows' checksums of earlier stretches, 0 at the beginning.
+
+    Returns:
+        B numbers.
+    """
+    rows = []
+    for row, digest in enumerate(before):
+        ids_S = ids_BS[row] if counted_BS is None else ids_BS[row][counted_BS[row].to(ids_BS.device)]
+        rows.append(zlib.crc32(ids_S.to("cpu", torch.int64).numpy().tobytes(), digest))
+    return rows
+
+
+def _draw(block: FeedForwardBlock, layer: int, digests: Sequence[int], seed: int) -> Tensor:
+    """[B, D] uniform numbers that follow from the seed, the layer and the row's own prompt."""
+    rows = [
+        torch.rand(block.width, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer}".encode(), digest)))
+        for digest in digests
+    ]
+    return torch.stack(rows).to(block.output.get_parameter("weight").device)

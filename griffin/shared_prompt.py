@@ -1,0 +1,153 @@
+"""One dense pass over prompts, continued by any number of methods: the engine of teacher-forced evaluation.
+
+Classification, perplexity and fidelity all ask how a *given* text is continued. So the prompts run once, dense,
+with every statistic gathered at once, and each method pays for its continuation only.
+
+Rows are padded on the right. To continue rows of different lengths together, their keys and values are shifted
+until all prompts end in the same column; every difference of positions, and so every rotary angle, sliding window
+and ALiBi slope, stays what it is for the row alone.
+
+Dimensions: B = batch rows, S = positions of the dense pass, P = the longest prompt, C = the longest continuation,
+V = vocabulary, D = FF width, K = kept neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from griffin.experts import choose_experts, prompt_digests
+from griffin.feedforward import find_feedforward_blocks
+from griffin.gathering import Gatherer
+from griffin.masking import Mask
+from griffin.pruner import sparsity_per_layer
+from griffin.selection import kept_neurons
+from griffin.statistics import STATISTICS
+
+
+class SharedPrompt:
+    """Runs prompts dense and continues them pruned.
+
+        shared = SharedPrompt(model, ["griffin", "magnitude"])
+        dense = shared.run(ids, prompt_lengths)
+        for statistic in ("griffin", "magnitude"):
+            logits = shared.continued(following_ids, following_lengths, shared.experts(statistic, "topk", 0.5))
+
+    The model is left as it was after every call. Experts are masked, so every row has its own.
+
+    Args:
+        model: a `transformers` causal language model with dense FF blocks.
+        statistics: names in `STATISTICS`, all that `experts` will be asked for.
+
+    Raises:
+        UnsupportedModelError: the model has an FF block that cannot be pruned.
+        KeyError: an unknown statistic.
+    """
+
+    def __init__(self, model: nn.Module, statistics: Sequence[str]) -> None:
+        self._model: Any = model
+        self._blocks = find_feedforward_blocks(model)
+        self._gatherer = Gatherer(self._blocks, [STATISTICS[name] for name in statistics])
+        self._mask = Mask(self._blocks)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last_only: bool = False) -> Tensor:
+        """The dense pass. Only each row's first `prompt_lengths_B` tokens count for the statistics.
+
+        Args:
+            ids_BS: token ids, padded on the right with any id.
+            prompt_lengths_B: tokens of each row's prompt, at most the row's own.
+            last_only: compute the logits of the last column only.
+
+        Returns:
+            Logits [B, S, V] (or [B, 1, V]) of the dense model, bit-identical to a plain forward call.
+        """
+        rows, positions = ids_BS.shape
+        self._prompts_B = prompt_lengths_B
+        columns_S = torch.arange(positions, device=ids_BS.device)
+        counted_BS = columns_S < prompt_lengths_B.unsqueeze(1)
+        self._digests = prompt_digests(ids_BS, counted_BS, [0] * rows)
+        # A cache made without the model's config keeps every position, also in layers with a sliding window.
+        cache = DynamicCache()
+        self._gatherer.reset()
+        self._gatherer.expect(rows, positions, counted_BS)
+        self._gatherer.attach()
+        try:
+            keep = {"logits_to_keep": 1} if last_only else {}
+            logits: Tensor = self._model(ids_BS, past_key_values=cache, use_cache=True, **keep).logits
+        finally:
+            self._gatherer.detach()
+        self._align(cache)
+        return logits
+
+    def experts(self, statistic: str, selection: str, sparsity: float | Sequence[float], seed: int = 0) -> list[Tensor]:
+        """Per layer, the experts of the prompts: [B, K] int64, [1, K] where static.
+
+        Args:
+            statistic: one of those named at construction.
+            selection: one of `SELECTIONS`.
+            sparsity: share of FF neurons dropped, or one number per layer.
+            seed: of random statistics and selections.
+        """
+        kept = [
+            kept_neurons(block.width, value)
+            for block, value in zip(self._blocks, sparsity_per_layer(sparsity, len(self._blocks)), strict=True)
+        ]
+        _, experts = choose_experts(
+            self._blocks, self._gatherer, STATISTICS[statistic], selection, kept, self._digests, seed
+        )
+        return experts
+
+    @torch.no_grad()
+    def continued(self, ids_BC: Tensor, lengths_B: Tensor, experts: Sequence[Tensor] | None) -> Tensor:
+        """The prompts' continuation, with these experts in every position of it, or dense.
+
+        Args:
+            ids_BC: the continuations' token ids, padded on the right with any id.
+            lengths_B: tokens of each continuation, 0 to C.
+            experts: per layer [B, K] or [1, K]; None: dense.
+
+        Returns:
+            Logits [B, C, V] of the tokens after each continuation token; meaningless behind a row's length.
+        """
+        steps = ids_BC.shape[1]
+        steps_C = torch.arange(steps, device=ids_BC.device)
+        mask_BPC = torch.cat([self._valid_BP, steps_C < lengths_B.unsqueeze(1)], dim=1)
+        positions = {"position_ids": self._prompts_B.unsqueeze(1) + steps_C} if self._takes_positions else {}
+        cache = copy.copy(self._cache)  # growing a copy leaves the tensors of the original alone
+        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        if experts is not None:
+            self._mask.attach(experts)
+        try:
+            logits: Tensor = self._model(
+                ids_BC, attention_mask=mask_BPC.long(), past_key_values=cache, use_cache=True, **positions
+            ).logits
+        finally:
+            self._mask.detach()
+        return logits
+
+    def _align(self, cache: DynamicCache) -> None:
+        """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""
+        longest = int(self._prompts_B.max())
+        shift_B = longest - self._prompts_B
+        columns_P = torch.arange(longest, device=shift_B.device)
+        source_BP = columns_P - shift_B.unsqueeze(1)
+        self._valid_BP = source_BP >= 0
+        ragged = bool((shift_B > 0).any())
+        for layer in cache.layers:
+            if ragged:
+                index = source_BP.clamp(min=0).to(layer.keys.device)[:, None, :, None]
+                layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+                layer.values = layer.values.gather(
+                    2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
+                )
+            else:
+                layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
+        self._cache = cache
