@@ -99,6 +99,7 @@ class Pruner:
         # The cache after the last call and the positions in it, so that the next call is known to continue it.
         self._cache: ReferenceType[Any] | None = None
         self._positions = 0
+        self._phase: Literal["none", "prompt", "generation"] = "none"
         self._forget_prompt()
 
     # -- the context ----------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Pruner:
         self._cache = None if cache is None else ref(cache)
 
     def _forget_prompt(self) -> None:
-        self._phase: Literal["none", "prompt", "generation"] = "none"
+        self._phase = "none"
         self._rows = 0
         self._rows_per_prompt = 1  # beams, or several returned sequences
         self._lengths_B: Tensor | None = None
