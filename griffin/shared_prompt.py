@@ -58,16 +58,16 @@ class SharedPrompt:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
-    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last_only: bool = False) -> Tensor:
+    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int = 0) -> Tensor:
         """The dense pass. Only each row's first `prompt_lengths_B` tokens count for the statistics.
 
         Args:
             ids_BS: token ids, padded on the right with any id.
             prompt_lengths_B: tokens of each row's prompt, at most the row's own.
-            last_only: compute the logits of the last column only.
+            last: compute the logits of the last so many columns only; 0: of all.
 
         Returns:
-            Logits [B, S, V] (or [B, 1, V]) of the dense model, bit-identical to a plain forward call.
+            Logits [B, S, V], or [B, last, V], of the dense model: those of a plain forward call, to the bit.
         """
         rows, positions = ids_BS.shape
         self._prompts_B = prompt_lengths_B
@@ -80,8 +80,7 @@ class SharedPrompt:
         self._gatherer.expect(rows, positions, counted_BS)
         self._gatherer.attach()
         try:
-            keep = {"logits_to_keep": 1} if last_only else {}
-            logits: Tensor = self._model(ids_BS, past_key_values=cache, use_cache=True, **keep).logits
+            logits: Tensor = self._model(ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
         finally:
             self._gatherer.detach()
         self._align(cache)
@@ -121,17 +120,21 @@ class SharedPrompt:
         steps_C = torch.arange(steps, device=ids_BC.device)
         mask_BPC = torch.cat([self._valid_BP, steps_C < lengths_B.unsqueeze(1)], dim=1)
         positions = {"position_ids": self._prompts_B.unsqueeze(1) + steps_C} if self._takes_positions else {}
-        cache = copy.copy(self._cache)  # growing a copy leaves the tensors of the original alone
-        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         if experts is not None:
             self._mask.attach(experts)
         try:
             logits: Tensor = self._model(
-                ids_BC, attention_mask=mask_BPC.long(), past_key_values=cache, use_cache=True, **positions
+                ids_BC, attention_mask=mask_BPC.long(), past_key_values=self.fork(), use_cache=True, **positions
             ).logits
         finally:
             self._mask.detach()
         return logits
+
+    def fork(self) -> DynamicCache:
+        """The prompts' KV cache, to be grown by forward calls; growing it leaves the original alone."""
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in self._cache.layers]  # growing replaces tensors, never writes
+        return cache
 
     def _align(self, cache: DynamicCache) -> None:
         """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""

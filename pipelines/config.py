@@ -23,6 +23,7 @@ SELECTIONS = griffin.SELECTIONS
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
 DECODINGS = ("greedy", "reference_sampling")
+PROTOCOLS = ("paper", "continuation")
 
 
 def _help(text: str, default: Any = MISSING) -> Any:
@@ -40,6 +41,11 @@ def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _at_least(key: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
         raise UserError(f"{key}={value}: expected {least} or more")
+
+
+def _is_file(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"{key}={path}: no such file")
 
 
 def _sparsity(key: str, value: Any) -> float | list[float]:
@@ -88,10 +94,11 @@ class HubDataset:
 
 @dataclass
 class GenerationTask:
-    """Summaries of articles, generated and compared with a reference by ROUGE."""
+    """Summaries of articles: generated and compared with a reference by ROUGE (kind `generation`), or the dense
+    model's own, teacher-forced, on which the pruned next-token distributions are compared (kind `fidelity`)."""
 
     name: str = _help("name in records and tables")
-    kind: str = _help("which pipeline runs the task, and the job type in W&B", "generation")
+    kind: str = _help("generation or fidelity: which pipeline runs the task, and the job type in W&B", "generation")
     hub: HubDataset | None = _help("the data set on the hub", None)
     embedded: str | None = _help("the project's own data: a file in pipelines/data", None)
     embedded_shots: str | None = _help("the shots that go with it", None)
@@ -107,7 +114,7 @@ class GenerationTask:
     decoding: str = _help("greedy, or the reference's sampling at temperature 0.3", "greedy")
 
     def __post_init__(self) -> None:
-        _one_of("task.kind", self.kind, ("generation",))
+        _one_of("task.kind", self.kind, ("generation", "fidelity"))
         _one_of("task.decoding", self.decoding, DECODINGS)
         _at_least("task.shots", self.shots, 0)
         _at_least("task.max_new_tokens", self.max_new_tokens, 1)
@@ -115,12 +122,53 @@ class GenerationTask:
             raise UserError("task.stop is empty: expected the text that ends a generation")
         if not (self.hub or self.embedded or self.data_files):
             raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
-        for key in ("data_files", "shots_file"):
-            path = getattr(self, key)
-            if path is not None and not Path(path).is_file():
-                raise UserError(f"task.{key}={path}: no such file")
+        _is_file("task.data_files", self.data_files)
+        _is_file("task.shots_file", self.shots_file)
         if self.shots > 0 and self.data_files and not self.shots_file and not self.embedded_shots:
             raise UserError("task.data_files without task.shots_file: the shots need a file too, or set task.shots=0")
+
+
+@dataclass
+class HarnessTask:
+    """A task of lm-eval: classification by log-likelihood, or question answering by generation."""
+
+    name: str = _help("name in records and tables")
+    kind: str = _help("which kind of task, and the job type in W&B")
+    definition: str = _help("the task's YAML file, in pipelines/harness_tasks or lm-eval's tasks")
+    embedded: str | None = _help("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = _help("a JSON Lines file in the data set's layout, instead of the hub", None)
+    protocol: str = _help("paper (the last input position is pruned) or continuation (all its positions)", "paper")
+
+    def __post_init__(self) -> None:
+        _one_of("task.kind", self.kind, ("classification", "question_answering"))
+        _one_of("task.protocol", self.protocol, PROTOCOLS)
+        _is_file("task.data_files", self.data_files)
+
+
+@dataclass
+class PerplexityTask:
+    """Perplexity of the tokens that follow a prompt, by length of prompt and of generation."""
+
+    name: str = _help("name in records and tables")
+    kind: str = _help("which pipeline runs the task, and the job type in W&B", "perplexity")
+    hub: HubDataset | None = _help("the data set on the hub", None)
+    embedded: str | None = _help("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = _help("a text file, instead of hub or embedded", None)
+    text_field: str = _help("the field that holds the text, in hub and embedded data", "text")
+    separator: str = _help("what joins the rows to one text", "\n\n")
+    prompt_lengths: list[int] = _help("prompt lengths in tokens, run dense", list)
+    generation_lengths: list[int] = _help("how many of the following tokens are scored, under the experts", list)
+
+    def __post_init__(self) -> None:
+        _one_of("task.kind", self.kind, ("perplexity",))
+        _is_file("task.data_files", self.data_files)
+        if not (self.hub or self.embedded or self.data_files):
+            raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
+        for key in ("prompt_lengths", "generation_lengths"):
+            if not getattr(self, key):
+                raise UserError(f"task.{key}=[]: expected at least one length")
+            for value in getattr(self, key):
+                _at_least(f"task.{key}", value, 1)
 
 
 @dataclass
@@ -185,7 +233,7 @@ class RunConfig:
                 f"mode=compact with batch_size={self.batch_size}: compact holds one expert set; "
                 "use mode=masked or shared_experts=true"
             )
-        if self.task.decoding == "reference_sampling" and self.batch_size > 1:
+        if getattr(self.task, "decoding", None) == "reference_sampling" and self.batch_size > 1:
             raise UserError(
                 f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
                 "on the batch; use batch_size=1 or task.decoding=greedy"
@@ -199,7 +247,8 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema", name="model", node=ModelConfig)
-    store.store(group="schema", name="generation_task", node=GenerationTask)
+    for name, node in _TASKS.items():
+        store.store(group="schema", name=name, node=node)
     store.store(group="hydra/help", name="griffin", node={"app_name": "pipelines.run", "template": help_text()})
 
 
@@ -209,9 +258,10 @@ def typed(cfg: DictConfig) -> RunConfig:
     Raises:
         UserError: a value is missing, of the wrong type, or at odds with another.
     """
-    for prefix, node in _NODES:
+    for prefix in dict.fromkeys(prefix for prefix, _ in _NODES):
         group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
-        for key in set(group or ()) - {item.name for item in fields(node)}:
+        known = {item.name for place, node in _NODES if place == prefix for item in fields(node)}
+        for key in set(group or ()) - known:
             raise UserError(unknown_key(f"{prefix}{key}"))  # +KEY=VALUE adds what no class has
     try:
         config = OmegaConf.to_object(cfg)
@@ -238,15 +288,23 @@ def help_text() -> str:
         "Keys (KEY=VALUE; the whole composed configuration: --cfg job; a sweep: -m and comma-separated values)",
     ]
     for prefix, node in _NODES:
+        if prefix == "task.":
+            lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
         lines += [f"  {prefix + item.name:24}{item.metadata['help']}" for item in fields(node)]
     return "\n".join([*lines, "", "Choices of model, task and experiment", "$APP_CONFIG_GROUPS", ""])
 
+
+_TASKS: dict[str, Any] = {
+    "generation_task": GenerationTask,
+    "harness_task": HarnessTask,
+    "perplexity_task": PerplexityTask,
+}
 
 _NODES: tuple[tuple[str, Any], ...] = (
     ("", RunConfig),
     ("grid.", GridConfig),
     ("wandb.", WandbConfig),
     ("model.", ModelConfig),
-    ("task.", GenerationTask),
+    *(("task.", node) for node in _TASKS.values()),
     ("task.hub.", HubDataset),
 )

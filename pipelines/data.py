@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import GenerationTask, HubDataset
+from pipelines.config import GenerationTask, HubDataset, PerplexityTask
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
 
@@ -50,6 +50,26 @@ def read_shots(task: GenerationTask) -> list[Row]:
     if len(rows) < task.shots:
         raise UserError(f"task.shots={task.shots}: expected at most {len(rows)}, the rows there are to show")
     return rows
+
+
+def read_text(task: PerplexityTask) -> str:
+    """The task's text: a file as it is, or the rows of the data set joined.
+
+    Raises:
+        UserError: the data is missing, malformed or unreachable.
+    """
+    if task.data_files is not None:
+        try:
+            return Path(task.data_files).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"task.data_files={task.data_files}: cannot be read as UTF-8 text ({error})") from error
+    needed = (task.text_field,)
+    if task.embedded is not None:
+        rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", None)
+    else:
+        assert task.hub is not None
+        rows = _read_hub(task.hub, task.hub.split, needed, None)
+    return task.separator.join(row[task.text_field] for row in rows)
 
 
 def read_jsonl(path: Path, needed: tuple[str, ...], key: str, limit: int | None) -> list[Row]:

@@ -19,7 +19,7 @@ from pipelines.config import GenerationTask, RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import Method, pruner_options
 from pipelines.models import LoadedModel
-from pipelines.prompts import Prompt
+from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -28,10 +28,23 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
+def read(config: RunConfig) -> list[Prompt]:
+    """The task's prompts, built from its data.
+
+    Raises:
+        UserError: the data is missing, malformed or unreachable.
+    """
+    return read_prompts(config.task, config.limit)
+
+
 def evaluate(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, method: Method
-) -> Iterator[list[Sample]]:
-    """Generate and score, one batch of samples at a time.
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """Generate and score, method by method and one batch of samples at a time.
 
     A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says so, as in the
     reference implementation.
@@ -39,21 +52,26 @@ def evaluate(
     Raises:
         UserError: the model cannot be pruned like this.
     """
+    for method in methods:
+        remaining = [prompt for prompt in prompts if prompt.index not in done[method]]
+        with _pruned(loaded, config, method):
+            for start in range(0, len(remaining), config.batch_size):
+                yield method, _evaluate_batch(loaded, remaining[start : start + config.batch_size], config)
+
+
+def _evaluate_batch(loaded: LoadedModel, batch: Sequence[Prompt], config: RunConfig) -> list[Sample]:
     task: GenerationTask = config.task
     room = loaded.context_length - task.max_new_tokens
-    with _pruned(loaded, config, method):
-        for start in range(0, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            encoded = [loaded.encode(prompt.text) for prompt in batch]
-            fitting = [(prompt, ids) for prompt, ids in zip(batch, encoded, strict=True) if len(ids) <= room]
-            samples = [
-                _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
-                for prompt, ids in zip(batch, encoded, strict=True)
-                if len(ids) > room
-            ]
-            if fitting:
-                samples += _generate(loaded, fitting, task, config.seed)
-            yield sorted(samples, key=lambda sample: sample["index"])
+    encoded = [loaded.encode(prompt.text) for prompt in batch]
+    fitting = [(prompt, ids) for prompt, ids in zip(batch, encoded, strict=True) if len(ids) <= room]
+    samples = [
+        _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
+        for prompt, ids in zip(batch, encoded, strict=True)
+        if len(ids) > room
+    ]
+    if fitting:
+        samples += _generate(loaded, fitting, task, config.seed)
+    return sorted(samples, key=lambda sample: sample["index"])
 
 
 def _pruned(loaded: LoadedModel, config: RunConfig, method: Method) -> AbstractContextManager[Any]:

@@ -1,16 +1,19 @@
 """One job: a configuration in, a record for each of its methods out.
 
-What takes seconds to import is imported once configuration and data are known to be good, so that a mistake is
-told at once.
+What takes seconds to import is imported once the configuration is known to be good, so that a mistake is told at
+once.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -19,12 +22,24 @@ from tqdm import tqdm
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
 from pipelines.methods import Method, identity, methods, run_config
-from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Record, RunFolder, run_id
-from pipelines.tracking import track
+from pipelines.tracking import Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
+
+# The module of each kind of task. It has
+#   read(config) -> items                                        from data alone, before a model is loaded
+#   evaluate(loaded, items, config, methods, done) -> batches    (method, samples) as they come, without those done
+#   metrics(samples) -> {name: number}                           over all samples of one method
+# and may have versions(items) -> what else belongs into the record's environment.
+KINDS = {
+    "generation": "pipelines.generation",
+    "classification": "pipelines.harness",
+    "question_answering": "pipelines.harness",
+    "perplexity": "pipelines.perplexity",
+    "fidelity": "pipelines.fidelity",
+}
 
 # What the jobs of this process came to, for the summary at the end of the call.
 finished: list[tuple[str, Record]] = []
@@ -49,69 +64,92 @@ def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
     Raises:
         UserError: bad data, a model that cannot be had, or an output folder that cannot be written.
     """
-    prompts = read_prompts(config.task, config.limit)
+    kind = importlib.import_module(KINDS[config.task.kind])
+    items = kind.read(config)
     from pipelines.models import device_kind
 
     device = device_kind(config.device)
-    results = []
+    folders: dict[Method, RunFolder] = {}
+    records: dict[Method, Record] = {}
     for method in methods(config):
         readable = "-".join([config.task.name, config.model.name, method.label.replace(" ", "-").replace("%", "")])
-        folder = RunFolder(Path(config.output_dir), run_id(readable, identity(config, method, device)))
+        folder = folders[method] = RunFolder(
+            Path(config.output_dir), run_id(readable, identity(config, method, device))
+        )
         record = folder.record()
-        if record is None:
-            record = _run_method(config, method, folder, prompts, experiment)
-        else:
+        if record is not None:
+            records[method] = record
             print(f"{folder.path}: finished before, skipped", file=sys.stderr)
-        results.append((method.label, record))
-    return results
+    unfinished = {method: folder for method, folder in folders.items() if method not in records}
+    if unfinished:
+        records |= _evaluate(config, kind, items, unfinished, experiment)
+    return [(method.label, records[method]) for method in folders]
 
 
-def _run_method(
-    config: RunConfig,
-    method: Method,
-    folder: RunFolder,
-    prompts: list[Prompt],
-    experiment: str | None,
-) -> Record:
-    from pipelines import generation
-
-    plain = run_config(config, method)
-    folder.start(plain)
-    samples = folder.samples()
-    done = {sample["index"] for sample in samples}
-    start = time.perf_counter()
+def _evaluate(
+    config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], experiment: str | None
+) -> dict[Method, Record]:
+    """Evaluate what is unfinished, and write each method's record when its last sample is there."""
+    for method, folder in folders.items():
+        folder.start(run_config(config, method))
+    samples = {method: folder.samples() for method, folder in folders.items()}
+    done = {method: {sample["index"] for sample in found} for method, found in samples.items()}
+    began = time.perf_counter()
     loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, config.seed)
-    load_seconds = time.perf_counter() - start
-    label = f"{config.task.name} {config.model.name} {method.label}"
-    with (
-        track(
-            config.wandb,
-            folder.path,
-            folder.run_id,
-            name=label,
-            group=config.wandb.group or experiment or f"{config.task.name}-{config.model.name}",
-            job_type=config.task.kind,
-            tags=config.tags,
-            config=plain,
-        ) as tracker,
-        tqdm(total=len(prompts), initial=len(done), desc=label, unit="sample") as bar,
-    ):
-        remaining = [prompt for prompt in prompts if prompt.index not in done]
-        for batch in generation.evaluate(loaded, remaining, config, method):
-            folder.append(batch)
-            samples += batch
-            bar.update(len(batch))
-            metrics = generation.metrics(samples)
-            if metrics["samples"]:
-                bar.set_postfix(rouge1=f"{metrics['rouge1']:.1f}")
-            tracker.log(len(samples), metrics)
+    load_seconds = time.perf_counter() - began
+
+    records: dict[Method, Record] = {}
+    trackers: dict[Method, Tracker] = {}
+    what = f"{config.task.name} {config.model.name}"
+
+    def finish(method: Method) -> None:
         timing = {
             "load_seconds": load_seconds,
-            "generate_seconds": sum(sample.get("seconds", 0.0) for sample in samples),
+            "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
         }
-        record = folder.finish(plain, generation.metrics(samples), timing, loaded.device)
-        tracker.finish(record, samples)
-    return record
+        versions = kind.versions(items) if hasattr(kind, "versions") else {}
+        records[method] = folders[method].finish(
+            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions
+        )
+        trackers[method].finish(records[method], samples[method])
+
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(items) * len(folders), initial=sum(map(len, done.values())), unit="sample")
+        )
+        for method, folder in folders.items():
+            trackers[method] = stack.enter_context(
+                track(
+                    config.wandb,
+                    folder.path,
+                    folder.run_id,
+                    name=f"{what} {method.label}",
+                    group=config.wandb.group or experiment or f"{config.task.name}-{config.model.name}",
+                    job_type=config.task.kind,
+                    tags=config.tags,
+                    config=run_config(config, method),
+                )
+            )
+        for method, batch in kind.evaluate(loaded, items, config, list(folders), done):
+            folders[method].append(batch)
+            samples[method] += batch
+            metrics = kind.metrics(samples[method])
+            bar.update(len(batch))
+            bar.set_description(f"{what} {method.label}")
+            bar.set_postfix_str(_headline(metrics))
+            trackers[method].log(len(samples[method]), metrics)
+            if len(samples[method]) == len(items):
+                finish(method)
+        for method in folders:
+            if method not in records:
+                finish(method)
+    return records
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    """The first metric with a standard error, for the progress bar."""
+    name = next((name.removesuffix("_stderr") for name in metrics if name.endswith("_stderr")), None)
+    return f"{name}={metrics[name]:.4g}" if name else ""
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
         ("embedded", EMBEDDED),
         ("embedded_shots", EMBEDDED),
     ):
-        if task[key] is not None:
+        if task.get(key) is not None:
             task[key] = digest(folder / task[key])
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),

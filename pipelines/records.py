@@ -110,7 +110,12 @@ class RunFolder:
             raise _unwritable(self._samples, error) from error
 
     def finish(
-        self, config: dict[str, Any], metrics: dict[str, float], timing: dict[str, float], device: str
+        self,
+        config: dict[str, Any],
+        metrics: dict[str, float],
+        timing: dict[str, float],
+        device: str,
+        versions: dict[str, Any] | None = None,
     ) -> Record:
         """Write the record, in one step.
 
@@ -119,6 +124,7 @@ class RunFolder:
             metrics: flat, name -> number.
             timing: flat, name -> seconds.
             device: what the model ran on, in words.
+            versions: of what this kind of task ran beside the usual, such as lm-eval.
 
         Raises:
             UserError: the file cannot be written.
@@ -129,7 +135,7 @@ class RunFolder:
             "config": config,
             "metrics": metrics,
             "timing": timing,
-            "environment": environment(device),
+            "environment": environment(device) | (versions or {}),
         }
         try:
             _replace(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -147,7 +153,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     if not values:
         raise ValueError("no values to average")
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread
+    return sum(values) / len(values), spread  # summed as lm-eval does: the same last digit
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from pipelines import config, job
 from pipelines.errors import UserError
-from pipelines.summary import summary_table
+from pipelines.summary import perplexity_table, summary_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -33,6 +33,8 @@ def main() -> None:
     if job.finished:
         print()
         print(summary_table(job.finished))
+        if cells := perplexity_table(job.finished):
+            print(f"\n{cells}")
         print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in job.finished}))}")
     if job.failed:
         sys.exit(1)

@@ -16,23 +16,47 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str:
         rows: (method in words, record) of each run.
     """
     errors = dict.fromkeys(name for _, record in rows for name in record["metrics"] if name.endswith("_stderr"))
-    measures = [name.removesuffix("_stderr") for name in errors]
-    headers = ["model", "task", "method", *measures, "samples", "skipped", "tokens", "s/sample", "tokens/s"]
+    measures = [name.removesuffix("_stderr") for name in errors if not name.startswith("perplexity_p")]
+    headers = ["model", "task", "method", *measures, "samples", "skipped", "s/sample", "tokens/s"]
     lines = []
     for method, record in rows:
-        metrics, timing = record["metrics"], record["timing"]
-        samples, seconds = metrics["samples"], timing["generate_seconds"]
+        metrics = record["metrics"]
+        samples, seconds, tokens = metrics["samples"], record["timing"]["seconds"], metrics.get("generated_tokens")
         lines.append(
             [
                 record["config"]["model"]["name"],
                 record["config"]["task"]["name"],
                 method,
-                *(f"{metrics[name]:.2f} ± {metrics[f'{name}_stderr']:.2f}" if samples else "-" for name in measures),
+                *(_with_error(metrics, name) for name in measures),
                 samples,
-                metrics["skipped_prompts"],
-                metrics["generated_tokens"],
+                metrics.get("skipped_prompts", 0),
                 f"{seconds / samples:.2f}" if samples else "-",
-                f"{metrics['generated_tokens'] / seconds:.1f}" if seconds else "-",
+                f"{tokens / seconds:.1f}" if seconds and tokens else "-",
             ]
         )
+    return tabulate(lines, headers=headers, disable_numparse=True, tablefmt="simple")
+
+
+def _with_error(metrics: dict[str, float], name: str) -> str:
+    """A metric with its standard error, in as many digits as mean something: fractions need more than scores."""
+    if name not in metrics:
+        return "-"
+    value, error = metrics[name], metrics[f"{name}_stderr"]
+    digits = 2 if abs(value) >= 10 else 3 if abs(value) >= 1 else 4
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def perplexity_table(rows: Sequence[tuple[str, Record]]) -> str | None:
+    """Perplexity by prompt length (rows) and generation length (columns), where more than one was measured."""
+    lines, generations = [], []
+    for method, record in rows:
+        task = record["config"]["task"]
+        if len(task.get("prompt_lengths", [])) * len(task.get("generation_lengths", [])) > 1:
+            generations = task["generation_lengths"]
+            for prompt in task["prompt_lengths"]:
+                cells = [_with_error(record["metrics"], f"perplexity_p{prompt}_g{length}") for length in generations]
+                lines.append([record["config"]["model"]["name"], method, prompt, *cells])
+    if not lines:
+        return None
+    headers = ["model", "method", "prompt tokens", *(f"{length} generated" for length in generations)]
     return tabulate(lines, headers=headers, disable_numparse=True, tablefmt="simple")

@@ -70,6 +70,7 @@ def track(
                 "dir": str(folder),
                 "id": run_id,
                 "resume": "allow",
+                "reinit": "create_new",  # the methods of a grid are runs side by side
                 "name": name,
                 "group": group,
                 "job_type": job_type,

@@ -91,5 +91,5 @@ def test_the_model_is_left_as_it_was_after_an_exception() -> None:
 def test_only_the_last_column_of_logits() -> None:
     model, ids = tiny("llama"), rows()
     shared = griffin.SharedPrompt(model, [])
-    last = shared.run(ids, LENGTHS - 1, last_only=True)
+    last = shared.run(ids, LENGTHS - 1, last=1)
     torch.testing.assert_close(last, model(ids).logits[:, -1:])

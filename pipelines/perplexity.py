@@ -1,0 +1,129 @@
+"""Perplexity of what follows a prompt, by the lengths of both: the prompt runs dense, what follows uses its experts.
+
+A window of the text is a prompt and the tokens after it; the generation of every length begins at the same token, so
+for one prompt length a single pass over the longest generation gives all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import griffin
+from pipelines.config import RunConfig
+from pipelines.data import read_text
+from pipelines.errors import UserError
+from pipelines.methods import Method
+from pipelines.models import LoadedModel
+from pipelines.records import Sample, mean_and_stderr
+
+
+@dataclass(frozen=True)
+class Window:
+    """The number of a stretch of the text; which tokens it holds depends on the model's tokenizer."""
+
+    index: int
+    text: str
+
+
+def read(config: RunConfig) -> list[Window]:
+    """`limit` windows of the text; without a limit, as many as whole ones fit in, at most 100.
+
+    Raises:
+        UserError: the text is missing or unreachable.
+    """
+    text = read_text(config.task)
+    return [Window(index, text) for index in range(config.limit or 100)]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    windows: Sequence[Window],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """Negative log-likelihoods of every window under every method.
+
+    Raises:
+        UserError: the text has no whole window, or a window does not fit into the model's context.
+    """
+    task = config.task
+    most, longest = max(task.generation_lengths), max(task.prompt_lengths)
+    if longest + most > loaded.context_length:
+        raise UserError(
+            f"task.prompt_lengths={longest} with task.generation_lengths={most}: "
+            f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
+        )
+    ids = loaded.tokenizer(windows[0].text, add_special_tokens=False)["input_ids"]
+    bos = [loaded.tokenizer.bos_token_id] if loaded.add_bos_token else []
+    width = longest + most
+    if len(ids) < width:
+        raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
+    device = loaded.model.device
+    shared = griffin.SharedPrompt(loaded.model, sorted({method.statistic for method in methods if not method.dense}))
+    for window in windows[: len(ids) // width]:
+        needed = [method for method in methods if window.index not in done[method]]
+        if not needed:
+            continue
+        tokens = ids[window.index * width : (window.index + 1) * width]
+        following = torch.tensor([tokens[longest:]], device=device)
+        nll: dict[Method, dict[str, float]] = {method: {} for method in needed}
+        seconds = dict.fromkeys(needed, 0.0)
+        for prompt_length in task.prompt_lengths:
+            # All prompt lengths end at the same token, so that they are judged on the same text.
+            prompt = torch.tensor([[*bos, *tokens[longest - prompt_length + len(bos) : longest]]], device=device)
+            began = time.perf_counter()
+            last = shared.run(prompt, torch.tensor([prompt_length], device=device), last=1)
+            shared_seconds = (time.perf_counter() - began) / len(needed)
+            for method in needed:
+                began = time.perf_counter()
+                logits = last
+                if most > 1:
+                    experts = (
+                        None
+                        if method.dense
+                        else shared.experts(method.statistic, method.selection, method.sparsity, config.seed)
+                    )
+                    lengths = torch.tensor([most - 1], device=device)
+                    logits = torch.cat([last, shared.continued(following[:, :-1], lengths, experts)], dim=1)
+                each = torch.nn.functional.cross_entropy(logits[0].float(), following[0], reduction="none")
+                for generation_length in task.generation_lengths:
+                    nll[method][_cell(prompt_length, generation_length)] = float(each[:generation_length].mean())
+                seconds[method] += shared_seconds + time.perf_counter() - began
+        for method in needed:
+            yield (
+                method,
+                [
+                    {
+                        "index": window.index,
+                        "id": str(window.index),
+                        "nll": nll[method],
+                        "seconds": round(seconds[method], 4),
+                    }
+                ],
+            )
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """`perplexity` (over all cells) and `perplexity_pP_gG` per cell, with standard errors, and the window count.
+
+    A standard error of a perplexity is that of the mean negative log-likelihood times the perplexity.
+    """
+    cells = list(samples[0]["nll"]) if samples else []
+    values: dict[str, float] = {}
+    for name, keys in {"perplexity": cells, **{f"perplexity_{cell}": [cell] for cell in cells}}.items():
+        if not cells:
+            continue
+        mean, stderr = mean_and_stderr([sum(sample["nll"][key] for key in keys) / len(keys) for sample in samples])
+        values[name] = math.exp(mean)
+        values[f"{name}_stderr"] = stderr * math.exp(mean)
+    return values | {"samples": len(samples)}
+
+
+def _cell(prompt_length: int, generation_length: int) -> str:
+    return f"p{prompt_length}_g{generation_length}"

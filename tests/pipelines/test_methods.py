@@ -1,0 +1,169 @@
+"""Which methods a call compares, and which runs are the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import composed, write_rows
+
+from pipelines.methods import Method, identity, methods, run_config
+
+BASE = ["model=random_tiny", "limit=3"]
+
+
+def points(*overrides: str) -> list[tuple[str, Any]]:
+    return [(method.statistic, method.sparsity) for method in methods(composed(*BASE, *overrides))]
+
+
+def only_identity(*overrides: str, device: str = "cpu") -> dict[str, Any]:
+    config = composed(*BASE, *overrides)
+    (method,) = methods(config)
+    return identity(config, method, device)
+
+
+def test_without_a_grid_there_is_the_roots_one_method() -> None:
+    assert points("statistic=wanda", "sparsity=0.25") == [("wanda", 0.25)]
+
+
+def test_a_grid_is_every_statistic_with_every_sparsity() -> None:
+    assert points("grid.statistic=[griffin,wanda]", "grid.sparsity=[0.5,0.75]") == [
+        ("griffin", 0.5),
+        ("griffin", 0.75),
+        ("wanda", 0.5),
+        ("wanda", 0.75),
+    ]
+
+
+def test_half_a_grid_takes_the_other_half_from_the_root() -> None:
+    assert points("grid.statistic=[griffin,wanda]", "sparsity=0.3") == [("griffin", 0.3), ("wanda", 0.3)]
+    assert points("grid.sparsity=[0.3,0.6]", "statistic=wanda") == [("wanda", 0.3), ("wanda", 0.6)]
+
+
+def test_the_dense_run_is_one_and_comes_first() -> None:
+    assert [sparsity for _, sparsity in points("grid.statistic=[griffin,wanda]", "grid.sparsity=[0.5,0]")] == [
+        0,
+        0.5,
+        0.5,
+    ]
+
+
+def test_points_named_twice_are_run_once() -> None:
+    assert points("grid.statistic=[griffin,griffin]", "grid.sparsity=[0.5,0.50]") == [("griffin", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        (Method("griffin", "topk", 0.5), "griffin 50%"),
+        (Method("wanda", "topk", 0.125), "wanda 12.5%"),
+        (Method("griffin", "topk_sample", 0.75), "griffin topk_sample 75%"),
+        (Method("griffin", "topk", (0.5, 0.25)), "griffin per layer"),
+        (Method("griffin", "sample", 0.0), "dense"),
+        (Method("griffin", "topk", (0.0, 0.0)), "dense"),
+    ],
+)
+def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
+    assert method.label == label
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output_dir=elsewhere",
+        "tags=[mine]",
+        "wandb.mode=disabled",
+        "wandb.project=other",
+        "wandb.group=night",
+        "model.licence_gate=https://example.org",
+        "device=cpu",  # what auto stands for
+        "mode=compact",  # what auto stands for
+        "sparsity=0.50",
+        "grid.sparsity=[0.5]",
+        "grid.statistic=[griffin]",
+    ],
+)
+def test_what_changes_no_result_changes_no_identity(override: str) -> None:
+    assert only_identity(override) == only_identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "limit=4",
+        "batch_size=2",
+        "shared_experts=true",
+        "mode=masked",
+        "sparsity=0.25",
+        "sparsity=[0.5,0.5,0.5]",
+        "statistic=wanda",
+        "selection=sample",
+        "model.dtype=bfloat16",
+        "model.add_bos_token=true",
+        "model.revision=v2",
+        "model.architecture.hidden_size=128",
+        "task.max_new_tokens=7",
+        "task.shots=0",
+        "task.stop=END",
+        "task.instruction=Shorter",
+        "task.decoding=reference_sampling",
+    ],
+)
+def test_what_changes_the_result_changes_the_identity(override: str) -> None:
+    assert only_identity(override) != only_identity()
+
+
+def test_the_device_is_part_of_the_identity() -> None:
+    assert only_identity(device="cuda") != only_identity(device="cpu")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["statistic=wanda", "selection=sample", "mode=masked", "shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"],
+)
+def test_a_dense_run_has_no_method(override: str) -> None:
+    assert only_identity("sparsity=0", override) == only_identity("sparsity=0")
+
+
+@pytest.mark.parametrize("override", ["seed=1", "batch_size=2", "task.max_new_tokens=7", "model.dtype=bfloat16"])
+def test_a_dense_run_has_everything_else(override: str) -> None:
+    assert only_identity("sparsity=0", override) != only_identity("sparsity=0")
+
+
+def test_a_grids_point_is_the_same_run_as_a_call_for_it_alone() -> None:
+    grid = composed(*BASE, "grid.statistic=[griffin,wanda]", "grid.sparsity=[0,0.5]")
+    alone = [["sparsity=0"], ["statistic=griffin", "sparsity=0.5"], ["statistic=wanda", "sparsity=0.5"]]
+    assert [identity(grid, method, "cpu") for method in methods(grid)] == [only_identity(*one) for one in alone]
+
+
+@pytest.mark.parametrize("key", ["task.data_files", "task.shots_file"])
+def test_data_files_count_by_content_and_not_by_place(key: str, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    row = {"article": "Rain fell.", "summary": "Rain."}
+    here = write_rows(tmp_path / "here.jsonl", [row])
+    moved = write_rows(tmp_path / "moved" / "there.jsonl", [row])
+    other = write_rows(tmp_path / "other.jsonl", [row | {"summary": "Wet."}])
+    assert only_identity(f"{key}={here}") == only_identity(f"{key}={moved}")
+    assert only_identity(f"{key}={here}") != only_identity(f"{key}={other}")
+    assert only_identity(f"{key}={here}") != only_identity()
+
+
+def test_identities_hold_plain_values_only() -> None:
+    def leaves(value: Any) -> list[Any]:
+        if isinstance(value, dict):
+            return [leaf for inner in value.values() for leaf in leaves(inner)]
+        return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, list) else [value]
+
+    found = {type(leaf) for leaf in leaves(only_identity("task=xsum", "sparsity=[0.1,0.2,0.3]"))}
+    assert found <= {str, int, float, bool, type(None)}
+
+
+def test_a_runs_configuration_has_its_own_method_and_no_grid() -> None:
+    config = composed(*BASE, "grid.statistic=[wanda]", "grid.sparsity=[0.25]")
+    (method,) = methods(config)
+    plain = run_config(config, method)
+    assert (plain["statistic"], plain["sparsity"]) == ("wanda", 0.25)
+    assert "grid" not in plain
+    assert config.statistic == "griffin", "the call's own configuration is left as it was"

