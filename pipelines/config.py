@@ -53,7 +53,8 @@ def _sparsity(key: str, value: Any) -> float | list[float]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     for one in values:
         if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1:
-            raise UserError(f"{key}={one}: expected a number, 0 <= sparsity < 1 (the share of FF neurons dropped)")
+            shown = "null" if one is None else one
+            raise UserError(f"{key}={shown}: expected a number, 0 <= sparsity < 1 (the share of FF neurons dropped)")
     if not values:
         raise UserError(f"{key}=[]: expected a number, or one number per layer")
     return [float(one) for one in values] if isinstance(value, list | tuple) else float(value)
@@ -223,6 +224,8 @@ class RunConfig:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
             raise UserError(f"sparsity={self.sparsity} with grid.sparsity: expected one of the two")
+        if not self.output_dir.strip():
+            raise UserError("output_dir=: expected a folder")
         _at_least("batch_size", self.batch_size, 1)
         _at_least("limit", self.limit, 1)
         _at_least("seed", self.seed, 0)

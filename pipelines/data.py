@@ -80,14 +80,12 @@ def read_jsonl(path: Path, needed: tuple[str, ...], key: str, limit: int | None)
     """
     rows: list[Row] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if limit is not None and len(rows) == limit:
                     break
                 if line.strip():
                     rows.append(_parse_row(line, needed, f"{key}={path}: line {number}"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}={path}: line {len(rows) + 1} or later is not UTF-8 text") from error
     except OSError as error:
         raise UserError(f"{key}={path}: {error.strerror}") from error
     if not rows:
@@ -100,9 +98,11 @@ def digest(path: Path) -> str:
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _parse_row(line: str, needed: tuple[str, ...], where: str) -> Row:
+def _parse_row(line: bytes, needed: tuple[str, ...], where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
@@ -111,6 +111,8 @@ def _parse_row(line: str, needed: tuple[str, ...], where: str) -> Row:
         if not isinstance(row.get(name), str):
             found = "missing" if name not in row else f"{type(row[name]).__name__}, expected text"
             raise UserError(f"{where}: field {name!r} is {found} (fields: {', '.join(row)})")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise UserError(f"{where}: field {name!r} holds half of a surrogate pair, which is no text")
     return row
 
 

@@ -53,10 +53,13 @@ def evaluate(
         UserError: the model cannot be pruned like this.
     """
     for method in methods:
-        remaining = [prompt for prompt in prompts if prompt.index not in done[method]]
         with _pruned(loaded, config, method):
-            for start in range(0, len(remaining), config.batch_size):
-                yield method, _evaluate_batch(loaded, remaining[start : start + config.batch_size], config)
+            for start in range(0, len(prompts), config.batch_size):
+                # A batch that was cut off is run as a whole: its rows may share their experts.
+                batch = prompts[start : start + config.batch_size]
+                if any(prompt.index not in done[method] for prompt in batch):
+                    samples = _evaluate_batch(loaded, batch, config)
+                    yield method, [sample for sample in samples if sample["index"] not in done[method]]
 
 
 def _evaluate_batch(loaded: LoadedModel, batch: Sequence[Prompt], config: RunConfig) -> list[Sample]:
@@ -110,16 +113,17 @@ def _generate(
     if task.decoding == "reference_sampling":
         # One prompt, one seed: the text depends neither on the prompts before it nor on a resumption.
         torch.manual_seed(zlib.crc32(f"{seed} {batch[0][0].index}".encode()))
+    stop = _StopText(tokenizer, width, task.stop, len(batch))
     start = time.perf_counter()
     output = loaded.model.generate(
         **padded,
         generation_config=_decoding(task, tokenizer, loaded.model.generation_config.eos_token_id),
-        stopping_criteria=StoppingCriteriaList([_StopText(tokenizer, width, task.stop)]),
+        stopping_criteria=StoppingCriteriaList([stop]),
     )
     seconds = (time.perf_counter() - start) / len(batch)
     samples = []
-    for (prompt, ids), row in zip(batch, output[:, width:], strict=True):
-        generated = _until_end(row, loaded)
+    for (prompt, ids), row, stopped in zip(batch, output[:, width:].tolist(), stop.lengths, strict=True):
+        generated = _until_end(row[:stopped], loaded.model.generation_config.eos_token_id)
         text = tokenizer.decode(generated, skip_special_tokens=True).partition(task.stop)[0]
         scores = _scorer.score(target=prompt.reference, prediction=text)
         samples.append(
@@ -143,26 +147,28 @@ def _decoding(task: GenerationTask, tokenizer: PreTrainedTokenizerBase, eos: int
     )
 
 
-def _until_end(row: Tensor, loaded: LoadedModel) -> list[int]:
+def _until_end(row: list[int], eos: int | list[int]) -> list[int]:
     """A row's generated tokens without the padding behind them; an end token counts as generated."""
-    eos = loaded.model.generation_config.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos])}
-    tokens: list[int] = []
-    for token in row.tolist():
-        if token in ends:
-            return [*tokens, token]
-        if token == loaded.tokenizer.pad_token_id:
-            return tokens
-        tokens.append(token)
-    return tokens
+    length = next((place for place, token in enumerate(row, start=1) if token in ends), len(row))
+    return row[:length]
 
 
 class _StopText(StoppingCriteria):
-    """Ends a row once its generated text holds the stop text: what follows would be cut anyway."""
+    """Ends a row once its generated text holds the stop text: what follows would be cut anyway.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, stop: str) -> None:
+    Attributes:
+        lengths: per row, how many tokens it took; None while the stop text has not come. Padding behind a row may be
+            the end token itself, so the row alone does not tell.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, stop: str, rows: int) -> None:
         self.tokenizer, self.width, self.stop = tokenizer, width, stop
+        self.lengths: list[int | None] = [None] * rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
-        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
+        for row, text in enumerate(texts):
+            if self.lengths[row] is None and self.stop in text:
+                self.lengths[row] = input_ids.shape[1] - self.width
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

@@ -44,15 +44,19 @@ KINDS = {
 # What the jobs of this process came to, for the summary at the end of the call.
 finished: list[tuple[str, Record]] = []
 failed: list[str] = []
+running = False  # whether an exception comes from a job, and not from composing its configuration
 
 
 def job(cfg: DictConfig) -> None:
     """Run one composed configuration. A user's mistake fails this job alone, in one line, and not the sweep."""
+    global running
+    running = True
     try:
         finished.extend(run(typed(cfg), HydraConfig.get().runtime.choices.get("experiment")))
     except UserError as error:
         failed.append(str(error))
         print(f"error: {error}", file=sys.stderr)
+    running = False
 
 
 def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
@@ -114,9 +118,6 @@ def _evaluate(
         trackers[method].finish(records[method], samples[method])
 
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=len(items) * len(folders), initial=sum(map(len, done.values())), unit="sample")
-        )
         for method, folder in folders.items():
             trackers[method] = stack.enter_context(
                 track(
@@ -130,6 +131,9 @@ def _evaluate(
                     config=run_config(config, method),
                 )
             )
+        bar = stack.enter_context(
+            tqdm(total=len(items) * len(folders), initial=sum(map(len, done.values())), unit="sample")
+        )
         for method, batch in kind.evaluate(loaded, items, config, list(folders), done):
             folders[method].append(batch)
             samples[method] += batch

@@ -63,6 +63,9 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     """
     plain = run_config(config, method)
     task = plain["task"]
+    for local, unused_source in (("data_files", ("embedded", "hub")), ("shots_file", ("embedded_shots",))):
+        if task.get(local) is not None:
+            task |= dict.fromkeys(unused_source)
     for key, folder in (
         ("data_files", Path()),
         ("shots_file", Path()),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipelines.config import ModelConfig
 from pipelines.errors import UserError
@@ -119,13 +121,16 @@ def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTr
 
 def _random(config: ModelConfig, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     architecture = dict(config.architecture)
+    model_type = architecture.pop("model_type", None)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"model.architecture.model_type={model_type}: not a causal language model of transformers")
     try:
-        shape = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        shape = AutoConfig.for_model(model_type, **architecture)
         torch.manual_seed(seed)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"model.architecture of {config.name}: {error}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture={config.architecture}: {error}") from error
     return model, _byte_tokenizer()
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,11 +34,12 @@ def run_id(readable: str, identity: dict[str, Any]) -> str:
     """The name of a run: readable words and a hash of all that determines its result.
 
     Args:
-        readable: words for people, of letters, digits, `_`, `.` and `-`.
+        readable: words for people; what a file name or W&B does not take becomes a dash.
         identity: plain values; equal identities are the same run.
     """
     canonical = json.dumps(identity, sort_keys=True, ensure_ascii=False)
-    return f"{readable}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", readable)[:100]
+    return f"{safe}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
 
 
 class RunFolder:
@@ -86,7 +88,7 @@ class RunFolder:
                 sample = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError):
                 break
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or not isinstance(sample, dict) or "index" not in sample:
                 break
             samples.append(sample)
             whole += len(line)

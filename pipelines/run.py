@@ -29,7 +29,14 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {UserError(_readable(error))}")
     except OSError as error:
+        if job.running:
+            raise
         sys.exit(f"error: output_dir: cannot write {error.filename}: {error.strerror}")
+    except (AssertionError, ValueError) as error:
+        if job.running:
+            raise
+        # What Hydra does not foresee in a command line, such as a group set to null.
+        sys.exit(f"error: {UserError(f'cannot compose {chr(32).join(sys.argv[1:])}: {error}')}")
     if job.finished:
         print()
         print(summary_table(job.finished))

@@ -36,7 +36,7 @@ class Tracker:
 
         columns = list(dict.fromkeys(key for sample in samples for key in sample))
         table = wandb.Table(columns=columns, data=[[sample.get(key) for key in columns] for sample in samples])
-        self._run.log({"samples": table})
+        self._run.log({"samples_table": table})  # `samples` is a number in the summary
         self._run.summary.update({**record["metrics"], **record["timing"]})
 
 

@@ -21,6 +21,7 @@ from calling import (
     run_folders,
     texts,
     tiny,
+    write_rows,
 )
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -48,7 +49,7 @@ def test_a_sample_says_what_came_out_and_what_it_cost(call: Callable[..., Outcom
         assert sample["seconds"] > 0
         assert sample["generated_tokens"] == 8
     timing = read_record(folder)["timing"]
-    assert timing["generate_seconds"] == pytest.approx(sum(sample["seconds"] for sample in samples))
+    assert timing["seconds"] == pytest.approx(sum(sample["seconds"] for sample in samples))
 
 
 def test_metrics_are_rouge_of_the_texts_times_100(call: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -65,6 +66,22 @@ def test_metrics_are_rouge_of_the_texts_times_100(call: Callable[..., Outcome], 
     assert metrics["samples"] == 5
     for name in ("prompt_tokens", "generated_tokens"):
         assert metrics[name] == sum(sample[name] for sample in samples)
+
+
+def test_words_are_compared_as_they_are(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without stemming, and whatever their case; random weights write no words, so the text is put in.
+    def decode(tokenizer: Any, ids: Any, **_: Any) -> str | list[str]:
+        text = "Cities growing quickly"
+        return [text] * len(ids) if isinstance(ids[0], list) or getattr(ids, "ndim", 1) > 1 else text
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.decode", decode)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.batch_decode", decode)
+    data = write_rows(tmp_path / "words.jsonl", [{"article": "Rain fell.", "summary": "cities grow quickly"}])
+    (sample,) = read_samples(run_of(call, tmp_path / "out", f"task.data_files={data}"))
+    assert sample["text"] == "Cities growing quickly"
+    assert sample["rouge1"] == pytest.approx(100 * 2 / 3)
 
 
 def test_the_call_ends_with_a_table_of_the_metrics(call: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -106,9 +106,10 @@ def test_samples_that_are_there_are_not_run_again(
     run: list[int] = []
     evaluate = generation.evaluate
 
-    def counted(loaded: Any, prompts: Any, *rest: Any) -> Any:
-        run.extend(prompt.index for prompt in prompts)
-        return evaluate(loaded, prompts, *rest)
+    def counted(*arguments: Any) -> Any:
+        for method, samples in evaluate(*arguments):
+            run.extend(sample["index"] for sample in samples)
+            yield method, samples
 
     monkeypatch.setattr(generation, "evaluate", counted)
     call(*tiny(tmp_path / "out"))

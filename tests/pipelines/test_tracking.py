@@ -155,6 +155,11 @@ def test_nothing_names_the_host(tracked: Tracked) -> None:
         assert [path for path in files_of(tracked.finished) if name in path.read_bytes()] == []
 
 
+def test_nothing_tells_the_machine_or_the_command_line(tracked: Tracked) -> None:
+    # wandb would keep the paths of the program and the interpreter, which lie in somebody's home, and disk and CPU.
+    assert {entry["type"] for entry in entries(tracked.finished)}.isdisjoint({"environment", "stats"})
+
+
 @pytest.mark.parametrize("word", [*SECRETS.values(), "person7261"])
 def test_no_file_holds_secrets_or_the_user(word: str, tracked: Tracked) -> None:
     files = files_of(tracked.finished)
