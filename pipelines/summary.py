@@ -38,12 +38,11 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str:
 
 
 def _with_error(metrics: dict[str, float], name: str) -> str:
-    """A metric with its standard error, in as many digits as mean something: fractions need more than scores."""
+    """A metric with its standard error: two decimals where it is a score out of 100 or a perplexity, else four."""
     if name not in metrics:
         return "-"
-    value, error = metrics[name], metrics[f"{name}_stderr"]
-    digits = 2 if abs(value) >= 10 else 3 if abs(value) >= 1 else 4
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    digits = 2 if name.startswith(("rouge", "perplexity")) else 4
+    return f"{metrics[name]:.{digits}f} ± {metrics[f'{name}_stderr']:.{digits}f}"
 
 
 def perplexity_table(rows: Sequence[tuple[str, Record]]) -> str | None:

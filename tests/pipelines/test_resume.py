@@ -23,6 +23,7 @@ from calling import (
     texts,
     tiny,
 )
+from transformers import GenerationMixin
 
 from pipelines import generation
 
@@ -103,17 +104,16 @@ def test_samples_that_are_there_are_not_run_again(
     (folder / "record.json").unlink()
     kept = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)[:2]
     (folder / "samples.jsonl").write_bytes(b"".join(kept))
-    run: list[int] = []
-    evaluate = generation.evaluate
+    prompts: list[int] = []
+    generate = GenerationMixin.generate
 
-    def counted(*arguments: Any) -> Any:
-        for method, samples in evaluate(*arguments):
-            run.extend(sample["index"] for sample in samples)
-            yield method, samples
+    def counted(model: Any, *, input_ids: Any, **options: Any) -> Any:
+        prompts.append(len(input_ids))
+        return generate(model, input_ids=input_ids, **options)
 
-    monkeypatch.setattr(generation, "evaluate", counted)
+    monkeypatch.setattr(GenerationMixin, "generate", counted)
     call(*tiny(tmp_path / "out"))
-    assert run == [2]
+    assert prompts == [1]
     assert (folder / "samples.jsonl").read_bytes().startswith(b"".join(kept))
 
 

@@ -30,7 +30,7 @@ UNREACHABLE = "http://127.0.0.1:9"
 
 @dataclass(frozen=True)
 class Tracked:
-    """A sweep of two points, the second of which fails once the model is loaded."""
+    """A sweep of two grids of two; the last method fails, on a model that only runs dense."""
 
     ended: Outcome
     root: Path
@@ -38,11 +38,16 @@ class Tracked:
 
     @property
     def finished(self) -> Path:
-        return next(folder for folder in run_folders(self.root / "out") if (folder / "record.json").exists())
+        """The pruned run among those with a record."""
+        return next(folder for folder in self.with_record() if "griffin-50" in folder.name)
 
     @property
     def failed(self) -> Path:
-        return next(folder for folder in run_folders(self.root / "out") if not (folder / "record.json").exists())
+        (folder,) = {*run_folders(self.root / "out")} - {*self.with_record()}
+        return folder
+
+    def with_record(self) -> list[Path]:
+        return [folder for folder in run_folders(self.root / "out") if (folder / "record.json").exists()]
 
 
 def homes(home: Path) -> dict[str, str]:
@@ -57,7 +62,8 @@ def homes(home: Path) -> dict[str, str]:
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     root = tmp_path_factory.mktemp("tracked")
     people = {"USER": "person7261", "LOGNAME": "person7261"}
-    overrides = tiny(root / "out", "wandb.mode=offline", "tags=[night,tiny]", "sparsity=0.5,[0.5,0.5]", rows=2)
+    overrides = tiny(root / "out", "wandb.mode=offline", "tags=[night,tiny]", "grid.sparsity=[0,0.5]", rows=2)
+    overrides.append("model.architecture.model_type=llama,mixtral")
     variables = homes(root / "home") | SECRETS | people
     return Tracked(process(command("-m", *overrides), root, **variables), root, root / "home")
 
@@ -137,14 +143,21 @@ def test_the_table_is_not_overwritten_by_a_number(tracked: Tracked) -> None:
     assert values_of("_type", summary_of(tracked.finished)["summary"]) == ["table-file"]
 
 
-def test_all_files_are_below_their_own_run_folder(tracked: Tracked) -> None:
-    assert tracked.ended.err.count("error: ") == 1
+def test_nothing_is_written_but_run_folders(tracked: Tracked) -> None:
     assert list(tracked.home.iterdir()) == []
     assert sorted(path.name for path in tracked.root.iterdir()) == ["articles.jsonl", "home", "out"]
-    folders = {tracked.finished.name, tracked.failed.name}
+    folders = {folder.name for folder in (*tracked.with_record(), tracked.failed)}
     assert {path.name for path in (tracked.root / "out").iterdir()} == {*folders, "multirun.yaml"}
-    for folder in (tracked.finished, tracked.failed):
+
+
+def test_what_a_run_will_upload_lies_below_its_own_folder(tracked: Tracked) -> None:
+    # Run folders are moved, archived and synced one by one; the runs of a grid are open side by side.
+    assert len(tracked.with_record()) == 3
+    for folder in tracked.with_record():
         assert folder.name in offline_run(folder).name
+        files = [path for entry in entries(folder) for path in values_of("local_path", entry)]
+        assert files, "the table of samples is a file"
+        assert [path for path in files if not Path(path).is_relative_to(folder)] == []
 
 
 def test_nothing_names_the_host(tracked: Tracked) -> None:
@@ -171,29 +184,30 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
 
 
-def test_a_failing_job_closes_its_run_as_failed(tracked: Tracked) -> None:
+def test_a_failing_method_closes_its_run_as_failed_and_no_other(tracked: Tracked) -> None:
     assert tracked.ended.code == 1
-    summary = summary_of(tracked.failed)
-    assert (summary["state"], summary["exit_code"]) == ("failed", 1)
-    assert summary_of(tracked.finished)["state"] == "finished"
+    assert len(tracked.ended.lines("error: ")) == 1
+    failed = summary_of(tracked.failed)
+    assert (failed["state"], failed["exit_code"]) == ("failed", 1)
+    assert [summary_of(folder)["state"] for folder in tracked.with_record()] == ["finished"] * 3
 
 
 def test_an_unreachable_server_costs_one_warning(tmp_path: Path) -> None:
     ended = process(
-        command(*tiny(tmp_path / "out", "wandb.mode=online")),
+        command(*tiny(tmp_path / "out", "wandb.mode=online", "grid.sparsity=[0,0.5]")),
         tmp_path,
         **homes(tmp_path / "home"),
         WANDB_BASE_URL=UNREACHABLE,
         WANDB_API_KEY="7261" * 10,
     )
     assert ended.code == 0
-    (warning,) = ended.lines("warning:")
+    (warning,) = ended.lines("warning:")  # one for the call, however many runs it has
     assert UNREACHABLE in warning
     assert "wandb sync" in warning
     assert "Traceback" not in ended.err
-    folder = run_folder(tmp_path / "out")
-    assert read_record(folder)["status"] == "finished"
-    assert summary_of(folder)["summary"]["samples_done"] == 3
+    folders = run_folders(tmp_path / "out")
+    assert [read_record(folder)["status"] for folder in folders] == ["finished"] * 2
+    assert [summary_of(folder)["summary"]["samples_done"] for folder in folders] == [3, 3]
     assert list((tmp_path / "home").iterdir()) == []
 
 
