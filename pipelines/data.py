@@ -111,7 +111,8 @@ def _parse_row(line: bytes, needed: tuple[str, ...], where: str) -> Row:
         if not isinstance(row.get(name), str):
             found = "missing" if name not in row else f"{type(row[name]).__name__}, expected text"
             raise UserError(f"{where}: field {name!r} is {found} (fields: {', '.join(row)})")
-        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+    for name, value in row.items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise UserError(f"{where}: field {name!r} holds half of a surrogate pair, which is no text")
     return row
 

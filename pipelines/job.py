@@ -99,7 +99,8 @@ def _evaluate(
     samples = {method: folder.samples() for method, folder in folders.items()}
     done = {method: {sample["index"] for sample in found} for method, found in samples.items()}
     began = time.perf_counter()
-    loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, config.seed)
+    seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
+    loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed)
     load_seconds = time.perf_counter() - began
 
     records: dict[Method, Record] = {}

@@ -124,14 +124,16 @@ def _random(config: ModelConfig, device: str, seed: int) -> tuple[PreTrainedMode
     model_type = architecture.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"model.architecture.model_type={model_type}: not a causal language model of transformers")
+    tokenizer = _byte_tokenizer()
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     try:
-        shape = AutoConfig.for_model(model_type, **architecture)
+        shape = AutoConfig.for_model(model_type, **(ends | architecture))
         torch.manual_seed(seed)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
     except (KeyError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"model.architecture={config.architecture}: {error}") from error
-    return model, _byte_tokenizer()
+    return model, tokenizer
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

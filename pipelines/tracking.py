@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,8 +21,9 @@ _CONNECT_SECONDS = 3
 class Tracker:
     """One run in W&B. With `wandb.mode=disabled` every method does nothing and wandb is not imported."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, folder: Path) -> None:
         self._run = run
+        self._folder = folder
 
     def log(self, done: int, values: dict[str, float]) -> None:
         """The metrics so far, over the number of samples done."""
@@ -29,22 +31,31 @@ class Tracker:
             self._run.log({"samples_done": done, **values}, step=done)
 
     def finish(self, record: Record, samples: list[Sample]) -> None:
-        """The record's metrics and timing into the summary, the samples as a table."""
+        """The record's metrics and timing into the summary, the samples as a table; then the run is closed."""
         if self._run is None:
             return
         import wandb
 
         columns = list(dict.fromkeys(key for sample in samples for key in sample))
         table = wandb.Table(columns=columns, data=[[sample.get(key) for key in columns] for sample in samples])
-        self._run.log({"samples_table": table})  # `samples` is a number in the summary
-        self._run.summary.update({**record["metrics"], **record["timing"]})
+        with _files_in(self._folder):
+            self._run.log({"samples_table": table})  # `samples` is a number in the summary
+            self._run.summary.update({**record["metrics"], **record["timing"]})
+        self.close(0)
+
+    def close(self, exit_code: int) -> None:
+        """Close the run, unless it is closed."""
+        if self._run is not None:
+            with _files_in(self._folder):
+                self._run.finish(exit_code=exit_code)
+            self._run = None
 
 
 @contextlib.contextmanager
 def track(
     settings: WandbConfig, folder: Path, run_id: str, name: str, group: str, job_type: str, tags: list[str], config: Any
 ) -> Iterator[Tracker]:
-    """A run in W&B for as long as the context lasts, marked as failed if it ends with an exception.
+    """A run in W&B until its record is there, marked as failed if the context ends with an exception before.
 
     An unreachable or refusing server costs one warning: the run goes on offline, to be uploaded by `wandb sync`.
 
@@ -59,31 +70,29 @@ def track(
         config: the resolved configuration, nested plain values.
     """
     if settings.mode == "disabled":
-        yield Tracker(None)
+        yield Tracker(None, folder)
         return
+    arguments = {
+        "project": settings.project,
+        "entity": settings.entity,
+        "dir": str(folder),
+        "id": run_id,
+        "resume": "allow",
+        "reinit": "create_new",  # the methods of a grid are runs side by side
+        "name": name,
+        "group": group,
+        "job_type": job_type,
+        "tags": tags,
+        "config": config,
+    }
     with _files_in(folder):
-        run = _init(
-            settings,
-            {
-                "project": settings.project,
-                "entity": settings.entity,
-                "dir": str(folder),
-                "id": run_id,
-                "resume": "allow",
-                "reinit": "create_new",  # the methods of a grid are runs side by side
-                "name": name,
-                "group": group,
-                "job_type": job_type,
-                "tags": tags,
-                "config": config,
-            },
-        )
-        try:
-            yield Tracker(run)
-        except BaseException:
-            run.finish(exit_code=1)
-            raise
-        run.finish()
+        tracker = Tracker(_init(settings, arguments), folder)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(1)
+        raise
+    tracker.close(0)
 
 
 def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
@@ -108,15 +117,20 @@ def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
         _check_reachable(address)
         return wandb.init(mode="online", settings=quiet, **arguments)
     except (OSError, wandb.Error) as error:
-        reason = " ".join(str(error).split())
-        print(
-            f"warning: wandb.mode=online: {address} cannot be used ({reason}); tracking goes on offline, upload it "
-            f"later with: wandb sync {arguments['dir']}/wandb/offline-run-*",
-            file=sys.stderr,
-        )
+        _warn_offline(address, " ".join(str(error).split()), str(Path(arguments["dir"]).parent))
         return wandb.init(mode="offline", settings=quiet, **arguments)
 
 
+@cache
+def _warn_offline(address: str, reason: str, output_dir: str) -> None:
+    print(
+        f"warning: wandb.mode=online: {address} cannot be used ({reason}); tracking goes on offline, upload it "
+        f"later with: wandb sync {output_dir}/*/wandb/offline-run-*",
+        file=sys.stderr,
+    )
+
+
+@cache
 def _check_reachable(address: str) -> None:
     """Raises OSError within seconds where wandb itself would try for minutes."""
     parts = urlsplit(address)
