@@ -141,6 +141,16 @@ class Pruner:
         finally:
             self._in_prefill = False
 
+    def prepare(self) -> None:
+        """Choose the prompt's experts and put them to work now, instead of in the next generation call.
+
+        Raises:
+            RuntimeError: no prompt has run yet.
+        """
+        if self._phase == "none":
+            raise RuntimeError("no prompt has run yet")
+        self._continue_generation(self._rows)
+
     # -- what was chosen ------------------------------------------------------------------------------------------
 
     @property

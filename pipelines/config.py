@@ -43,6 +43,13 @@ def _at_least(key: str, value: float | None, least: int) -> None:
         raise UserError(f"{key}={value}: expected {least} or more")
 
 
+def _lengths(key: str, values: list[int]) -> None:
+    if not values:
+        raise UserError(f"{key}=[]: expected at least one length")
+    for value in values:
+        _at_least(key, value, 1)
+
+
 def _is_file(key: str, path: str | None) -> None:
     if path is not None and not Path(path).is_file():
         raise UserError(f"{key}={path}: no such file")
@@ -165,11 +172,27 @@ class PerplexityTask:
         _is_file("task.data_files", self.data_files)
         if not (self.hub or self.embedded or self.data_files):
             raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
-        for key in ("prompt_lengths", "generation_lengths"):
-            if not getattr(self, key):
-                raise UserError(f"task.{key}=[]: expected at least one length")
-            for value in getattr(self, key):
-                _at_least(f"task.{key}", value, 1)
+        _lengths("task.prompt_lengths", self.prompt_lengths)
+        _lengths("task.generation_lengths", self.generation_lengths)
+
+
+@dataclass
+class LatencyTask:
+    """How long dense and pruned generation take, side by side, beside the limit that memory traffic sets."""
+
+    name: str = _help("name in records and tables")
+    kind: str = _help("which pipeline runs the task, and the job type in W&B", "latency")
+    data_files: str | None = _help("a text file whose stretches are the prompts; null: random tokens", None)
+    prompt_lengths: list[int] = _help("prompt lengths in tokens", list)
+    generation_lengths: list[int] = _help("generation lengths in tokens", list)
+    repeats: int = _help("timed repeats of each pair of lengths, dense and pruned in turn; medians are reported", 5)
+
+    def __post_init__(self) -> None:
+        _one_of("task.kind", self.kind, ("latency",))
+        _is_file("task.data_files", self.data_files)
+        _at_least("task.repeats", self.repeats, 1)
+        _lengths("task.prompt_lengths", self.prompt_lengths)
+        _lengths("task.generation_lengths", self.generation_lengths)
 
 
 @dataclass
@@ -241,6 +264,8 @@ class RunConfig:
                 f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
                 "on the batch; use batch_size=1 or task.decoding=greedy"
             )
+        if self.task.kind == "latency" and (self.mode == "masked" or (self.batch_size > 1 and not self.shared_experts)):
+            raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
         if self.mode == "auto":
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
 
@@ -301,6 +326,7 @@ _TASKS: dict[str, Any] = {
     "generation_task": GenerationTask,
     "harness_task": HarnessTask,
     "perplexity_task": PerplexityTask,
+    "latency_task": LatencyTask,
 }
 
 _NODES: tuple[tuple[str, Any], ...] = (

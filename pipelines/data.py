@@ -59,10 +59,7 @@ def read_text(task: PerplexityTask) -> str:
         UserError: the data is missing, malformed or unreachable.
     """
     if task.data_files is not None:
-        try:
-            return Path(task.data_files).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"task.data_files={task.data_files}: cannot be read as UTF-8 text ({error})") from error
+        return read_text_file(task.data_files)
     needed = (task.text_field,)
     if task.embedded is not None:
         rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", None)
@@ -70,6 +67,18 @@ def read_text(task: PerplexityTask) -> str:
         assert task.hub is not None
         rows = _read_hub(task.hub, task.hub.split, needed, None)
     return task.separator.join(row[task.text_field] for row in rows)
+
+
+def read_text_file(path: str) -> str:
+    """The text of `task.data_files`.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task.data_files={path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def read_jsonl(path: Path, needed: tuple[str, ...], key: str, limit: int | None) -> list[Row]:

@@ -39,6 +39,7 @@ KINDS = {
     "question_answering": "pipelines.harness",
     "perplexity": "pipelines.perplexity",
     "fidelity": "pipelines.fidelity",
+    "latency": "pipelines.latency",
 }
 
 # What the jobs of this process came to, for the summary at the end of the call.

@@ -12,7 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from pipelines import config, job
 from pipelines.errors import UserError
-from pipelines.summary import perplexity_table, summary_table
+from pipelines.summary import latency_table, perplexity_table, summary_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -39,9 +39,8 @@ def main() -> None:
         sys.exit(f"error: {UserError(f'cannot compose {chr(32).join(sys.argv[1:])}: {error}')}")
     if job.finished:
         print()
-        print(summary_table(job.finished))
-        if cells := perplexity_table(job.finished):
-            print(f"\n{cells}")
+        tables = [table(job.finished) for table in (summary_table, perplexity_table, latency_table)]
+        print("\n\n".join(table for table in tables if table))
         print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in job.finished}))}")
     if job.failed:
         sys.exit(1)

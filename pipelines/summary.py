@@ -9,12 +9,15 @@ from tabulate import tabulate
 from pipelines.records import Record
 
 
-def summary_table(rows: Sequence[tuple[str, Record]]) -> str:
+def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
     """One line per run: the method, every metric that has a standard error with it, and time.
 
     Args:
-        rows: (method in words, record) of each run.
+        rows: (method in words, record) of each run; those of latency have a table of their own.
     """
+    rows = [(method, record) for method, record in rows if record["config"]["task"]["kind"] != "latency"]
+    if not rows:
+        return None
     errors = dict.fromkeys(name for _, record in rows for name in record["metrics"] if name.endswith("_stderr"))
     measures = [name.removesuffix("_stderr") for name in errors if not name.startswith("perplexity_p")]
     headers = ["model", "task", "method", *measures, "samples", "skipped", "s/sample", "tokens/s"]
@@ -37,6 +40,32 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str:
     return tabulate(lines, headers=headers, disable_numparse=True, tablefmt="simple")
 
 
+def latency_table(rows: Sequence[tuple[str, Record]]) -> str | None:
+    """Ratios first: one line per run and pair of lengths."""
+    names = {
+        "decode_speedup": "decode speed-up",
+        "decode_limit": "limit",
+        "decode_fraction_of_limit": "of limit",
+        "prompt_overhead": "prompt overhead",
+        "compaction_vs_memcpy": "compaction / memcpy",
+        "breakeven_tokens": "break-even tokens",
+        "total_speedup": "total speed-up",
+        "dense_decode_ms": "dense ms/token",
+    }
+    lines = []
+    for method, record in rows:
+        metrics, task = record["metrics"], record["config"]["task"]
+        if task["kind"] == "latency":
+            pairs = [(prompt, length) for prompt in task["prompt_lengths"] for length in task["generation_lengths"]]
+            for prompt, length in pairs:
+                suffix = f"_p{prompt}_g{length}" if len(pairs) > 1 else ""
+                values = [f"{metrics[name + suffix]:.3g}" if name + suffix in metrics else "-" for name in names]
+                lines.append([record["config"]["model"]["name"], method, f"{prompt} + {length}", *values])
+    if not lines:
+        return None
+    return tabulate(lines, headers=["model", "method", "tokens", *names.values()], disable_numparse=True)
+
+
 def _with_error(metrics: dict[str, float], name: str) -> str:
     """A metric with its standard error: two decimals where it is a score out of 100 or a perplexity, else four."""
     if name not in metrics:
@@ -50,7 +79,7 @@ def perplexity_table(rows: Sequence[tuple[str, Record]]) -> str | None:
     lines, generations = [], []
     for method, record in rows:
         task = record["config"]["task"]
-        if len(task.get("prompt_lengths", [])) * len(task.get("generation_lengths", [])) > 1:
+        if task["kind"] == "perplexity" and len(task["prompt_lengths"]) * len(task["generation_lengths"]) > 1:
             generations = task["generation_lengths"]
             for prompt in task["prompt_lengths"]:
                 cells = [_with_error(record["metrics"], f"perplexity_p{prompt}_g{length}") for length in generations]

@@ -1,0 +1,268 @@
+"""Latency: dense and pruned generation in one process, in turn, and how near decoding comes to its limit.
+
+Decoding one token reads every active weight once and does little else, so bytes read per token, dense over pruned,
+are the speed-up that cannot be passed. Times depend on the machine; ratios of times taken in turn depend on it far
+less, so ratios are the metrics.
+
+Prompt lengths P and generation lengths G are in tokens, times in seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import griffin
+from griffin.feedforward import weight_out_in
+from pipelines.config import RunConfig
+from pipelines.data import read_text_file
+from pipelines.errors import UserError
+from pipelines.methods import Method, pruner_options
+from pipelines.models import LoadedModel
+from pipelines.records import Sample
+
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One timed pair, dense and pruned, of one pair of lengths."""
+
+    index: int
+    prompt_length: int
+    generation_length: int
+    text: str | None
+
+
+def read(config: RunConfig) -> list[Repeat]:
+    """The repeats of every pair of lengths.
+
+    Raises:
+        UserError: the text is missing.
+    """
+    task = config.task
+    text = None if task.data_files is None else read_text_file(task.data_files)
+    pairs = [(prompt, generation) for prompt in task.prompt_lengths for generation in task.generation_lengths]
+    return [
+        Repeat(index, prompt, generation, text)
+        for index, (prompt, generation) in enumerate(pair for pair in pairs for _ in range(task.repeats))
+    ]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    repeats: Sequence[Repeat],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """Time every repeat. The first, untimed round of each method warms up and fills the buffers.
+
+    Raises:
+        UserError: the model cannot be pruned like this, or the text or the context is too short.
+    """
+    for repeat in repeats:
+        if repeat.prompt_length + repeat.generation_length > loaded.context_length:
+            raise UserError(
+                f"task.prompt_lengths={repeat.prompt_length} with task.generation_lengths={repeat.generation_length}: "
+                f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
+            )
+    for method in methods:
+        traffic = decode_bytes(loaded, method)
+        for repeat in repeats:
+            if repeat.index in done[method]:
+                continue
+            prompt = _prompt(loaded, repeat, config)
+            dense = _timed(loaded, prompt, repeat.generation_length, None)
+            try:
+                pruner = griffin.prune(loaded.model, **pruner_options(config, method))
+            except ValueError as error:
+                raise UserError(f"model={config.model.name}: {error}") from error
+            with pruner:
+                # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
+                other = _prompt(loaded, repeat, config, shift=1)
+                _timed(loaded, other, 2, pruner)
+                pruned = _timed(loaded, prompt, repeat.generation_length, pruner)
+            yield (
+                method,
+                [
+                    {
+                        "index": repeat.index,
+                        "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
+                        "prompt_length": repeat.prompt_length,
+                        "generation_length": repeat.generation_length,
+                        "dense": dense,
+                        "pruned": pruned,
+                        "memcpy": _memcpy(loaded, method),
+                        "bytes": traffic,
+                        "peak_memory_bytes": _peak_memory(loaded.model.device),
+                        "seconds": sum(dense.values()) + sum(pruned.values()),
+                    }
+                ],
+            )
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Ratios of medians over the repeats; with several pairs of lengths, under a suffix `_pP_gG`."""
+    pairs = list(dict.fromkeys(sample["id"] for sample in samples))
+    values: dict[str, float] = {"samples": len(samples)}
+    for pair in pairs:
+        mine = [sample for sample in samples if sample["id"] == pair]
+        suffix = f"_{pair}" if len(pairs) > 1 else ""
+        values |= {name + suffix: value for name, value in _ratios(mine).items()}
+    return values
+
+
+def decode_bytes(loaded: LoadedModel, method: Method) -> dict[str, int]:
+    """Bytes of weights that decoding one token reads, dense and pruned; the KV cache comes on top of both.
+
+    An embedding table counts only where it is the output layer too: decoding looks up one row of it.
+    """
+    model: Any = loaded.model
+    blocks = griffin.find_feedforward_blocks(model)
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    weights = {id(weight): weight for weight in model.parameters()}
+    if output is None or output.weight is not embedding:
+        weights.pop(id(embedding))
+    dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    dropped = sum(
+        neuron * (block.width - kept)
+        for block, kept, neuron in zip(blocks, _kept(blocks, method), _neuron_bytes(blocks), strict=True)
+    )
+    return {"dense": dense, "pruned": dense - dropped}
+
+
+def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
+    def median(kind: str, part: str) -> float:
+        return statistics.median(sample[kind][part] for sample in samples)
+
+    first = samples[0]
+    generation = first["generation_length"]
+    dense, pruned = median("dense", "decode") / generation, median("pruned", "decode") / generation
+    # Gathering the statistic happens within the prefill; selecting and compacting after it.
+    gather = max(median("pruned", "prefill") - median("dense", "prefill"), 0.0)
+    choose, compaction = median("pruned", "choose"), median("pruned", "compact")
+    overhead = gather + choose + compaction
+    memcpy = statistics.median(sample["memcpy"] for sample in samples)
+    limit = first["bytes"]["dense"] / first["bytes"]["pruned"]
+    values = {
+        "decode_speedup": dense / pruned,
+        "decode_limit": limit,
+        "decode_fraction_of_limit": dense / pruned / limit,
+        "prompt_overhead": overhead / median("dense", "prefill"),
+        "compaction_vs_memcpy": compaction / memcpy if memcpy else 0.0,
+        "total_speedup": (median("dense", "prefill") + generation * dense)
+        / (median("dense", "prefill") + overhead + generation * pruned),
+        "dense_prefill_ms": 1e3 * median("dense", "prefill"),
+        "dense_decode_ms": 1e3 * dense,
+        "pruned_decode_ms": 1e3 * pruned,
+        "gather_ms": 1e3 * gather,
+        "choose_ms": 1e3 * choose,
+        "compaction_ms": 1e3 * compaction,
+        "memcpy_ms": 1e3 * memcpy,
+        "peak_memory_bytes": max(sample["peak_memory_bytes"] for sample in samples),
+    }
+    if dense > pruned:  # else no number of tokens pays for the preparation
+        values["breakeven_tokens"] = overhead / (dense - pruned)
+    return values
+
+
+@torch.no_grad()
+def _timed(loaded: LoadedModel, prompt: Tensor, generation_length: int, pruner: griffin.Pruner | None) -> Seconds:
+    """Seconds of prefill, of choosing experts, of compacting, and of decoding `generation_length` tokens greedily."""
+    model, device = loaded.model, loaded.model.device
+    times = [_now(device)]
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    times.append(_now(device))
+    if pruner is not None:
+        _ = pruner.experts
+    times.append(_now(device))
+    if pruner is not None:
+        pruner.prepare()
+    times.append(_now(device))
+    token = output.logits[:, -1:].argmax(dim=-1)
+    for _ in range(generation_length):
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    times.append(_now(device))
+    return dict(zip(("prefill", "choose", "compact", "decode"), [b - a for a, b in pairwise(times)], strict=True))
+
+
+def _memcpy(loaded: LoadedModel, method: Method) -> float:
+    """Seconds to copy as many bytes as compaction writes, block by block: the floor of a full compaction."""
+    blocks = griffin.find_feedforward_blocks(loaded.model)
+    sizes = [kept * neuron for kept, neuron in zip(_kept(blocks, method), _neuron_bytes(blocks), strict=True)]
+    device = loaded.model.device
+    sources = [torch.ones(size // 4, device=device) for size in sizes]
+    targets = [torch.zeros(size // 4, device=device) for size in sizes]
+
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+    return _median_seconds(copy, device)
+
+
+def _median_seconds(action: Callable[[], None], device: torch.device, times: int = 3) -> float:
+    seconds = []
+    for _ in range(times):
+        began = _now(device)
+        action()
+        seconds.append(_now(device) - began)
+    return statistics.median(seconds)
+
+
+def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int = 0) -> Tensor:
+    """[B, P] tokens: consecutive stretches of the text, or random ones, another for every repeat."""
+    length, rows = repeat.prompt_length, config.batch_size
+    start = (2 * repeat.index + shift) * rows * length
+    if repeat.text is None:
+        numbers = torch.Generator().manual_seed(config.seed + start)
+        ids = torch.randint(0, loaded.model.config.get_text_config().vocab_size, (rows * length,), generator=numbers)
+    else:
+        ids = torch.tensor(loaded.tokenizer(repeat.text, add_special_tokens=False)["input_ids"])
+        if len(ids) < 2 * rows * length:
+            raise UserError(
+                f"task.data_files={config.task.data_files}: the text has {len(ids)} tokens, expected at least "
+                f"{2 * rows * length} for task.prompt_lengths={length}"
+            )
+        start %= len(ids) - rows * length + 1
+        ids = ids[start : start + rows * length]
+    return ids.reshape(rows, length).to(loaded.model.device)
+
+
+def _kept(blocks: Sequence[griffin.FeedForwardBlock], method: Method) -> list[int]:
+    sparsity = method.sparsity if isinstance(method.sparsity, tuple) else (method.sparsity,) * len(blocks)
+    return [griffin.kept_neurons(block.width, value) for block, value in zip(blocks, sparsity, strict=True)]
+
+
+def _neuron_bytes(blocks: Sequence[griffin.FeedForwardBlock]) -> list[int]:
+    """Per block, the bytes of one neuron's weights in all projections."""
+    weights = [[weight_out_in(module) for module in (*block.inputs, block.output)] for block in blocks]
+    return [
+        sum(weight.numel() * weight.element_size() for weight in mine) // block.width
+        for block, mine in zip(blocks, weights, strict=True)
+    ]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """On a GPU, the most its tensors have taken; elsewhere the most this process has taken."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource  # not on Windows
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

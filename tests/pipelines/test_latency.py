@@ -1,0 +1,79 @@
+"""Latency: that what is timed is what is named. How fast it is, is for the benchmark to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from calling import Outcome, composed, read_record, read_samples, run_folder
+
+from pipelines.latency import decode_bytes, metrics
+from pipelines.methods import Method
+from pipelines.models import load
+
+
+def options(out: Path, *more: str) -> list[str]:
+    plain = ["model=random_tiny", "task=latency", "task.repeats=2", f"output_dir={out}", "wandb.mode=disabled"]
+    return [*plain, "task.prompt_lengths=[8]", "task.generation_lengths=[3]", *more]
+
+
+def test_one_pair_of_lengths_has_flat_metrics(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = call(*options(tmp_path))
+    assert ended.code == 0
+    assert "decode speed-up" in ended.out
+    found = read_record(run_folder(tmp_path))["metrics"]
+    assert {"decode_speedup", "decode_limit", "prompt_overhead", "compaction_vs_memcpy", "total_speedup"} <= set(found)
+    assert found["decode_fraction_of_limit"] == pytest.approx(found["decode_speedup"] / found["decode_limit"])
+    samples = read_samples(run_folder(tmp_path))
+    assert len(samples) == 2
+    assert all(sample["pruned"]["compact"] > 0 and sample["dense"]["decode"] > 0 for sample in samples)
+
+
+def test_several_pairs_have_a_suffix_each(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert call(*options(tmp_path, "task.prompt_lengths=[8,12]", "statistic=magnitude")).code == 0
+    found = read_record(run_folder(tmp_path))["metrics"]
+    assert {"decode_speedup_p8_g3", "decode_speedup_p12_g3"} <= set(found)
+    assert "decode_speedup" not in found
+
+
+def test_ratios_are_those_of_the_medians() -> None:
+    def sample(index: int, factor: float) -> dict[str, object]:
+        return {
+            "index": index,
+            "id": "p8_g10",
+            "generation_length": 10,
+            "dense": {"prefill": 1.0 * factor, "choose": 0.0, "compact": 0.0, "decode": 20.0 * factor},
+            "pruned": {"prefill": 1.1 * factor, "choose": 0.2 * factor, "compact": 0.3 * factor, "decode": 10 * factor},
+            "memcpy": 0.25 * factor,
+            "bytes": {"dense": 250, "pruned": 100},
+            "peak_memory_bytes": 7,
+        }
+
+    found = metrics([sample(0, 1.0), sample(1, 100.0), sample(2, 1.0)])  # one disturbed repeat moves no median
+    assert found["decode_speedup"] == pytest.approx(2.0)
+    assert found["decode_limit"] == pytest.approx(2.5)
+    assert found["decode_fraction_of_limit"] == pytest.approx(0.8)
+    assert found["prompt_overhead"] == pytest.approx(0.6)
+    assert found["compaction_vs_memcpy"] == pytest.approx(1.2)
+    assert found["breakeven_tokens"] == pytest.approx(0.6)
+    assert found["total_speedup"] == pytest.approx(21 / 11.6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_limit_counts_what_a_token_reads(tied: bool, tmp_path: Path) -> None:
+    config = composed(*options(tmp_path), f"+model.architecture.tie_word_embeddings={tied}")
+    loaded = load(config.model, "cpu", 0)
+    hidden, width, vocabulary = 64, 160, 288
+    attention = 2 * hidden * hidden + 2 * hidden * (hidden // 2)
+    other = 3 * (attention + 2 * hidden) + hidden + vocabulary * hidden  # norms; the output layer, tied or not
+    found = decode_bytes(loaded, Method("griffin", "topk", 0.5))
+    assert found["dense"] == 4 * (other + 3 * 3 * hidden * width)
+    assert found["pruned"] == 4 * (other + 3 * 3 * hidden * width // 2)
+
+
+@pytest.mark.parametrize("override", ["mode=masked", "batch_size=2"])
+def test_only_compact_weights_are_timed(override: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = call(*options(tmp_path, override))
+    assert ended.code == 1
+    assert len(ended.lines("error: ")) == 1
