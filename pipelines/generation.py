@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 import griffin
 from pipelines.config import GenerationTask, RunConfig
-from pipelines.errors import UserError
 from pipelines.methods import Method, pruner_options
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt, read_prompts
@@ -48,12 +47,9 @@ def evaluate(
 
     A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says so, as in the
     reference implementation.
-
-    Raises:
-        UserError: the model cannot be pruned like this.
     """
     for method in methods:
-        with _pruned(loaded, config, method):
+        with nullcontext() if method.dense else griffin.prune(loaded.model, **pruner_options(config, method)):
             for start in range(0, len(prompts), config.batch_size):
                 # A batch that was cut off is run as a whole: its rows may share their experts.
                 batch = prompts[start : start + config.batch_size]
@@ -75,15 +71,6 @@ def _evaluate_batch(loaded: LoadedModel, batch: Sequence[Prompt], config: RunCon
     if fitting:
         samples += _generate(loaded, fitting, task, config.seed)
     return sorted(samples, key=lambda sample: sample["index"])
-
-
-def _pruned(loaded: LoadedModel, config: RunConfig, method: Method) -> AbstractContextManager[Any]:
-    if method.dense:
-        return nullcontext()
-    try:
-        return griffin.prune(loaded.model, **pruner_options(config, method))
-    except ValueError as error:
-        raise UserError(f"model={config.model.name}: {error}") from error
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -79,9 +79,6 @@ def evaluate(
     """Run the requests of every document under every method, block by block.
 
     Log-likelihoods share one dense pass between the methods; generations run method by method.
-
-    Raises:
-        UserError: the model cannot be pruned like this.
     """
     lm = GriffinLM.around(loaded, config.batch_size)
     for start in range(0, len(documents), _BLOCK_DOCUMENTS):
@@ -251,11 +248,8 @@ def _generations(lm: GriffinLM, instances: Sequence[Instance], config: RunConfig
     if method.dense:
         texts = HFLM.generate_until(lm, wanted, disable_tqdm=True)
     else:
-        try:
-            with griffin.prune(lm.model, **pruner_options(config, method)):
-                texts = HFLM.generate_until(lm, wanted, disable_tqdm=True)
-        except ValueError as error:
-            raise UserError(f"model={config.model.name}: {error}") from error
+        with griffin.prune(lm.model, **pruner_options(config, method)):
+            texts = HFLM.generate_until(lm, wanted, disable_tqdm=True)
     return {id(instance): text for instance, text in zip(wanted, texts, strict=True)}
 
 

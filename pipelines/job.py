@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
-from pipelines.methods import Method, identity, methods, run_config
+from pipelines.methods import Method, identity, methods, pruner_options, run_config
 from pipelines.records import Record, RunFolder, run_id
 from pipelines.tracking import Tracker, track
 
@@ -104,6 +104,8 @@ def _evaluate(
     loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed)
     load_seconds = time.perf_counter() - began
 
+    _check_prunable(config, loaded, list(folders))
+
     records: dict[Method, Record] = {}
     trackers: dict[Method, Tracker] = {}
     what = f"{config.task.name} {config.model.name}"
@@ -150,6 +152,18 @@ def _evaluate(
             if method not in records:
                 finish(method)
     return records
+
+
+def _check_prunable(config: RunConfig, loaded: LoadedModel, wanted: list[Method]) -> None:
+    """What only the loaded model can tell: whether it has the blocks and the layers that the methods speak of."""
+    import griffin
+
+    for method in wanted:
+        if not method.dense:
+            try:
+                griffin.prune(loaded.model, **pruner_options(config, method))
+            except ValueError as error:
+                raise UserError(f"model={config.model.name}: {error}") from error
 
 
 def _headline(metrics: dict[str, float]) -> str:

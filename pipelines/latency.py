@@ -66,7 +66,7 @@ def evaluate(
     """Time every repeat. The first, untimed round of each method warms up and fills the buffers.
 
     Raises:
-        UserError: the model cannot be pruned like this, or the text or the context is too short.
+        UserError: the text or the context is too short.
     """
     for repeat in repeats:
         if repeat.prompt_length + repeat.generation_length > loaded.context_length:
@@ -81,11 +81,7 @@ def evaluate(
                 continue
             prompt = _prompt(loaded, repeat, config)
             dense = _timed(loaded, prompt, repeat.generation_length, None)
-            try:
-                pruner = griffin.prune(loaded.model, **pruner_options(config, method))
-            except ValueError as error:
-                raise UserError(f"model={config.model.name}: {error}") from error
-            with pruner:
+            with griffin.prune(loaded.model, **pruner_options(config, method)) as pruner:
                 # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
                 other = _prompt(loaded, repeat, config, shift=1)
                 _timed(loaded, other, 2, pruner)

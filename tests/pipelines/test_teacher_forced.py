@@ -109,3 +109,17 @@ def test_compare_against_the_formula() -> None:
     kl, agreement = compare(dense, pruned)
     assert kl == pytest.approx((0.5 * math.log(2) - 0.25 * math.log(2)) / 2)
     assert agreement == 0.5
+
+
+@pytest.mark.parametrize("task", ["fidelity", "briefs_choice", "briefs_qa"])
+@pytest.mark.parametrize("override", ["sparsity=[0.5,0.2]", "model.architecture.model_type=mixtral"])
+def test_what_only_the_model_can_tell_is_one_line(
+    task: str, override: str, call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    plain = ["model=random_tiny", f"task={task}", "limit=1", f"output_dir={tmp_path}", "wandb.mode=disabled"]
+    ended = call(*plain, override)
+    assert ended.code == 1
+    (line,) = ended.lines("error: ")
+    assert "model=random_tiny" in line
+    assert "Traceback" not in ended.err
+    assert not list(tmp_path.rglob("record.json"))
