@@ -10,7 +10,6 @@ Dimensions: B = batch rows, S = positions of one forward call, D = FF width, K =
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,26 +18,17 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationMode
 
 from griffin.compaction import CompactBlock
+from griffin.decoding import refuse_decoding
 from griffin.experts import choose_experts, prompt_digests
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.masking import Mask
-from griffin.selection import SELECTIONS, kept_neurons
+from griffin.selection import SELECTIONS, kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
 
 MODES = ("compact", "masked")
-
-# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are
-# rows with the same experts, so swapping them is harmless.
-_DECODINGS = {
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-}
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
 
@@ -180,7 +170,7 @@ class Pruner:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        _refuse_decoding(self.model.generation_config, given, kwargs)
+        refuse_decoding(self.model.generation_config, given, kwargs)
         inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -377,36 +367,3 @@ def prune(
         arXiv 2404.01365.
     """
     return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed)
-
-
-def sparsity_per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
-    values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
-    if len(values) != layers:
-        raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
-    for value in values:
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity={value}: expected 0 <= sparsity < 1")
-    return values
-
-
-def _refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
-
-    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
-    """
-    merged = copy.deepcopy(default)
-    for options in (vars(given) if given is not None else {}, kwargs):
-        for name, value in options.items():
-            if value is not None and hasattr(merged, name):
-                setattr(merged, name, value)
-
-    if merged.use_cache is False:
-        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
-    if merged.guidance_scale not in (None, 1):
-        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
-    if kwargs.get("custom_generate") is not None:
-        raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
-    if decoding not in _DECODINGS:
-        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
-        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")

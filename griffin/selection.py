@@ -5,6 +5,8 @@ Dimensions: B = batch rows, D = FF width, K = kept neurons.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,21 @@ SELECTIONS = ("topk", "sample", "topk_sample")
 def kept_neurons(width: int, sparsity: float) -> int:
     """K = int(D * (1 - sparsity)), but at least one neuron."""
     return max(1, int(width * (1 - sparsity)))
+
+
+def sparsity_per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
+    """One sparsity for each layer.
+
+    Raises:
+        ValueError: the number of values is wrong, or one is not 0 <= sparsity < 1.
+    """
+    values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
+    if len(values) != layers:
+        raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
+    for value in values:
+        if not 0 <= value < 1:
+            raise ValueError(f"sparsity={value}: expected 0 <= sparsity < 1")
+    return values
 
 
 def select(scores_BD: Tensor, kept: int, selection: str = "topk", draw_BD: Tensor | None = None) -> Tensor:

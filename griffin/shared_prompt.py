@@ -26,8 +26,7 @@ from griffin.experts import choose_experts, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.masking import Mask
-from griffin.pruner import sparsity_per_layer
-from griffin.selection import kept_neurons
+from griffin.selection import kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
 
 

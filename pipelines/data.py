@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import GenerationTask, HubDataset, PerplexityTask
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
+from pipelines.task_config import GenerationTask, HubDataset, PerplexityTask
 
 EMBEDDED = Path(__file__).parent / "data"
 

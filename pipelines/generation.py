@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 import griffin
-from pipelines.config import GenerationTask, RunConfig
+from pipelines.config import RunConfig
 from pipelines.methods import Method, pruner_options
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.task_config import GenerationTask
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

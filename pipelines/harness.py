@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import griffin
-from pipelines.config import HarnessTask, RunConfig
+from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
@@ -32,6 +32,7 @@ from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.scoring import Request, score
 from pipelines.squad import provide_to_lm_eval
+from pipelines.task_config import HarnessTask
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.config import GenerationTask
 from pipelines.data import read_rows, read_shots
+from pipelines.task_config import GenerationTask
 
 
 @dataclass(frozen=True)

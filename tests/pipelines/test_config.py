@@ -14,10 +14,14 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin.feedforward import LAYOUTS
-from pipelines import config
+from pipelines import config, task_config
 from pipelines.run import CONF
 
-NODES = [node for _, node in inspect.getmembers(config, dataclasses.is_dataclass)]
+NODES = list(
+    dict.fromkeys(
+        node for module in (config, task_config) for _, node in inspect.getmembers(module, dataclasses.is_dataclass)
+    )
+)
 PROMISED_MODELS = (
     *("gemma_2b", "gemma_7b", "llama2_7b", "llama2_13b", "relu_llama2_7b", "mistral_7b", "opt_6_7b", "opt_13b"),
     *("llama3_8b", "qwen3_8b", "gemma3_1b", "smollm2_135m", "gemma3_270m"),

@@ -1,0 +1,125 @@
+"""The typed configuration of every kind of task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.config_fields import at_least, described, is_file, lengths, one_of
+from pipelines.errors import UserError
+
+DECODINGS = ("greedy", "reference_sampling")
+PROTOCOLS = ("paper", "continuation")
+
+
+@dataclass
+class HubDataset:
+    """A data set on the Hugging Face hub."""
+
+    path: str = described("the repository")
+    name: str | None = described("its configuration", None)
+    split: str = described("the split evaluated", "test")
+    shots_split: str = described("the split whose first rows are the shots", "train")
+
+
+@dataclass
+class GenerationTask:
+    """Summaries of articles: generated and compared with a reference by ROUGE (kind `generation`), or the dense
+    model's own, teacher-forced, on which the pruned next-token distributions are compared (kind `fidelity`)."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("generation or fidelity: which pipeline runs the task, and the job type in W&B", "generation")
+    hub: HubDataset | None = described("the data set on the hub", None)
+    embedded: str | None = described("the project's own data: a file in pipelines/data", None)
+    embedded_shots: str | None = described("the shots that go with it", None)
+    data_files: str | None = described("a JSON Lines file in the data set's layout, instead of hub or embedded", None)
+    shots_file: str | None = described("a JSON Lines file whose first rows are the shots", None)
+    article_field: str = described("the field that holds the article")
+    summary_field: str = described("the field that holds the reference summary")
+    instruction: str = described("the line that asks for the summary, at the prompt's end")
+    shot_instruction: str = described("the same line in the shots, between article and summary")
+    shots: int = described("solved examples before each article", 1)
+    stop: str = described("generated text is cut where this begins", "###")
+    max_new_tokens: int = described("length of the generation in tokens", 128)
+    decoding: str = described("greedy, or the reference's sampling at temperature 0.3", "greedy")
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("generation", "fidelity"))
+        one_of("task.decoding", self.decoding, DECODINGS)
+        at_least("task.shots", self.shots, 0)
+        at_least("task.max_new_tokens", self.max_new_tokens, 1)
+        if not self.stop:
+            raise UserError("task.stop is empty: expected the text that ends a generation")
+        if not (self.hub or self.embedded or self.data_files):
+            raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
+        is_file("task.data_files", self.data_files)
+        is_file("task.shots_file", self.shots_file)
+        if self.shots > 0 and self.data_files and not self.shots_file and not self.embedded_shots:
+            raise UserError("task.data_files without task.shots_file: the shots need a file too, or set task.shots=0")
+
+
+@dataclass
+class HarnessTask:
+    """A task of lm-eval: classification by log-likelihood, or question answering by generation."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("which kind of task, and the job type in W&B")
+    definition: str = described("the task's YAML file, in pipelines/harness_tasks or lm-eval's tasks")
+    embedded: str | None = described("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = described("a JSON Lines file in the data set's layout, instead of the hub", None)
+    protocol: str = described("paper (the last input position is pruned) or continuation (all its positions)", "paper")
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("classification", "question_answering"))
+        one_of("task.protocol", self.protocol, PROTOCOLS)
+        is_file("task.data_files", self.data_files)
+
+
+@dataclass
+class PerplexityTask:
+    """Perplexity of the tokens that follow a prompt, by length of prompt and of generation."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("which pipeline runs the task, and the job type in W&B", "perplexity")
+    hub: HubDataset | None = described("the data set on the hub", None)
+    embedded: str | None = described("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = described("a text file, instead of hub or embedded", None)
+    text_field: str = described("the field that holds the text, in hub and embedded data", "text")
+    separator: str = described("what joins the rows to one text", "\n\n")
+    prompt_lengths: list[int] = described("prompt lengths in tokens, run dense", list)
+    generation_lengths: list[int] = described("how many of the following tokens are scored, under the experts", list)
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("perplexity",))
+        is_file("task.data_files", self.data_files)
+        if not (self.hub or self.embedded or self.data_files):
+            raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
+        lengths("task.prompt_lengths", self.prompt_lengths)
+        lengths("task.generation_lengths", self.generation_lengths)
+
+
+@dataclass
+class LatencyTask:
+    """How long dense and pruned generation take, side by side, beside the limit that memory traffic sets."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("which pipeline runs the task, and the job type in W&B", "latency")
+    data_files: str | None = described("a text file whose stretches are the prompts; null: random tokens", None)
+    prompt_lengths: list[int] = described("prompt lengths in tokens", list)
+    generation_lengths: list[int] = described("generation lengths in tokens", list)
+    repeats: int = described("timed repeats of each pair of lengths, dense and pruned in turn; medians are reported", 5)
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("latency",))
+        is_file("task.data_files", self.data_files)
+        at_least("task.repeats", self.repeats, 1)
+        lengths("task.prompt_lengths", self.prompt_lengths)
+        lengths("task.generation_lengths", self.generation_lengths)
+
+
+# The schemas that the files in conf/task extend, by name.
+TASKS = {
+    "generation_task": GenerationTask,
+    "harness_task": HarnessTask,
+    "perplexity_task": PerplexityTask,
+    "latency_task": LatencyTask,
+}
