@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +23,13 @@ from tqdm import tqdm
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
 from pipelines.methods import Method, identity, methods, pruner_options, run_config
-from pipelines.records import Record, RunFolder, run_id
+from pipelines.records import Record, RunFolder, Sample, run_id
 from pipelines.tracking import Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
+
+Batches = Iterator[tuple[Method, list[Sample]]]
 
 # The module of each kind of task. It has
 #   read(config) -> items                                        from data alone, before a model is loaded
@@ -104,8 +107,6 @@ def _evaluate(
     loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed)
     load_seconds = time.perf_counter() - began
 
-    _check_prunable(config, loaded, list(folders))
-
     records: dict[Method, Record] = {}
     trackers: dict[Method, Tracker] = {}
     what = f"{config.task.name} {config.model.name}"
@@ -138,7 +139,7 @@ def _evaluate(
         bar = stack.enter_context(
             tqdm(total=len(items) * len(folders), initial=sum(map(len, done.values())), unit="sample")
         )
-        for method, batch in kind.evaluate(loaded, items, config, list(folders), done):
+        for method, batch in _told(kind.evaluate(loaded, items, config, list(folders), done), config, loaded):
             folders[method].append(batch)
             samples[method] += batch
             metrics = kind.metrics(samples[method])
@@ -154,16 +155,20 @@ def _evaluate(
     return records
 
 
-def _check_prunable(config: RunConfig, loaded: LoadedModel, wanted: list[Method]) -> None:
-    """What only the loaded model can tell: whether it has the blocks and the layers that the methods speak of."""
+def _told(batches: Batches, config: RunConfig, loaded: LoadedModel) -> Batches:
+    """The batches as they come; where a method asks what the model cannot do, a line for the user that says so."""
     import griffin
 
-    for method in wanted:
-        if not method.dense:
-            try:
-                griffin.prune(loaded.model, **pruner_options(config, method))
-            except ValueError as error:
-                raise UserError(f"model={config.model.name}: {error}") from error
+    try:
+        yield from batches
+    except ValueError as error:
+        for method in methods(config):
+            if not method.dense:
+                try:
+                    griffin.prune(loaded.model, **pruner_options(config, method))
+                except ValueError as reason:
+                    raise UserError(f"model={config.model.name}: {reason}") from error
+        raise
 
 
 def _headline(metrics: dict[str, float]) -> str:
