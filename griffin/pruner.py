@@ -343,7 +343,8 @@ def prune(
 
     Prompts run dense, so the first generated token is the dense model's; the following tokens use the prompt's
     experts. Leaving the context restores the model bit for bit, also after an exception. Sparsity 0 is
-    bit-identical to the dense model.
+    bit-identical to the dense model. Inside the context the modules may hold the compact weights: save, move and
+    convert the model outside of it.
 
     Args:
         model: a `transformers` causal language model with dense FF blocks.

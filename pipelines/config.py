@@ -7,6 +7,7 @@ composing; what a type cannot say is checked here, when `typed` builds the objec
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,6 +80,8 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         one_of("wandb.mode", self.mode, ("online", "offline", "disabled"))
+        if not re.fullmatch(r"[A-Za-z0-9_. -]{1,128}", self.project):
+            raise UserError(f"wandb.project={self.project}: expected up to 128 letters, digits, spaces and _ . -")
 
 
 @dataclass
@@ -117,6 +120,11 @@ class RunConfig:
         at_least("batch_size", self.batch_size, 1)
         at_least("limit", self.limit, 1)
         at_least("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed}: expected less than 2^63")
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UserError(f"tags={tag}: expected 1 to 64 characters, which is what W&B takes")
         if not (self.device in ("auto", "cpu", "cuda", "mps") or self.device.removeprefix("cuda:").isdigit()):
             raise UserError(f"device={self.device}: expected auto, cpu, cuda, cuda:N or mps")
         if self.mode == "compact" and self.batch_size > 1 and not self.shared_experts:
@@ -167,6 +175,8 @@ def typed(cfg: DictConfig) -> RunConfig:
 def unknown_key(key: str) -> str:
     """What to tell a user who set a key that does not exist."""
     keys = [prefix + item.name for prefix, node in _NODES for item in fields(node)]
+    if key in keys:
+        return f"{key}: this task has no such key; --help lists the keys of each kind"
     close = difflib.get_close_matches(key, keys, n=1)
     return f"{key}: no such key{f' (did you mean {close[0]}?)' if close else ''}; --help lists them all"
 

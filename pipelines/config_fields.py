@@ -41,4 +41,4 @@ def lengths(key: str, values: list[int]) -> None:
 def is_file(key: str, path: str | None) -> None:
     """Raises UserError unless the file, if one is named, is there."""
     if path is not None and not Path(path).is_file():
-        raise UserError(f"{key}={path}: no such file")
+        raise UserError(f"{key}={path}: {'not a file' if Path(path).exists() else 'no such file'}")

@@ -136,7 +136,7 @@ def _read_hub(hub: HubDataset, split: str, needed: tuple[str, ...], limit: int |
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"task.hub.path={hub.path}: cannot be loaded from the hub ({reason}); "
-            "check the connection, or name local files with task.data_files=FILE task.shots_file=FILE"
+            "check the connection, or name a local file with task.data_files=FILE (and task.shots_file=FILE for shots)"
         ) from error
     missing = [name for name in needed if name not in table.column_names]
     if missing:

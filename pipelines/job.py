@@ -121,6 +121,9 @@ def _evaluate(
             run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions
         )
         trackers[method].finish(records[method], samples[method])
+        if not records[method]["metrics"]["samples"]:
+            reason = samples[method][0]["skipped"] if samples[method] else "no data"
+            print(f"warning: {folders[method].path}: nothing to score, all prompts skipped ({reason})", file=sys.stderr)
 
     with ExitStack() as stack:
         for method, folder in folders.items():
@@ -137,7 +140,12 @@ def _evaluate(
                 )
             )
         bar = stack.enter_context(
-            tqdm(total=len(items) * len(folders), initial=sum(map(len, done.values())), unit="sample")
+            tqdm(
+                total=len(items) * len(folders),
+                initial=sum(map(len, done.values())),
+                unit="sample",
+                mininterval=0.1 if sys.stderr.isatty() else 15,  # seconds: a log file wants no film
+            )
         )
         for method, batch in _told(kind.evaluate(loaded, items, config, list(folders), done), config, loaded):
             folders[method].append(batch)

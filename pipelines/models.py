@@ -114,7 +114,10 @@ def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTr
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        gate = f"; its licence must be accepted first, at {config.licence_gate}" if config.licence_gate else ""
+        refused = any(word in str(error).lower() for word in ("gated", "restricted", "401", "403"))
+        gate = (
+            f"; its licence must be accepted first, at {config.licence_gate}" if config.licence_gate and refused else ""
+        )
         raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}") from error
     return model, tokenizer
 

@@ -71,6 +71,8 @@ class HarnessTask:
     def __post_init__(self) -> None:
         one_of("task.kind", self.kind, ("classification", "question_answering"))
         one_of("task.protocol", self.protocol, PROTOCOLS)
+        if self.kind == "question_answering" and self.protocol != "paper":
+            raise UserError(f"task.protocol={self.protocol}: {self.name} generates; protocols are for classification")
         is_file("task.data_files", self.data_files)
 
 

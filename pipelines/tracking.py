@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -37,7 +38,7 @@ class Tracker:
         import wandb
 
         columns = list(dict.fromkeys(key for sample in samples for key in sample))
-        table = wandb.Table(columns=columns, data=[[sample.get(key) for key in columns] for sample in samples])
+        table = wandb.Table(columns=columns, data=[[_cell(sample.get(key)) for key in columns] for sample in samples])
         with _files_in(self._folder):
             self._run.log({"samples_table": table})  # `samples` is a number in the summary
             self._run.summary.update({**record["metrics"], **record["timing"]})
@@ -49,6 +50,11 @@ class Tracker:
             with _files_in(self._folder):
                 self._run.finish(exit_code=exit_code)
             self._run = None
+
+
+def _cell(value: Any) -> Any:
+    """A value as a table takes it: every column has one type, so what is nested is text."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
 
 
 @contextlib.contextmanager

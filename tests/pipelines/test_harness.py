@@ -143,3 +143,10 @@ def test_data_of_another_layout_is_told_in_one_line(call: Callable[..., Outcome]
     assert f"task.data_files={data}" in line
     assert "Traceback" not in ended.err
     assert not list((tmp_path / "out").rglob("record.json"))
+
+
+def test_answers_of_every_shape_fit_into_the_table_of_w_and_b(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    for task in ("briefs_choice", "briefs_qa"):
+        ended = call(*arguments(tmp_path / task, task, "wandb.mode=offline", "limit=3"))
+        assert ended.code == 0
+        assert list(run_folder(tmp_path / task).glob("wandb/offline-run-*/files/media/table/*.json"))
