@@ -123,7 +123,7 @@ def _evaluate(
         trackers[method].finish(records[method], samples[method])
         if not records[method]["metrics"]["samples"]:
             reason = samples[method][0]["skipped"] if samples[method] else "no data"
-            print(f"warning: {folders[method].path}: nothing to score, all prompts skipped ({reason})", file=sys.stderr)
+            tqdm.write(f"warning: {folders[method].path}: no sample, all prompts skipped ({reason})", file=sys.stderr)
 
     with ExitStack() as stack:
         for method, folder in folders.items():
