@@ -114,10 +114,8 @@ def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTr
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        refused = any(word in str(error).lower() for word in ("gated", "restricted", "401", "403"))
-        gate = (
-            f"; its licence must be accepted first, at {config.licence_gate}" if config.licence_gate and refused else ""
-        )
+        gated = config.licence_gate and (config.repo or "") in config.licence_gate  # not where another repo is named
+        gate = f" (a gated model: its licence must have been accepted at {config.licence_gate})" if gated else ""
         raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}") from error
     return model, tokenizer
 
