@@ -63,7 +63,9 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Time every repeat. The first, untimed round of each method warms up and fills the buffers.
+    """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned.
+
+    The very first calls of a process are slow; with three repeats or more they move no median.
 
     Raises:
         UserError: the text or the context is too short.

@@ -36,7 +36,8 @@ def main() -> None:
         if job.running:
             raise
         # What Hydra does not foresee in a command line, such as a group set to null.
-        sys.exit(f"error: {UserError(f'cannot compose {chr(32).join(sys.argv[1:])}: {error}')}")
+        overrides = " ".join(sys.argv[1:])
+        sys.exit(f"error: {UserError(f'cannot compose {overrides}: {error}')}")
     if job.finished:
         print()
         tables = [table(job.finished) for table in (summary_table, perplexity_table, latency_table)]
