@@ -6,6 +6,7 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
         model.generate(**inputs)
 """
 
+from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.pruner import MODES, Pruner, prune
 from griffin.selection import SELECTIONS, kept_neurons, select
@@ -15,9 +16,11 @@ from griffin.statistics import STATISTICS, Statistic, aggregate
 __version__ = "0.1.0"
 
 __all__ = [
+    "COMPENSATIONS",
     "MODES",
     "SELECTIONS",
     "STATISTICS",
+    "Compensation",
     "FeedForwardBlock",
     "Pruner",
     "SharedPrompt",

@@ -11,11 +11,21 @@ from griffin.feedforward import FeedForwardBlock
 
 
 class BlockHooks:
-    """One hook on every block, called as `hook(layer, z)`; what it returns, if anything, replaces z."""
+    """One hook on every block, called as `hook(layer, z)`; what it returns, if anything, replaces z.
 
-    def __init__(self, blocks: Sequence[FeedForwardBlock], hook: Callable[[int, Tensor], Tensor | None]) -> None:
+    With `after`, also one called as `after(layer, z, output)` with that z; what it returns, if anything, replaces
+    the output.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[FeedForwardBlock],
+        hook: Callable[[int, Tensor], Tensor | None],
+        after: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    ) -> None:
         self._blocks = blocks
         self._hook = hook
+        self._after = after
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -23,6 +33,13 @@ class BlockHooks:
         if not self._handles:
             self._handles = [
                 block.output.register_forward_pre_hook(lambda _, args, layer=layer: self._hook(layer, args[0]))
+                for layer, block in enumerate(self._blocks)
+            ]
+
+        if self._after is not None and len(self._handles) == len(self._blocks):
+            after = self._after
+            self._handles += [
+                block.output.register_forward_hook(lambda _, args, out, layer=layer: after(layer, args[0], out))
                 for layer, block in enumerate(self._blocks)
             ]
 

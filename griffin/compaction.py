@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from griffin.compensation import Correction
 from griffin.feedforward import FeedForwardBlock, weight_out_in
 
 
@@ -55,6 +56,17 @@ class CompactProjection:
         if self._bias_D is not None:
             torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_buffer_K)
 
+    def correct(self, correction: Correction) -> None:
+        """Change what the neurons that were gathered last write; the next `gather` begins from the weights again."""
+        rows_1KH = correction.rows()
+        if rows_1KH is not None:
+            self._buffer_KH.add_(rows_1KH[0].to(self._buffer_KH.device))
+        if correction.bias_BH is not None:
+            bias = self._dense.setdefault("bias", self.module.bias)
+            bias_H = correction.bias_BH[0].to(self._buffer_KH)
+            corrected_H = bias.detach() + bias_H if isinstance(bias, Tensor) else bias_H
+            self._compact["bias"] = nn.Parameter(corrected_H, requires_grad=False)
+
     def install(self) -> None:
         """Compute with the kept neurons from now on."""
         for name, value in self._compact.items():
@@ -75,13 +87,16 @@ class CompactBlock:
         ]
         self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1, kept=kept))
 
-    def install(self, experts_K: Tensor) -> None:
-        """Gather the weights of these neurons [K] and compute with them.
+    def install(self, experts_K: Tensor, correction: Correction | None = None) -> None:
+        """Gather the weights of these neurons [K], correct what they write, and compute with them.
 
         Source: the generation phase of GRIFFIN, Wg[E], Wu[E], b1[E], Wd[:, E] (arXiv 2404.01365).
         """
         for projection in self.projections:
             projection.gather(experts_K)
+        if correction is not None:
+            self.projections[-1].correct(correction)
+        for projection in self.projections:
             projection.install()
 
     def uninstall(self) -> None:

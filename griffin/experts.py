@@ -1,4 +1,4 @@
-"""From what was gathered of the prompts to their experts, layer by layer.
+"""From what was gathered of the prompts to their experts and the corrections that go with them, layer by layer.
 
 Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons.
 """
@@ -6,15 +6,16 @@ Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from griffin.compensation import Compensation, Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.gathering import Gatherer
 from griffin.selection import select
-from griffin.statistics import Statistic, aggregate
+from griffin.statistics import Evidence, Statistic, aggregate
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def choose_experts(
     digests: Sequence[int],
     seed: int,
     shared_lengths_B: Tensor | None = None,
+    own_text: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Scores and experts of the prompts that were gathered.
 
@@ -40,6 +42,7 @@ def choose_experts(
         seed: of random statistics and selections.
         shared_lengths_B: where the prompts share one expert set, the length of each; fewer than the rows where
             several rows (beams) continue one prompt.
+        own_text: per layer, what the statistic gathered over the model's own text, where it needs that.
 
     Returns:
         Per layer, scores [B, D] float32 and experts [B, K] int64; one row where static or shared.
@@ -47,7 +50,8 @@ def choose_experts(
     scores, experts = [], []
     for layer, block in enumerate(blocks):
         draw_BD = _draw(block, layer, digests, seed) if statistic.random or selection != "topk" else None
-        scores_BD = statistic.score(gatherer.total(statistic, layer), block, draw_BD)
+        total, own = gatherer.total(statistic.gathering, layer), None if own_text is None else own_text[layer]
+        scores_BD = statistic.score(Evidence(block, total, draw_BD, own))
         if shared_lengths_B is not None:
             scores_BD = scores_BD[:: max(1, len(scores_BD) // len(shared_lengths_B))]
             scores_BD = aggregate(scores_BD, shared_lengths_B) if len(scores_BD) > 1 else scores_BD
@@ -55,6 +59,37 @@ def choose_experts(
         scores.append(scores_BD)
         experts.append(select(scores_BD, kept[layer], selection, draw_BD))
     return scores, experts
+
+
+@torch.no_grad()
+def corrections(
+    blocks: Sequence[FeedForwardBlock],
+    gatherer: Gatherer,
+    compensation: Compensation | None,
+    experts: Sequence[Tensor],
+    prompts: int | None = None,
+) -> Iterator[Correction | None]:
+    """What a compensation adds to each block for these experts; one by one, since they may be large.
+
+    Args:
+        blocks: the FF blocks, in layer order.
+        gatherer: what it gathered must include this compensation.
+        compensation: None: nothing is added.
+        experts: per layer [B, K], or [1, K] where static or shared.
+        prompts: where the prompts share one expert set, and so one correction, their number; fewer than the rows
+            where several rows (beams) continue one prompt.
+
+    Yields:
+        Per layer, the correction for each row, or the one of all; None where nothing is added or dropped.
+    """
+    for layer, (block, experts_BK) in enumerate(zip(blocks, experts, strict=True)):
+        total = None if compensation is None else gatherer.total(compensation.gathering, layer)
+        if compensation is None or total is None or experts_BK.shape[1] == block.width:
+            yield None
+            continue
+        if prompts is not None:
+            total = compensation.share(total[:: max(1, len(total) // prompts)])
+        yield compensation.correct(total, block, experts_BK.expand(len(total), -1))
 
 
 def prompt_digests(ids_BS: Tensor, counted_BS: Tensor | None, before: Sequence[int]) -> list[int]:

@@ -91,6 +91,13 @@ class FeedForwardBlock:
         norms: Tensor = torch.linalg.vector_norm(columns, ord=1, dim=0, dtype=torch.float32)
         return norms
 
+    @cached_property
+    def output_lengths(self) -> Tensor:
+        """[D] float32: per neuron, the L2 norm of its column of the output projection."""
+        columns = weight_out_in(self.output).detach()
+        lengths: Tensor = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float32)
+        return lengths
+
 
 def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
     """The FF blocks of a Hugging Face causal language model, one per decoder layer, in layer order.

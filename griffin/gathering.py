@@ -1,4 +1,7 @@
-"""Gathering: what the statistics need to know of a prompt, added up while the model runs it dense.
+"""Gathering: what statistics and compensations need to know of a prompt, collected while the model runs it dense.
+
+A prompt may come in several stretches (chunked prefill). Each stretch gives a part, and parts are joined, so that a
+prompt in stretches gives what it gives whole.
 
 Dimensions: B = batch rows, S = positions of one forward call, D = FF width.
 """
@@ -6,34 +9,104 @@ Dimensions: B = batch rows, S = positions of one forward call, D = FF width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from griffin.block_hooks import BlockHooks
 from griffin.feedforward import FeedForwardBlock
-from griffin.statistics import Statistic
 
-Gather = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of a stretch stand in their prompts.
+
+    Attributes:
+        counted_BS: bool, False where a position is padding.
+        before_B: tokens of each row's prompt before this stretch.
+        padded: False where it is known that every position counts.
+    """
+
+    counted_BS: Tensor
+    before_B: Tensor
+    padded: bool = True
+
+    @cached_property
+    def count_B(self) -> Tensor:
+        """Tokens in this stretch, padding excluded, int64."""
+        return self.counted_BS.sum(dim=1)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row's prompt so far."""
+        return int((self.before_B + self.count_B).max())
+
+    @cached_property
+    def positions_BS(self) -> Tensor:
+        """Each token's number in its prompt, from 0, padding not counted; meaningless at padding. Int64."""
+        return self.before_B.unsqueeze(1) + self.counted_BS.cumsum(dim=1) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """One block's activations in a stretch of the prompts.
+
+    Attributes:
+        z_BSD: float32, rows of padding positions set to zero, so that padding counts as nothing in any sum.
+        places: where its tokens stand.
+    """
+
+    z_BSD: Tensor
+    places: Places
+
+    @cached_property
+    def relative_BSD(self) -> Tensor:
+        """z[b, t, :] / ||z[b, t, :]||_2, a zero row staying zero (arXiv 2404.01365)."""
+        return unit_rows(self.z_BSD)
+
+
+def unit_rows(z_BSD: Tensor) -> Tensor:
+    """Each token's row divided by its L2 norm; a zero row stays zero."""
+    norms_BS1 = torch.linalg.vector_norm(z_BSD, dim=-1, keepdim=True)
+    return torch.where(norms_BS1 > 0, z_BSD / norms_BS1, 0.0)
+
+
+def added(before: Tensor, part: Tensor, places: Places) -> Tensor:
+    """Joins parts that are sums over tokens."""
+    return before + part
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What is collected of a prompt, block by block, in two pure functions.
+
+    Attributes:
+        part: (stretch, block) -> what this stretch gives, float32, B first.
+        join: (what earlier stretches gave, this part, this stretch's places) -> what they give together.
+    """
+
+    part: Callable[[Stretch, FeedForwardBlock], Tensor]
+    join: Callable[[Tensor, Tensor, Places], Tensor] = added
 
 
 class Gatherer:
-    """Adds up, per layer, what the given statistics gather over the positions that count.
+    """Collects the given gatherings, per layer, over the positions that count.
 
-    Hooks are on the model while attached, and one forward call serves all statistics.
+    Hooks are on the model while attached, and one forward call serves all gatherings.
     """
 
-    def __init__(self, blocks: Sequence[FeedForwardBlock], statistics: Sequence[Statistic]) -> None:
-        gathers = dict.fromkeys(statistic.gather for statistic in statistics)
-        self._totals: dict[Gather, list[Tensor | None]] = {
-            gather: [None] * len(blocks) for gather in gathers if gather is not None
+    def __init__(self, blocks: Sequence[FeedForwardBlock], gatherings: Sequence[Gathering | None]) -> None:
+        self._blocks = blocks
+        self._totals: dict[Gathering, list[Tensor | None]] = {
+            gathering: [None] * len(blocks) for gathering in gatherings if gathering is not None
         }
         self._hooks = BlockHooks(blocks, self._gather)
-        self._shape_BS = (0, 0)
-        self._counted_BS: Tensor | None = None
+        self._places: Places | None = None
 
     def attach(self) -> None:
-        """Gather from the next forward call on; a no-op for statistics that do not read activations."""
+        """Gather from the next forward call on; a no-op where nothing reads activations."""
         if self._totals:
             self._hooks.attach()
 
@@ -41,25 +114,35 @@ class Gatherer:
         """Gather no more; what has been gathered stays."""
         self._hooks.detach()
 
-    def expect(self, rows: int, positions: int, counted_BS: Tensor | None) -> None:
+    def expect(self, rows: int, positions: int, counted_BS: Tensor | None, device: torch.device | str = "cpu") -> None:
         """Announce the next forward call's shape, and which of its positions count (None: all)."""
-        self._shape_BS = (rows, positions)
-        self._counted_BS = counted_BS
+        padded = counted_BS is not None
+        if counted_BS is None:
+            counted_BS = torch.ones(rows, positions, dtype=torch.bool, device=device)
+        before_B = torch.zeros(rows, dtype=torch.int64, device=counted_BS.device)
+        if self._places is not None:
+            before_B = (self._places.before_B + self._places.count_B).to(counted_BS.device)
+        self._places = Places(counted_BS, before_B, padded)
 
     def reset(self) -> None:
         """Begin a new prompt."""
+        self._places = None
         for totals in self._totals.values():
             totals[:] = [None] * len(totals)
 
-    def total(self, statistic: Statistic, layer: int) -> Tensor | None:
-        """[B, D] float32: what this statistic's `score` takes; None for one that gathers nothing."""
-        return None if statistic.gather is None else self._totals[statistic.gather][layer]
+    def total(self, gathering: Gathering | None, layer: int) -> Tensor | None:
+        """What this gathering came to over the prompt, B first; None for None."""
+        return None if gathering is None else self._totals[gathering][layer]
 
     @torch.no_grad()
     def _gather(self, layer: int, z: Tensor) -> None:
-        z_BSD = z.detach().reshape(*self._shape_BS, -1).float()  # some architectures flatten B and S
-        if self._counted_BS is not None:
-            z_BSD = z_BSD.masked_fill(~self._counted_BS.to(z.device).unsqueeze(-1), 0.0)
-        for gather, totals in self._totals.items():
-            part_BD, before_BD = gather(z_BSD), totals[layer]
-            totals[layer] = part_BD if before_BD is None else before_BD + part_BD
+        assert self._places is not None
+        places = self._places
+        rows, positions = places.counted_BS.shape
+        z_BSD = z.detach().reshape(rows, positions, -1).float()  # some architectures flatten B and S
+        if places.padded:
+            z_BSD = z_BSD.masked_fill(~places.counted_BS.to(z.device).unsqueeze(-1), 0.0)
+        stretch = Stretch(z_BSD, places)
+        for gathering, totals in self._totals.items():
+            part, before = gathering.part(stretch, self._blocks[layer]), totals[layer]
+            totals[layer] = part if before is None else gathering.join(before, part, places)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import ReferenceType, WeakSet, ref
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from griffin.compaction import CompactBlock
+from griffin.compensation import COMPENSATIONS, Correction
 from griffin.decoding import refuse_decoding
-from griffin.experts import choose_experts, prompt_digests
+from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.masking import Mask
+from griffin.own_text import gathered_over_own_text
 from griffin.selection import SELECTIONS, kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
 
@@ -54,11 +56,13 @@ class Pruner:
         mode: str,
         shared_experts: bool,
         seed: int,
+        compensation: str,
     ) -> None:
         for key, value, allowed in (
             ("statistic", statistic, STATISTICS),
             ("selection", selection, SELECTIONS),
             ("mode", mode, MODES),
+            ("compensation", compensation, COMPENSATIONS),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
@@ -69,6 +73,9 @@ class Pruner:
             for block, value in zip(self.blocks, sparsity_per_layer(sparsity, len(self.blocks)), strict=True)
         ]
         self.statistic = STATISTICS[statistic]
+        if self.statistic.hindsight:
+            raise ValueError(f"statistic={statistic!r} knows what comes after the prompt: it cannot generate")
+        self.compensation = COMPENSATIONS[compensation]
         self.selection = selection
         self.mode = mode
         self.shared_experts = shared_experts
@@ -79,7 +86,10 @@ class Pruner:
                 f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
             )
         self._draws = self.statistic.random or selection != "topk"
-        self._gatherer = Gatherer(self.blocks, [self.statistic])
+        self._gatherer = Gatherer(
+            self.blocks, [self.statistic.gathering, self.compensation.gathering if self.compensation else None]
+        )
+        self._own_text: list[Tensor] | None = None
         self._mask = Mask(self.blocks)
         self._signature = inspect.signature(model.forward)
         self._compact: list[CompactBlock | None] = []
@@ -97,6 +107,8 @@ class Pruner:
     def __enter__(self) -> Pruner:
         if self.model in _pruned_models:
             raise RuntimeError("this model is being pruned already; leave that context first")
+        if self.statistic.own_text and self.statistic.gathering is not None:
+            self._own_text = gathered_over_own_text(self.model, self.blocks, self.statistic.gathering)
         _pruned_models.add(self.model)
         self._root_hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -241,7 +253,7 @@ class Pruner:
             raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
         self._install_dense()
         self._mask.detach()
-        self._gatherer.expect(rows, positions, valid_BS)
+        self._gatherer.expect(rows, positions, valid_BS, self.model.device)
         self._gatherer.attach()
         self._phase = "prompt"
         self._scores = self._experts = None
@@ -260,12 +272,15 @@ class Pruner:
         self._choose()
         assert self._experts is not None
         self._gatherer.detach()
+        shared = self.shared_experts or self.mode == "compact"
+        prompts = self._rows // self._rows_per_prompt if shared else None
+        added = corrections(self.blocks, self._gatherer, self.compensation, self._experts, prompts)
         if self.mode == "compact":
-            self._install_compact(self._experts)
+            self._install_compact(self._experts, added)
         else:
             if not self.shared_experts and rows != self._rows:
                 raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
-            self._mask.attach(self._experts)
+            self._mask.attach(self._experts, list(added))
         self._phase = "generation"
 
     def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
@@ -304,9 +319,10 @@ class Pruner:
             self._digests,
             self.seed,
             self._lengths_B[:: self._rows_per_prompt] if shared else None,
+            self._own_text,
         )
 
-    def _install_compact(self, experts: list[Tensor]) -> None:
+    def _install_compact(self, experts: list[Tensor], added: Iterable[Correction | None]) -> None:
         if not self._compact:
             # A block that keeps all of its neurons keeps its own weights: bit-identical to dense.
             # Buffers made in inference mode could not be written to outside of it.
@@ -315,9 +331,9 @@ class Pruner:
                     CompactBlock(block, kept) if kept < block.width else None
                     for block, kept in zip(self.blocks, self.kept, strict=True)
                 ]
-        for compact, experts_1K in zip(self._compact, experts, strict=True):
+        for compact, experts_1K, correction in zip(self._compact, experts, added, strict=True):
             if compact is not None:
-                compact.install(experts_1K[0])
+                compact.install(experts_1K[0], correction)
 
     def _install_dense(self) -> None:
         for compact in self._compact:
@@ -334,6 +350,7 @@ def prune(
     mode: str = "compact",
     shared_experts: bool = False,
     seed: int = 0,
+    compensation: str = "none",
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -355,6 +372,7 @@ def prune(
             dropped activations to zero (every sequence of a batch has its own experts; no faster than dense).
         shared_experts: one expert set for the whole batch, by the paper's aggregation.
         seed: of random statistics and selections; a prompt draws the same in any batch.
+        compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`; not in the paper.
 
     Returns:
         The context manager; entering it gives itself.
@@ -367,4 +385,4 @@ def prune(
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed)
+    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation)

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from griffin.experts import choose_experts, prompt_digests
+from griffin.compensation import COMPENSATIONS, Correction
+from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.masking import Mask
+from griffin.own_text import gathered_over_own_text
 from griffin.selection import kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
 
@@ -42,17 +44,30 @@ class SharedPrompt:
 
     Args:
         model: a `transformers` causal language model with dense FF blocks.
-        statistics: names in `STATISTICS`, all that `experts` will be asked for.
+        statistics: names in `STATISTICS`, all that `experts` will be asked for. One of hindsight scores what the last
+            dense `continued` read.
+        compensations: names in `COMPENSATIONS`, all that `corrections` will be asked for.
 
     Raises:
         UnsupportedModelError: the model has an FF block that cannot be pruned.
-        KeyError: an unknown statistic.
+        KeyError: an unknown statistic or compensation.
     """
 
-    def __init__(self, model: nn.Module, statistics: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, statistics: Sequence[str], compensations: Sequence[str] = ()) -> None:
         self._model: Any = model
         self._blocks = find_feedforward_blocks(model)
-        self._gatherer = Gatherer(self._blocks, [STATISTICS[name] for name in statistics])
+        chosen = [STATISTICS[name] for name in statistics]
+        compensating = [one for name in compensations if (one := COMPENSATIONS[name]) is not None]
+        self._gatherer = Gatherer(
+            self._blocks,
+            [one.gathering for one in chosen if not one.hindsight] + [one.gathering for one in compensating],
+        )
+        self._following = Gatherer(self._blocks, [one.gathering for one in chosen if one.hindsight])
+        self._own_text = {
+            one.gathering: gathered_over_own_text(model, self._blocks, one.gathering)
+            for one in chosen
+            if one.own_text and one.gathering is not None
+        }
         self._mask = Mask(self._blocks)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
@@ -76,6 +91,7 @@ class SharedPrompt:
         # A cache made without the model's config keeps every position, also in layers with a sliding window.
         cache = DynamicCache()
         self._gatherer.reset()
+        self._following.reset()
         self._gatherer.expect(rows, positions, counted_BS)
         self._gatherer.attach()
         try:
@@ -98,19 +114,43 @@ class SharedPrompt:
             kept_neurons(block.width, value)
             for block, value in zip(self._blocks, sparsity_per_layer(sparsity, len(self._blocks)), strict=True)
         ]
+        chosen = STATISTICS[statistic]
         _, experts = choose_experts(
-            self._blocks, self._gatherer, STATISTICS[statistic], selection, kept, self._digests, seed
+            self._blocks,
+            self._following if chosen.hindsight else self._gatherer,
+            chosen,
+            selection,
+            kept,
+            self._digests,
+            seed,
+            own_text=self._own_text[chosen.gathering] if chosen.own_text and chosen.gathering is not None else None,
         )
         return experts
 
+    def corrections(self, compensation: str, experts: Sequence[Tensor]) -> list[Correction | None]:
+        """Per layer, what a compensation adds to the block's output for these experts; None: nothing.
+
+        Args:
+            compensation: one of those named at construction, or `none`.
+            experts: what `experts` returned for these prompts.
+        """
+        return list(corrections(self._blocks, self._gatherer, COMPENSATIONS[compensation], experts))
+
     @torch.no_grad()
-    def continued(self, ids_BC: Tensor, lengths_B: Tensor, experts: Sequence[Tensor] | None) -> Tensor:
+    def continued(
+        self,
+        ids_BC: Tensor,
+        lengths_B: Tensor,
+        experts: Sequence[Tensor] | None,
+        corrections: Sequence[Correction | None] | None = None,
+    ) -> Tensor:
         """The prompts' continuation, with these experts in every position of it, or dense.
 
         Args:
             ids_BC: the continuations' token ids, padded on the right with any id.
             lengths_B: tokens of each continuation, 0 to C.
             experts: per layer [B, K] or [1, K]; None: dense.
+            corrections: per layer, what a compensation adds with these experts; None: nothing.
 
         Returns:
             Logits [B, C, V] of the tokens after each continuation token; meaningless behind a row's length.
@@ -120,13 +160,18 @@ class SharedPrompt:
         mask_BPC = torch.cat([self._valid_BP, steps_C < lengths_B.unsqueeze(1)], dim=1)
         positions = {"position_ids": self._prompts_B.unsqueeze(1) + steps_C} if self._takes_positions else {}
         if experts is not None:
-            self._mask.attach(experts)
+            self._mask.attach(experts, corrections)
+        else:
+            self._following.reset()
+            self._following.expect(len(ids_BC), steps, steps_C < lengths_B.unsqueeze(1))
+            self._following.attach()
         try:
             logits: Tensor = self._model(
                 ids_BC, attention_mask=mask_BPC.long(), past_key_values=self.fork(), use_cache=True, **positions
             ).logits
         finally:
             self._mask.detach()
+            self._following.detach()
         return logits
 
     def fork(self) -> DynamicCache:

@@ -22,6 +22,7 @@ from pipelines.task_config import TASKS, HubDataset
 
 STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
+COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,9 +64,10 @@ def _sparsity(key: str, value: Any) -> float | list[float]:
 
 @dataclass
 class GridConfig:
-    """Several points in one process: every statistic with every sparsity. Empty: the root's own."""
+    """Several points in one process: every combination of what is listed. Empty: the root's own."""
 
     statistic: list[str] = described("statistics", list)
+    compensation: list[str] = described("compensations", list)
     sparsity: list[float] = described("sparsities; all points with 0 are the one dense run", list)
 
 
@@ -92,12 +94,16 @@ class RunConfig:
     task: Any = described("which task")
     statistic: str = described(f"what scores the FF neurons on the prompt: {', '.join(STATISTICS)}", "griffin")
     selection: str = described(f"how scores become experts: {', '.join(SELECTIONS)}", "topk")
+    compensation: str = described(
+        f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
+    )
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
-    grid: GridConfig = described("many statistics and sparsities in one process", GridConfig)
+    grid: GridConfig = described("many statistics, compensations and sparsities in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     batch_size: int = described("prompts run at once", 1)
     limit: int | None = described("only the first N rows of the data", None)
+    offset: int = described("rows of the data passed over before the first", 0)
     seed: int = described("of random statistics, selections and sampled decoding", 0)
     device: str = described("auto (GPUs if there are any), cpu, cuda, cuda:N, mps", "auto")
     output_dir: str = described("where run folders go", "outputs")
@@ -107,10 +113,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         one_of("statistic", self.statistic, STATISTICS)
         one_of("selection", self.selection, SELECTIONS)
+        one_of("compensation", self.compensation, COMPENSATIONS)
         one_of("mode", self.mode, MODES)
         self.sparsity = _sparsity("sparsity", self.sparsity)
         for value in self.grid.statistic:
             one_of("grid.statistic", value, STATISTICS)
+            self._realisable("grid.statistic", value)
+        self._realisable("statistic", self.statistic)
+        for value in self.grid.compensation:
+            one_of("grid.compensation", value, COMPENSATIONS)
         for value in self.grid.sparsity:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
@@ -119,6 +130,7 @@ class RunConfig:
             raise UserError("output_dir=: expected a folder")
         at_least("batch_size", self.batch_size, 1)
         at_least("limit", self.limit, 1)
+        at_least("offset", self.offset, 0)
         at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise UserError(f"seed={self.seed}: expected less than 2^63")
@@ -141,6 +153,12 @@ class RunConfig:
             raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
         if self.mode == "auto":
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
+
+    def _realisable(self, key: str, statistic: str) -> None:
+        if griffin.STATISTICS[statistic].hindsight and self.task.kind != "fidelity":
+            raise UserError(
+                f"{key}={statistic}: scores the dense continuation itself, which task.kind=fidelity alone has"
+            )
 
 
 def register() -> None:

@@ -16,19 +16,24 @@ EMBEDDED = Path(__file__).parent / "data"
 Row = dict[str, Any]
 
 
-def read_rows(task: GenerationTask, limit: int | None) -> list[Row]:
-    """The rows to evaluate, in the data's order.
+def read_rows(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Row]:
+    """The rows to evaluate, in the data's order: `limit` (None: all) after the first `offset`.
 
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
     needed = (task.article_field, task.summary_field)
+    stop = None if limit is None else offset + limit
     if task.data_files is not None:
-        return read_jsonl(Path(task.data_files), needed, "task.data_files", limit)
-    if task.embedded is not None:
-        return read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", limit)
-    assert task.hub is not None
-    return _read_hub(task.hub, task.hub.split, needed, limit)
+        rows = read_jsonl(Path(task.data_files), needed, "task.data_files", stop)
+    elif task.embedded is not None:
+        rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", stop)
+    else:
+        assert task.hub is not None
+        rows = _read_hub(task.hub, task.hub.split, needed, stop)
+    if offset >= len(rows):
+        raise UserError(f"offset={offset}: expected less than {len(rows)}, the rows there are")
+    return rows[offset:]
 
 
 def read_shots(task: GenerationTask) -> list[Row]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import griffin
 from pipelines.config import RunConfig
-from pipelines.methods import Method
+from pipelines.methods import Method, continued, shared_prompt
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
@@ -29,7 +29,7 @@ def read(config: RunConfig) -> list[Prompt]:
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    return read_prompts(config.task, config.limit)
+    return read_prompts(config.task, config.limit, config.offset)
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
     """Compare every method with dense, prompt by prompt: one dense pass, then one short pass a method."""
     steps = config.task.max_new_tokens
     room = loaded.context_length - steps
-    shared = griffin.SharedPrompt(loaded.model, sorted({method.statistic for method in methods if not method.dense}))
+    shared = shared_prompt(loaded.model, methods)
     for prompt in prompts:
         needed = [method for method in methods if prompt.index not in done[method]]
         if not needed:
@@ -60,12 +60,8 @@ def evaluate(
         shared_seconds = (time.perf_counter() - began) / len(needed)
         for method in needed:
             began = time.perf_counter()
-            experts = (
-                None
-                if method.dense
-                else shared.experts(method.statistic, method.selection, method.sparsity, config.seed)
-            )
-            pruned_CV = shared.continued(continuation_1C, length_1, experts)[0].float().log_softmax(dim=-1)
+            logits = continued(shared, method, continuation_1C, length_1, config.seed)
+            pruned_CV = logits[0].float().log_softmax(dim=-1)
             kl, agreement = compare(dense_CV, pruned_CV)
             seconds = shared_seconds + time.perf_counter() - began
             yield (

@@ -34,7 +34,7 @@ def read(config: RunConfig) -> list[Prompt]:
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    return read_prompts(config.task, config.limit)
+    return read_prompts(config.task, config.limit, config.offset)
 
 
 def evaluate(

@@ -61,9 +61,10 @@ def read(config: RunConfig) -> list[Document]:
         UserError: the data is missing, malformed or unreachable.
     """
     task = _build(config.task)
-    documents = list(task.doc_iterator(rank=0, limit=config.limit, world_size=1))
+    stop = None if config.limit is None else config.offset + config.limit
+    documents = list(task.doc_iterator(rank=0, limit=stop, world_size=1))
     made = []
-    for index, doc in documents:
+    for index, doc in documents[config.offset :]:
         context = task.fewshot_context(doc, num_fewshot=0)
         instances = task.construct_requests(doc=doc, ctx=context, metadata=(config.task.name, index, 1))
         made.append(Document(index, doc, tuple(instances) if isinstance(instances, list) else (instances,), task))
@@ -123,6 +124,7 @@ class GriffinLM(HFLM):
         sparsity: share of FF neurons dropped; 0 is HFLM.
         statistic: one of `griffin.STATISTICS`.
         selection: one of `griffin.SELECTIONS`.
+        compensation: one of `griffin.COMPENSATIONS`.
         protocol: `paper` or `continuation`, for log-likelihoods.
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
@@ -134,12 +136,13 @@ class GriffinLM(HFLM):
         sparsity: float = 0.5,
         statistic: str = "griffin",
         selection: str = "topk",
+        compensation: str = "none",
         protocol: str = "paper",
         seed: int = 0,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.method = Method(statistic, selection, float(sparsity))
+        self.method = Method(statistic, selection, float(sparsity), compensation)
         self.protocol = protocol
         self.seed = int(seed)
 
@@ -172,7 +175,13 @@ class GriffinLM(HFLM):
             return super().generate_until(requests, disable_tqdm)
         method = self.method
         with griffin.prune(
-            self.model, method.sparsity, method.statistic, method.selection, mode="masked", seed=self.seed
+            self.model,
+            method.sparsity,
+            method.statistic,
+            method.selection,
+            mode="masked",
+            seed=self.seed,
+            compensation=method.compensation,
         ):
             return super().generate_until(requests, disable_tqdm)
 

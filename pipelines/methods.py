@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import griffin
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, digest
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune: a statistic, a selection and a sparsity; sparsity 0 is the dense model."""
+    """One way to prune: how neurons are scored and chosen, how many, and how the kept ones make up for the others;
+    sparsity 0 is the dense model."""
 
     statistic: str
     selection: str
     sparsity: float | tuple[float, ...]
+    compensation: str = "none"
 
     @property
     def dense(self) -> bool:
@@ -32,17 +38,21 @@ class Method:
         if self.dense:
             return "dense"
         amount = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
-        words = [self.statistic] if self.selection == "topk" else [self.statistic, self.selection]
+        words = [self.statistic] if self.compensation == "none" else [f"{self.statistic} + {self.compensation}"]
+        words += [] if self.selection == "topk" else [self.selection]
         return " ".join([*words, amount])
 
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods of a call: its grid, or the root's one; all of sparsity 0 are the one dense run."""
-    statistics = config.grid.statistic or [config.statistic]
-    sparsities = config.grid.sparsity or [config.sparsity]
-    points = []
-    for statistic, sparsity in itertools.product(statistics, sparsities):
-        method = Method(statistic, config.selection, tuple(sparsity) if isinstance(sparsity, list) else sparsity)
+    points: list[Method] = []
+    for statistic, compensation, sparsity in itertools.product(
+        config.grid.statistic or [config.statistic],
+        config.grid.compensation or [config.compensation],
+        config.grid.sparsity or [config.sparsity],
+    ):
+        amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
+        method = Method(statistic, config.selection, amount, compensation)
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
@@ -53,13 +63,23 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
     plain = asdict(config)
     del plain["grid"]
     sparsity = list(method.sparsity) if isinstance(method.sparsity, tuple) else method.sparsity
-    return plain | {"statistic": method.statistic, "selection": method.selection, "sparsity": sparsity}
+    return plain | {
+        "statistic": method.statistic,
+        "selection": method.selection,
+        "sparsity": sparsity,
+        "compensation": method.compensation,
+    }
+
+
+# Keys that were added when runs had been recorded already, with the values that change nothing.
+_LATER = {"compensation": "none", "offset": 0}
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     """All that determines a run's result, and nothing else: equal identities are the same run.
 
-    Data files count by their content, not by their place; a dense run has no statistic.
+    Data files count by their content, not by their place; a dense run has no statistic; what came later and is not
+    used (no compensation, no offset) leaves the identity that it was before.
     """
     plain = run_config(config, method)
     task = plain["task"]
@@ -77,10 +97,11 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate",)),
-        (plain, ("statistic", "selection", "mode", "shared_experts") if method.dense else ()),
+        (plain, ("statistic", "selection", "mode", "shared_experts", "compensation") if method.dense else ()),
+        (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):
         for key in unused:
-            del where[key]
+            where.pop(key, None)
     return plain | {"device": device, "sparsity": 0.0 if method.dense else plain["sparsity"]}
 
 
@@ -94,4 +115,23 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
         "mode": config.mode,
         "shared_experts": config.shared_experts,
         "seed": config.seed,
+        "compensation": method.compensation,
     }
+
+
+def shared_prompt(model: nn.Module, methods: Sequence[Method]) -> griffin.SharedPrompt:
+    """One dense prompt pass for all of these methods."""
+    pruned = [method for method in methods if not method.dense]
+    return griffin.SharedPrompt(
+        model,
+        sorted({method.statistic for method in pruned}),
+        sorted({method.compensation for method in pruned}),
+    )
+
+
+def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, lengths_B: Tensor, seed: int) -> Tensor:
+    """The logits [B, C, V] of a given continuation of the shared prompts under one method."""
+    if method.dense:
+        return shared.continued(ids_BC, lengths_B, None)
+    experts = shared.experts(method.statistic, method.selection, method.sparsity, seed)
+    return shared.continued(ids_BC, lengths_B, experts, shared.corrections(method.compensation, experts))

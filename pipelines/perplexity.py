@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-import griffin
 from pipelines.config import RunConfig
 from pipelines.data import read_text
 from pipelines.errors import UserError
-from pipelines.methods import Method
+from pipelines.methods import Method, continued, shared_prompt
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 
@@ -31,13 +30,13 @@ class Window:
 
 
 def read(config: RunConfig) -> list[Window]:
-    """`limit` windows of the text; without a limit, as many as whole ones fit in, at most 100.
+    """`limit` windows of the text after the first `offset`; without a limit, as many as whole ones fit in, at most 100.
 
     Raises:
         UserError: the text is missing or unreachable.
     """
     text = read_text(config.task)
-    return [Window(index, text) for index in range(config.limit or 100)]
+    return [Window(index, text) for index in range(config.offset, config.offset + (config.limit or 100))]
 
 
 def evaluate(
@@ -65,8 +64,10 @@ def evaluate(
     if len(ids) < width:
         raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
     device = loaded.model.device
-    shared = griffin.SharedPrompt(loaded.model, sorted({method.statistic for method in methods if not method.dense}))
-    for window in windows[: len(ids) // width]:
+    shared = shared_prompt(loaded.model, methods)
+    for window in windows:
+        if window.index >= len(ids) // width:
+            break
         needed = [method for method in methods if window.index not in done[method]]
         if not needed:
             continue
@@ -84,13 +85,9 @@ def evaluate(
                 began = time.perf_counter()
                 logits = last
                 if most > 1:
-                    experts = (
-                        None
-                        if method.dense
-                        else shared.experts(method.statistic, method.selection, method.sparsity, config.seed)
-                    )
                     lengths = torch.tensor([most - 1], device=device)
-                    logits = torch.cat([last, shared.continued(following[:, :-1], lengths, experts)], dim=1)
+                    after = continued(shared, method, following[:, :-1], lengths, config.seed)
+                    logits = torch.cat([last, after], dim=1)
                 each = torch.nn.functional.cross_entropy(logits[0].float(), following[0], reduction="none")
                 for generation_length in task.generation_lengths:
                     nll[method][_cell(prompt_length, generation_length)] = float(each[:generation_length].mean())

@@ -18,7 +18,7 @@ class Prompt:
     reference: str
 
 
-def read_prompts(task: GenerationTask, limit: int | None) -> list[Prompt]:
+def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Prompt]:
     """The prompts of a task, built from its data; needs no model.
 
     Raises:
@@ -32,7 +32,7 @@ def read_prompts(task: GenerationTask, limit: int | None) -> list[Prompt]:
             summarization_prompt(row[task.article_field], task.instruction, task.shot_instruction, shots),
             row[task.summary_field],
         )
-        for index, row in enumerate(read_rows(task, limit))
+        for index, row in enumerate(read_rows(task, limit, offset), start=offset)
     ]
 
 

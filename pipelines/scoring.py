@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import griffin
-from pipelines.methods import Method
+from pipelines.methods import Method, continued, shared_prompt
 from pipelines.models import LoadedModel
 
 PROTOCOLS = ("paper", "continuation")
@@ -77,7 +77,7 @@ def score(
     for number, row in enumerate(rows):
         members.setdefault(row, []).append(number)
     ordered = sorted(members, key=lambda row: (-len(row.ids), row.ids))
-    shared = griffin.SharedPrompt(loaded.model, sorted({method.statistic for method in methods if not method.dense}))
+    shared = shared_prompt(loaded.model, methods)
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         tails = [
@@ -124,8 +124,7 @@ def _logits(
         if method.dense or not following_BC.shape[1]:
             yield method, dense
             continue
-        experts = shared.experts(method.statistic, method.selection, method.sparsity, seed)
-        pruned_BCV = shared.continued(following_BC, following_B, experts)
+        pruned_BCV = continued(shared, method, following_BC, following_B, seed)
         yield (
             method,
             [
