@@ -58,9 +58,9 @@ class CompactProjection:
 
     def correct(self, correction: Correction) -> None:
         """Change what the neurons that were gathered last write; the next `gather` begins from the weights again."""
-        rows_1KH = correction.rows()
-        if rows_1KH is not None:
-            self._buffer_KH.add_(rows_1KH[0].to(self._buffer_KH.device))
+        change_1KH = correction.change()
+        if change_1KH is not None:
+            self._buffer_KH.add_(change_1KH[0].to(self._buffer_KH.device))
         if correction.bias_BH is not None:
             bias = self._dense.setdefault("bias", self.module.bias)
             bias_H = correction.bias_BH[0].to(self._buffer_KH)

@@ -25,7 +25,7 @@ from griffin.sketch import sketch, sketches_added
 class Correction:
     """What is added to the output of a block that runs on its experts: z_K basis^T weights + bias.
 
-    Kept as two thin factors, which are smaller than the change [B, K, H] of the output weights that they stand for.
+    The change [B, K, H] of the output weights is kept as two thin factors, which are smaller.
 
     Attributes:
         basis_BTK: T directions in the space of the kept activations; None: those activations themselves (T = K).
@@ -37,8 +37,13 @@ class Correction:
     weights_BTH: Tensor | None = None
     bias_BH: Tensor | None = None
 
+    @property
+    def prompts(self) -> int:
+        """B, the number of prompts that have a correction of their own."""
+        return next(len(part) for part in (self.weights_BTH, self.bias_BH) if part is not None)
+
     def output(self, kept_BSK: Tensor) -> Tensor:
-        """The correction [B, S, H] of the block's output at these activations of its experts."""
+        """What is added [B, S, H] at these activations of the experts."""
         written_BSH = torch.zeros((), device=kept_BSK.device)
         if self.weights_BTH is not None:
             along_BST = kept_BSK if self.basis_BTK is None else kept_BSK @ self.basis_BTK.mT
@@ -47,7 +52,7 @@ class Correction:
             written_BSH = written_BSH + self.bias_BH.unsqueeze(1).expand(-1, kept_BSK.shape[1], -1)
         return written_BSH
 
-    def rows(self) -> Tensor | None:
+    def change(self) -> Tensor | None:
         """The change [B, K, H] of what each expert writes; None: none."""
         if self.basis_BTK is None or self.weights_BTH is None:
             return self.weights_BTH
@@ -118,7 +123,7 @@ def ridge(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correct
     factor, failed_B = torch.linalg.cholesky_ex(A)
     solution = torch.cholesky_solve(Y_BTH if dual else Z_K.mT @ Y_BTH, factor)
     usable_B = (failed_B == 0) & solution.isfinite().all(dim=2).all(dim=1)
-    solution = torch.where(usable_B.view(-1, 1, 1), solution, 0.0)
+    solution, Z_K = (torch.where(usable_B.view(-1, 1, 1), part, 0.0) for part in (solution, Z_K))
     return Correction(Z_K if dual else None, solution)
 
 

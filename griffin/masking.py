@@ -30,7 +30,8 @@ class Mask:
 
         Args:
             experts: per layer, the kept neurons: [B, K] for the rows of the coming calls, or [1, K] for all rows.
-            corrections: per layer, what a compensation adds for these experts, with as many rows; None: nothing.
+            corrections: per layer, what a compensation adds for these experts, for each row or, as shared experts
+                have it, for all; None: nothing.
         """
         self._experts = experts
         self._dropped_B1D = [
@@ -53,9 +54,10 @@ class Mask:
         return z_BSD.masked_fill(dropped_B1D, 0.0).reshape(z.shape)
 
     def _correct(self, layer: int, z: Tensor, output: Tensor) -> Tensor | None:
-        correction, experts_BK = self._corrections[layer], self._experts[layer]
+        correction = self._corrections[layer]
         if correction is None:
             return None
-        z_BSD = z.reshape(len(experts_BK), -1, z.shape[-1])
-        kept_BSK = z_BSD.gather(2, experts_BK.unsqueeze(1).expand(-1, z_BSD.shape[1], -1)).float()
+        z_BSD = z.reshape(correction.prompts, -1, z.shape[-1])
+        experts_BSK = self._experts[layer].unsqueeze(1).expand(*z_BSD.shape[:2], -1)
+        kept_BSK = z_BSD.gather(2, experts_BSK).float()
         return output + correction.output(kept_BSK).reshape(output.shape).to(output.dtype)

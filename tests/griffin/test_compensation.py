@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import reference
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import griffin
-from griffin.compensation import RIDGE
-from griffin.sketch import ROWS, signs
+from griffin import sketch
+from griffin.compensation import COMPENSATIONS, RIDGE
 
 NAMES = ["mean", "ridge"]
 
@@ -26,35 +28,38 @@ def expected_change(name: str, z_SD: Tensor, kept: list[int], output_HD: Tensor)
     nothing_KH, nothing_H = torch.zeros(len(kept), len(output_HD)).double(), torch.zeros(len(output_HD)).double()
     if name == "mean":
         return nothing_KH, z_SD[:, dropped].mean(dim=0) @ weights_RH
-    rows = torch.zeros(min(positions, ROWS), width, dtype=torch.float64)
+    rows = torch.zeros(min(positions, sketch.ROWS), width, dtype=torch.float64)
     for position in range(positions):
         length = float(z_SD[position].norm())
-        sign = int(signs(torch.tensor(position)))
-        rows[position % ROWS] += sign * z_SD[position] / length if length > 0 else 0
+        sign = int(sketch.signs(torch.tensor(position)))
+        rows[position % sketch.ROWS] += sign * z_SD[position] / length if length > 0 else 0
     kept_TK, wrote_TH = rows[:, kept], rows[:, dropped] @ weights_RH
     gram_KK = kept_TK.T @ kept_TK
     penalty = RIDGE * gram_KK.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
     return torch.linalg.solve(gram_KK + penalty, kept_TK.T @ wrote_TH), nothing_H
 
 
+def _add_to_last_position(
+    kept: list[int], change_KH: Tensor, bias_H: Tensor, _: object, args: tuple[Tensor], output: Tensor
+) -> Tensor:
+    changed = output.clone()
+    last_D, last_H = (x.reshape(-1, x.shape[-1])[-1] for x in (args[0], changed))
+    last_H += last_D[kept].double() @ change_KH + bias_H
+    return changed
+
+
 @torch.no_grad()
 def expected_logits(
-    model: PreTrainedModel, family: str, name: str, ids: Tensor, token: Tensor, sparsity: float = 0.5
+    model: PreTrainedModel, family: str, name: str, ids: Tensor, token: Tensor, kept: list[list[int]]
 ) -> Tensor:
     """[V]: the logits after one more token, z masked and the output projection's output changed by the formula."""
     _, z = reference.run(model, family, ids)
-    kept = reference.experts(model, family, "griffin", ids, sparsity)
     handles = []
     for layer in range(LAYERS):
         output_HD = reference.output_matrix(model, family, layer)
         change_KH, bias_H = expected_change(name, z[layer], kept[layer], output_HD)
 
-        def add(_: object, args: tuple[Tensor], out: Tensor, layer: int = layer, change: Tensor = change_KH, bias: Tensor = bias_H) -> Tensor:
-            last = args[0].reshape(ids.shape[1] + 1, -1)[-1].double()
-            flat = out.reshape(ids.shape[1] + 1, -1).clone()
-            flat[-1] += (last[kept[layer]] @ change + bias).float()
-            return flat.reshape(out.shape)
-
+        add = partial(_add_to_last_position, kept[layer], change_KH, bias_H)
         handles.append(reference.output_projection(model, family, layer).register_forward_hook(add))
     try:
         longer = torch.cat([ids, token], dim=1)
@@ -65,12 +70,157 @@ def expected_logits(
     return logits[-1]
 
 
+# 40 neurons kept of 80, more than the prompt has tokens; 8 kept, fewer than that; and a prompt of one token.
 @torch.no_grad()
 @pytest.mark.parametrize("mode", griffin.MODES)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("length", "sparsity"), [(11, 0.5), (11, 0.9), (1, 0.5)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_after_the_prompt_follows_the_formula(family: str, name: str, mode: str) -> None:
-    model, ids, token = tiny(family), prompt(11), prompt(1, 1)
-    with griffin.prune(model, mode=mode, compensation=name):
+def test_a_token_after_the_prompt_follows_the_formula(
+    family: str, length: int, sparsity: float, name: str, mode: str
+) -> None:
+    model, ids, token = tiny(family), prompt(length), prompt(1, 1)
+    with griffin.prune(model, sparsity, mode=mode, compensation=name) as pruner:
         found = model(token, past_key_values=model(ids).past_key_values).logits[0, -1]
-    assert difference(found, expected_logits(model, family, name, ids, token)) < 1e-5
+    assert difference(found, expected_logits(model, family, name, ids, token, as_lists(pruner.experts))) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_a_prompt_longer_than_its_sketch_follows_the_formula(sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch, "ROWS", 16)
+    model, ids, token = tiny("llama"), prompt(75), prompt(1, 1)
+    with griffin.prune(model, sparsity, compensation="ridge") as pruner:
+        found = model(token, past_key_values=model(ids).past_key_values).logits[0, -1]
+    assert difference(found, expected_logits(model, "llama", "ridge", ids, token, as_lists(pruner.experts))) < 1e-5
+
+
+def test_a_sketch_has_the_products_of_its_rows_on_average() -> None:
+    rows = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)) + 1  # a mean that does not cancel by itself
+    signed = rows * sketch.signs(torch.arange(4096)).unsqueeze(1)
+    folded = signed.reshape(2, 2048, 3).sum(dim=0)  # without the signs, products would come out twice as large
+    torch.testing.assert_close(folded.T @ folded, rows.T @ rows, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compensation_changes_what_is_generated(name: str) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    with griffin.prune(model):
+        plain = step_logits(generate(model, ids))
+    with griffin.prune(model, compensation=name):
+        compensated = step_logits(generate(model, ids))
+    assert torch.equal(plain[0], compensated[0])  # the prompt runs dense
+    assert difference(compensated[1], plain[1]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_prompts_do_not_disturb_each_other(family: str, name: str, mode: str) -> None:
+    model = tiny(family)
+    with griffin.prune(model, mode=mode, compensation=name):
+        first = step_logits(generate(model, prompt(11)))
+        generate(model, prompt(7, 1))
+        assert torch.equal(step_logits(generate(model, prompt(11))), first)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("statistic", ["griffin", "magnitude"])  # its own experts for every row; one set for all
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_rows_of_a_padded_batch_are_corrected_as_they_are_alone(
+    family: str, name: str, statistic: str, side: str
+) -> None:
+    model = tiny(family)
+    rows = [prompt(7, 0), prompt(4, 1), prompt(1, 3)]
+    ids_BS, mask_BS = pad(rows, side)
+    if side == "left":
+        with griffin.prune(model, statistic=statistic, mode="masked", compensation=name):
+            batch = generate(model, ids_BS, mask_BS)
+            for row, ids in enumerate(rows):
+                alone = generate(model, ids)
+                assert new_tokens(batch, ids_BS)[row] == new_tokens(alone, ids)[0]
+                assert difference(step_logits(batch, row), step_logits(alone)) < 2e-5
+        return
+    shared = griffin.SharedPrompt(model, [statistic], [name])
+    lengths = mask_BS.sum(dim=1)
+    following = torch.cat([prompt(2, seed) for seed in (4, 5, 6)])
+    shared.run(ids_BS, lengths)
+    experts = shared.experts(statistic, "topk", 0.5)
+    batch_BCV = shared.continued(following, torch.full((3,), 2), experts, shared.corrections(name, experts))
+    for row, ids in enumerate(rows):
+        with torch.no_grad(), griffin.prune(model, statistic=statistic, mode="masked", compensation=name):
+            expected = model(following[row : row + 1], past_key_values=model(ids).past_key_values).logits[0]
+        assert difference(batch_BCV[row], expected) < 2e-5
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_a_prompt_in_chunks_is_the_whole(family: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch, "ROWS", 8)
+    model, ids = tiny(family), prompt(21)
+    with griffin.prune(model, mode=mode, compensation=name):
+        whole = generate(model, ids)
+        for size in (20, 5, 1):
+            chunked = generate(model, ids, prefill_chunk_size=size)
+            assert difference(step_logits(chunked), step_logits(whole)) < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_padded_batch_in_chunks(name: str) -> None:
+    model = tiny("llama")
+    ids_BS, mask_BS = pad([prompt(11, 0), prompt(3, 1)], "left")  # the second row's first chunk is padding only
+    with griffin.prune(model, mode="masked", compensation=name):
+        whole = generate(model, ids_BS, mask_BS)
+        chunked = generate(model, ids_BS, mask_BS, prefill_chunk_size=5)
+    for row in range(2):
+        assert difference(step_logits(chunked, row), step_logits(whole, row)) < 2e-5
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shared_correction_is_that_of_all_tokens(name: str, mode: str) -> None:
+    model, ids = tiny("llama"), prompt(9)
+    twice = ids.repeat(2, 1)
+    with griffin.prune(model, mode=mode, compensation=name, shared_experts=True):
+        batch = generate(model, twice)
+        assert difference(step_logits(batch, 0), step_logits(batch, 1)) < 1e-5
+        alone = generate(model, ids)
+        # Every token twice scales what ridge solves on both sides, and leaves means as they are.
+        assert difference(step_logits(batch), step_logits(alone)) < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_of_one_prompt_count_it_once(name: str) -> None:
+    model, ids = tiny("llama"), prompt(9)
+    with griffin.prune(model, compensation=name):
+        several = generate(model, ids, num_return_sequences=2, num_beams=2)
+        with griffin.prune(fresh("llama"), compensation=name, mode="masked") as masked:
+            expected = generate(masked.model, ids, num_return_sequences=2, num_beams=2)
+    assert torch.equal(several.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_sparsity_0_is_bit_identical_to_dense(family: str, name: str, mode: str) -> None:
+    model, ids = tiny(family), prompt(7)
+    dense = step_logits(generate(model, ids))
+    with griffin.prune(model, 0.0, mode=mode, compensation=name):
+        assert torch.equal(step_logits(generate(model, ids)), dense)
+
+
+def test_a_prompt_without_activations_stays_uncorrected() -> None:
+    model = tiny("llama")
+    block = griffin.find_feedforward_blocks(model)[0]
+    ridge = COMPENSATIONS["ridge"]
+    assert ridge is not None
+    broken = torch.randn(1, 5, 80).index_fill(2, torch.tensor(3), torch.inf)
+    for total in (torch.zeros(1, 5, 80), broken):
+        assert not ridge.correct(total, block, torch.arange(40).unsqueeze(0)).change().any()
+
+
+def test_an_unknown_compensation_is_refused() -> None:
+    with pytest.raises(ValueError, match="compensation='lasso': expected one of none, mean, ridge"):
+        griffin.prune(tiny("llama"), compensation="lasso")
