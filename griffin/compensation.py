@@ -5,7 +5,7 @@ active parameters and the same speed of decoding. Like a statistic it needs no t
 compensation gathers something of the prompt, and turns it, with the experts, into a correction of each FF block.
 
 Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons, R = dropped neurons, H = hidden size,
-T = rows of a sketch.
+T = tokens kept of the prompt.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from griffin.feedforward import FeedForwardBlock, weight_out_in
-from griffin.gathering import Gathering, Stretch
-from griffin.sketch import sketch, sketches_added
+from griffin.gathering import Gathering, Stretch, unit_rows
+from griffin.latest_rows import joined, latest
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,20 @@ def mean(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correcti
 # -- ridge --------------------------------------------------------------------------------------------------------
 
 
-def relative_sketch(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
-    """[B, T, D]: the tokens' relative activations, at most `sketch.ROWS` rows."""
-    return sketch(stretch.relative_BSD, stretch.places)
+def latest_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+    """[B, T, D]: z[b, t, :] / ||z[b, t, :]|| of the last tokens, at most `latest_rows.ROWS`."""
+    return unit_rows(latest(stretch.z_BSD, stretch.places.counted_BS))
 
 
 def ridge(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correction:
     """The least-squares prediction, from the kept activations, of what the dropped neurons wrote during the prompt.
 
-    With Z the prompt's activations, each token's row divided by its norm, and Y = Z_R Wd[:, R]^T what the dropped
-    neurons wrote, the kept output weights change by
+    With Z the activations of the prompt's last tokens, each row divided by its norm, and Y = Z_R Wd[:, R]^T what the
+    dropped neurons wrote, the kept output weights change by
 
         (Z_K^T Z_K + c I)^-1 Z_K^T Y  =  Z_K^T (Z_K Z_K^T + c I)^-1 Y,   c = RIDGE * mean(diag(Z_K^T Z_K)).
 
-    The right side is solved where the sketch has fewer rows than there are kept neurons, else the left. All in
+    The right side is solved where there are fewer tokens than kept neurons, else the left. All in
     float32; the regularised matrix is positive definite with a condition below 1 + K / RIDGE, so Cholesky does. A row
     where it fails all the same (an empty prompt, activations that are not finite) stays uncorrected.
     """
@@ -134,6 +134,6 @@ COMPENSATIONS: dict[str, Compensation | None] = {
     "none": None,
     "mean": Compensation(Gathering(sums_and_count), lambda total: total.sum(dim=0, keepdim=True), mean),
     "ridge": Compensation(
-        Gathering(relative_sketch, join=sketches_added), lambda total: total.flatten(0, 1).unsqueeze(0), ridge
+        Gathering(latest_relative_activations, join=joined), lambda total: total.flatten(0, 1).unsqueeze(0), ridge
     ),
 }

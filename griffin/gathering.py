@@ -39,11 +39,6 @@ class Places:
         return self.counted_BS.sum(dim=1)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest row's prompt so far."""
-        return int((self.before_B + self.count_B).max())
-
-    @cached_property
     def positions_BS(self) -> Tensor:
         """Each token's number in its prompt, from 0, padding not counted; meaningless at padding. Int64."""
         return self.before_B.unsqueeze(1) + self.counted_BS.cumsum(dim=1) - 1
