@@ -8,7 +8,8 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
 
 from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.pruner import MODES, Pruner, prune
+from griffin.modes import MODES
+from griffin.pruner import Pruner, prune
 from griffin.selection import SELECTIONS, kept_neurons, select
 from griffin.shared_prompt import SharedPrompt
 from griffin.statistics import STATISTICS, Statistic, aggregate

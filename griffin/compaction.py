@@ -1,14 +1,18 @@
 """Compact weights: during generation a block computes with the kept neurons' weights only.
 
-Each projection keeps one buffer for its kept neurons for as long as the pruner lives, and gathers whole rows into
-it. Where a projection stores its neurons as columns (the output projection of most models), a transposed copy is
-made once to gather from: gathering columns costs more than twice as much. So compact mode holds, on top of
-the dense model, the kept share of all FF weights and one more copy of those that lie the wrong way round.
+Each projection keeps one buffer for its kept neurons from prompt to prompt and gathers whole rows into it, so nothing
+is allocated after the first prompt. Where a projection stores its neurons as columns (the output projection of most
+models), a transposed copy is made once to gather from: gathering columns costs more than twice as much. So compact
+mode holds, on top of the dense model, the kept share of all FF weights and one more copy of those that lie the wrong
+way round. Nothing here waits for the device.
 
 Dimensions: D = FF width, H = the other dimension of a projection, K = kept neurons.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -25,45 +29,40 @@ class CompactProjection:
         module: the projection; its parameters are never written to.
         neurons_out: True where the neurons are the outputs (input projections), False where they are the inputs.
         parts: D-wide matrices stacked in the projection.
-        kept: K.
     """
 
-    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int, kept: int) -> None:
+    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int) -> None:
         self.module = module
         self.parts = parts
+        self._neurons_out = neurons_out
         weight = weight_out_in(module).detach()
         rows_DH = weight if neurons_out else weight.T
         self._width = rows_DH.shape[0] // parts
         self._source_DH = rows_DH.contiguous()  # the weight itself where it is row-major already
-        self._buffer_KH = self._source_DH.new_empty(parts * kept, rows_DH.shape[1])
-
-        compact = self._buffer_KH if neurons_out else self._buffer_KH.T
-        stored = compact.T if isinstance(module, Conv1D) else compact
-        self._compact: dict[str, object] = {"weight": nn.Parameter(stored, requires_grad=False)}
+        self._buffer_KH = self._source_DH.new_empty(0, rows_DH.shape[1])
         self._bias_D = getattr(module, "bias", None) if neurons_out else None
-        if self._bias_D is not None:
-            self._bias_buffer_K = self._bias_D.detach().new_empty(parts * kept)
-            self._compact["bias"] = nn.Parameter(self._bias_buffer_K, requires_grad=False)
-        if neurons_out and isinstance(module, Conv1D):
-            self._compact["nf"] = parts * kept  # Conv1D shapes its output by this number, not by its weight
-        self._dense = {name: getattr(module, name) for name in self._compact}
+        self._kept = 0
+        # What a Conv1D calls nf shapes its output; its weight does not.
+        self._dense = {name: getattr(module, name) for name in ("weight", "bias", "nf") if hasattr(module, name)}
 
     def gather(self, experts_K: Tensor) -> None:
         """Copy the kept neurons' weights, and biases, into the buffers."""
+        if len(experts_K) != self._kept:
+            self._make_room(len(experts_K))
         experts_K = experts_K.to(self._source_DH.device)
         rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
-        torch.index_select(self._source_DH, 0, rows, out=self._buffer_KH)
+        torch.index_select(self._source_DH, 0, rows, out=self._rows_KH)
         if self._bias_D is not None:
-            torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_buffer_K)
+            torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_K)
+        self._compact = dict(self._parameters)  # without the correction of an earlier prompt
 
     def correct(self, correction: Correction) -> None:
         """Change what the neurons that were gathered last write; the next `gather` begins from the weights again."""
         change_1KH = correction.change()
         if change_1KH is not None:
-            self._buffer_KH.add_(change_1KH[0].to(self._buffer_KH.device))
+            self._rows_KH.add_(change_1KH[0].to(self._rows_KH.device))
         if correction.bias_BH is not None:
-            bias = self._dense.setdefault("bias", self.module.bias)
-            bias_H = correction.bias_BH[0].to(self._buffer_KH)
+            bias, bias_H = self._dense.get("bias"), correction.bias_BH[0].to(self._rows_KH)
             corrected_H = bias.detach() + bias_H if isinstance(bias, Tensor) else bias_H
             self._compact["bias"] = nn.Parameter(corrected_H, requires_grad=False)
 
@@ -77,15 +76,31 @@ class CompactProjection:
         for name, value in self._dense.items():
             setattr(self.module, name, value)
 
+    def _make_room(self, kept: int) -> None:
+        """Parameters for K neurons, in the buffer that there is where it is large enough."""
+        self._kept = kept
+        rows = self.parts * kept
+        # Buffers made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            if rows > len(self._buffer_KH):
+                self._buffer_KH = self._source_DH.new_empty(rows, self._source_DH.shape[1])
+            self._rows_KH = self._buffer_KH[:rows]
+            compact = self._rows_KH if self._neurons_out else self._rows_KH.T
+            stored = compact.T if isinstance(self.module, Conv1D) else compact
+            self._parameters: dict[str, object] = {"weight": nn.Parameter(stored, requires_grad=False)}
+            if self._bias_D is not None:
+                self._bias_K = self._bias_D.detach().new_empty(rows)
+                self._parameters["bias"] = nn.Parameter(self._bias_K, requires_grad=False)
+            if self._neurons_out and isinstance(self.module, Conv1D):
+                self._parameters["nf"] = rows
+
 
 class CompactBlock:
-    """An FF block that can be switched to `kept` of its neurons. The output bias stays whole."""
+    """An FF block that can be switched to some of its neurons. The output bias stays whole."""
 
-    def __init__(self, block: FeedForwardBlock, kept: int) -> None:
-        self.projections = [
-            CompactProjection(module, neurons_out=True, parts=block.parts, kept=kept) for module in block.inputs
-        ]
-        self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1, kept=kept))
+    def __init__(self, block: FeedForwardBlock) -> None:
+        self.projections = [CompactProjection(module, neurons_out=True, parts=block.parts) for module in block.inputs]
+        self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1))
 
     def install(self, experts_K: Tensor, correction: Correction | None = None) -> None:
         """Gather the weights of these neurons [K], correct what they write, and compute with them.
@@ -103,3 +118,37 @@ class CompactBlock:
         """Compute with all neurons."""
         for projection in self.projections:
             projection.uninstall()
+
+
+class Compaction:
+    """Makes all blocks compute with their experts' weights only, while attached: one expert set for all rows.
+
+    A block that keeps all of its neurons keeps its own weights, so that it is bit-identical to dense. The first prompt
+    makes the buffers; they last as long as this object.
+    """
+
+    def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
+        self._blocks = blocks
+        self._compact: list[CompactBlock | None] = [None] * len(blocks)
+
+    def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None:
+        """Compute with these experts from the next forward call on.
+
+        Args:
+            experts: per layer, the kept neurons: [1, K].
+            corrections: per layer, what a compensation adds for these experts; None: nothing.
+        """
+        for layer, (experts_1K, correction) in enumerate(zip(experts, corrections or repeat(None), strict=False)):
+            if experts_1K.shape[1] == self._blocks[layer].width:
+                continue
+            compact = self._compact[layer]
+            if compact is None:
+                with torch.inference_mode(False):
+                    compact = self._compact[layer] = CompactBlock(self._blocks[layer])
+            compact.install(experts_1K[0], correction)
+
+    def detach(self) -> None:
+        """Compute with all neurons."""
+        for compact in self._compact:
+            if compact is not None:
+                compact.uninstall()

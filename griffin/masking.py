@@ -5,7 +5,7 @@ Dimensions: B = batch rows, S = positions of one forward call, D = FF width, K =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Mask:
         self._dropped_B1D: list[Tensor] = []
         self._corrections: Sequence[Correction | None] = []
 
-    def attach(self, experts: Sequence[Tensor], corrections: Sequence[Correction | None] | None = None) -> None:
+    def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None:
         """Mask from the next forward call on.
 
         Args:
@@ -40,7 +40,7 @@ class Mask:
             .unsqueeze(1)
             for block, experts_BK in zip(self._blocks, experts, strict=True)
         ]
-        self._corrections = [None] * len(experts) if corrections is None else corrections
+        self._corrections = [None] * len(experts) if corrections is None else list(corrections)
         self._hooks.attach()
 
     def detach(self) -> None:

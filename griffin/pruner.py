@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import ReferenceType, WeakSet, ref
@@ -19,18 +19,15 @@ from weakref import ReferenceType, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from griffin.compaction import CompactBlock
-from griffin.compensation import COMPENSATIONS, Correction
+from griffin.compensation import COMPENSATIONS
 from griffin.decoding import refuse_decoding
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.gathering import Gatherer
-from griffin.masking import Mask
+from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
 from griffin.selection import SELECTIONS, kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
-
-MODES = ("compact", "masked")
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
 
@@ -90,9 +87,8 @@ class Pruner:
             self.blocks, [self.statistic.gathering, self.compensation.gathering if self.compensation else None]
         )
         self._own_text: list[Tensor] | None = None
-        self._mask = Mask(self.blocks)
+        self._work = MODES[mode](self.blocks)
         self._signature = inspect.signature(model.forward)
-        self._compact: list[CompactBlock | None] = []
         self._root_hooks: list[Any] = []
         self._generation: _Generation | None = None
         self._in_prefill = False
@@ -121,15 +117,14 @@ class Pruner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._install_dense()
+        self._work.detach()
+        self._work = MODES[self.mode](self.blocks)  # what the old one holds can go
         self._gatherer.detach()
-        self._mask.detach()
         for hook in self._root_hooks:
             hook.remove()
         vars(self.model).pop("generate", None)  # uncovers the class's own
         if self._own_generate is not None:
             self.model.generate = self._own_generate
-        self._compact = []
         if self._phase == "generation":
             self._phase = "prompt"  # entered again, the next generation call puts the experts back to work
         _pruned_models.discard(self.model)
@@ -251,8 +246,7 @@ class Pruner:
     def _continue_prompt(self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None) -> None:
         if rows != self._rows:
             raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
-        self._install_dense()
-        self._mask.detach()
+        self._work.detach()
         self._gatherer.expect(rows, positions, valid_BS, self.model.device)
         self._gatherer.attach()
         self._phase = "prompt"
@@ -275,12 +269,9 @@ class Pruner:
         shared = self.shared_experts or self.mode == "compact"
         prompts = self._rows // self._rows_per_prompt if shared else None
         added = corrections(self.blocks, self._gatherer, self.compensation, self._experts, prompts)
-        if self.mode == "compact":
-            self._install_compact(self._experts, added)
-        else:
-            if not self.shared_experts and rows != self._rows:
-                raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
-            self._mask.attach(self._experts, list(added))
+        if not shared and rows != self._rows:
+            raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
+        self._work.attach(self._experts, added)
         self._phase = "generation"
 
     def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
@@ -321,24 +312,6 @@ class Pruner:
             self._lengths_B[:: self._rows_per_prompt] if shared else None,
             self._own_text,
         )
-
-    def _install_compact(self, experts: list[Tensor], added: Iterable[Correction | None]) -> None:
-        if not self._compact:
-            # A block that keeps all of its neurons keeps its own weights: bit-identical to dense.
-            # Buffers made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                self._compact = [
-                    CompactBlock(block, kept) if kept < block.width else None
-                    for block, kept in zip(self.blocks, self.kept, strict=True)
-                ]
-        for compact, experts_1K, correction in zip(self._compact, experts, added, strict=True):
-            if compact is not None:
-                compact.install(experts_1K[0], correction)
-
-    def _install_dense(self) -> None:
-        for compact in self._compact:
-            if compact is not None:
-                compact.uninstall()
 
 
 def prune(

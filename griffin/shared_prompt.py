@@ -13,9 +13,10 @@ V = vocabulary, D = FF width, K = kept neurons.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from griffin.compensation import COMPENSATIONS, Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
-from griffin.masking import Mask
+from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
 from griffin.selection import kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
@@ -55,7 +56,7 @@ class SharedPrompt:
 
     def __init__(self, model: nn.Module, statistics: Sequence[str], compensations: Sequence[str] = ()) -> None:
         self._model: Any = model
-        self._blocks = find_feedforward_blocks(model)
+        self._blocks = find_feedforward_blocks(model) if statistics else []  # dense runs need none
         chosen = [STATISTICS[name] for name in statistics]
         compensating = [one for name in compensations if (one := COMPENSATIONS[name]) is not None]
         self._gatherer = Gatherer(
@@ -68,20 +69,20 @@ class SharedPrompt:
             for one in chosen
             if one.own_text and one.gathering is not None
         }
-        self._mask = Mask(self._blocks)
+        self._work = {mode: make(self._blocks) for mode, make in MODES.items()}
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
-    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int = 0) -> Tensor:
+    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int | Tensor = 0) -> Tensor:
         """The dense pass. Only each row's first `prompt_lengths_B` tokens count for the statistics.
 
         Args:
             ids_BS: token ids, padded on the right with any id.
             prompt_lengths_B: tokens of each row's prompt, at most the row's own.
-            last: compute the logits of the last so many columns only; 0: of all.
+            last: compute the logits of the last so many columns only, or of the columns in this tensor; 0: of all.
 
         Returns:
-            Logits [B, S, V], or [B, last, V], of the dense model: those of a plain forward call, to the bit.
+            Logits [B, S, V], or of those columns only, of the dense model: those of a plain forward call, to the bit.
         """
         rows, positions = ids_BS.shape
         self._prompts_B = prompt_lengths_B
@@ -101,14 +102,23 @@ class SharedPrompt:
         self._align(cache)
         return logits
 
-    def experts(self, statistic: str, selection: str, sparsity: float | Sequence[float], seed: int = 0) -> list[Tensor]:
-        """Per layer, the experts of the prompts: [B, K] int64, [1, K] where static.
+    def experts(
+        self,
+        statistic: str,
+        selection: str,
+        sparsity: float | Sequence[float],
+        seed: int = 0,
+        *,
+        shared_experts: bool = False,
+    ) -> list[Tensor]:
+        """Per layer, the experts of the prompts: [B, K] int64, [1, K] where static or shared.
 
         Args:
             statistic: one of those named at construction.
             selection: one of `SELECTIONS`.
             sparsity: share of FF neurons dropped, or one number per layer.
             seed: of random statistics and selections.
+            shared_experts: one expert set for all prompts, by the paper's aggregation.
         """
         kept = [
             kept_neurons(block.width, value)
@@ -123,18 +133,23 @@ class SharedPrompt:
             kept,
             self._digests,
             seed,
+            self._prompts_B if shared_experts else None,
             own_text=self._own_text[chosen.gathering] if chosen.own_text and chosen.gathering is not None else None,
         )
         return experts
 
-    def corrections(self, compensation: str, experts: Sequence[Tensor]) -> list[Correction | None]:
+    def corrections(
+        self, compensation: str, experts: Sequence[Tensor], *, shared_experts: bool = False
+    ) -> list[Correction | None]:
         """Per layer, what a compensation adds to the block's output for these experts; None: nothing.
 
         Args:
             compensation: one of those named at construction, or `none`.
             experts: what `experts` returned for these prompts.
+            shared_experts: as it was when `experts` returned them.
         """
-        return list(corrections(self._blocks, self._gatherer, COMPENSATIONS[compensation], experts))
+        prompts = len(self._prompts_B) if shared_experts else None
+        return list(corrections(self._blocks, self._gatherer, COMPENSATIONS[compensation], experts, prompts))
 
     @torch.no_grad()
     def continued(
@@ -159,20 +174,39 @@ class SharedPrompt:
         steps_C = torch.arange(steps, device=ids_BC.device)
         mask_BPC = torch.cat([self._valid_BP, steps_C < lengths_B.unsqueeze(1)], dim=1)
         positions = {"position_ids": self._prompts_B.unsqueeze(1) + steps_C} if self._takes_positions else {}
-        if experts is not None:
-            self._mask.attach(experts, corrections)
-        else:
+        if experts is None:
             self._following.reset()
             self._following.expect(len(ids_BC), steps, steps_C < lengths_B.unsqueeze(1))
             self._following.attach()
         try:
-            logits: Tensor = self._model(
-                ids_BC, attention_mask=mask_BPC.long(), past_key_values=self.fork(), use_cache=True, **positions
-            ).logits
+            with self.pruned(experts, corrections, "masked"):
+                logits: Tensor = self._model(
+                    ids_BC, attention_mask=mask_BPC.long(), past_key_values=self.fork(), use_cache=True, **positions
+                ).logits
         finally:
-            self._mask.detach()
             self._following.detach()
         return logits
+
+    @contextlib.contextmanager
+    def pruned(
+        self, experts: Sequence[Tensor] | None, corrections: Sequence[Correction | None] | None, mode: str
+    ) -> Iterator[None]:
+        """Forward calls of the model in this context use these experts.
+
+        Args:
+            experts: per layer, [B, K] for the rows of the calls, or [1, K] for all rows, which `compact` needs; None:
+                dense.
+            corrections: per layer, what a compensation adds with these experts; None: nothing.
+            mode: one of `MODES`. The buffers of `compact` last from prompt to prompt.
+        """
+        if experts is None:
+            yield
+            return
+        self._work[mode].attach(experts, corrections)
+        try:
+            yield
+        finally:
+            self._work[mode].detach()
 
     def fork(self) -> DynamicCache:
         """The prompts' KV cache, to be grown by forward calls; growing it leaves the original alone."""
