@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 import griffin
 from pipelines.config import RunConfig
-from pipelines.methods import Method, pruner_options
+from pipelines.methods import Method, pruned, shared_prompt
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
@@ -44,34 +43,30 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Generate and score, method by method and one batch of samples at a time.
+    """Generate and score, batch by batch: one dense pass over a batch's prompts, then each method's continuation.
 
-    A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says so, as in the
-    reference implementation.
+    Batches hold prompts of like length, the longest first, so that little of them is padding and what does not fit
+    into memory fails at once. A prompt that leaves no room for `max_new_tokens` in the model's context is not run
+    and says so, as in the reference implementation.
     """
-    for method in methods:
-        with nullcontext() if method.dense else griffin.prune(loaded.model, **pruner_options(config, method)):
-            for start in range(0, len(prompts), config.batch_size):
-                # A batch that was cut off is run as a whole: its rows may share their experts.
-                batch = prompts[start : start + config.batch_size]
-                if any(prompt.index not in done[method] for prompt in batch):
-                    samples = _evaluate_batch(loaded, batch, config)
-                    yield method, [sample for sample in samples if sample["index"] not in done[method]]
-
-
-def _evaluate_batch(loaded: LoadedModel, batch: Sequence[Prompt], config: RunConfig) -> list[Sample]:
-    task: GenerationTask = config.task
-    room = loaded.context_length - task.max_new_tokens
-    encoded = [loaded.encode(prompt.text) for prompt in batch]
-    fitting = [(prompt, ids) for prompt, ids in zip(batch, encoded, strict=True) if len(ids) <= room]
-    samples = [
-        _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
-        for prompt, ids in zip(batch, encoded, strict=True)
-        if len(ids) > room
-    ]
-    if fitting:
-        samples += _generate(loaded, fitting, task, config.seed)
-    return sorted(samples, key=lambda sample: sample["index"])
+    room = loaded.context_length - config.task.max_new_tokens
+    encoded = {prompt.index: loaded.encode(prompt.text) for prompt in prompts}
+    fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
+    if config.batch_size > 1:
+        fitting.sort(key=lambda prompt: (-len(encoded[prompt.index]), prompt.index))
+    for prompt in prompts:
+        ids = encoded[prompt.index]
+        if len(ids) > room:
+            for method in methods:
+                if prompt.index not in done[method]:
+                    yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
+    shared = shared_prompt(loaded.model, methods)
+    for start in range(0, len(fitting), config.batch_size):
+        # A batch that was cut off is run as a whole: its rows may share their experts.
+        batch = fitting[start : start + config.batch_size]
+        needed = [method for method in methods if any(prompt.index not in done[method] for prompt in batch)]
+        for method, samples in _generate(loaded, shared, batch, encoded, config, needed):
+            yield method, [sample for sample in samples if sample["index"] not in done[method]]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -93,45 +88,112 @@ def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
 
 
 def _generate(
-    loaded: LoadedModel, batch: list[tuple[Prompt, list[int]]], task: GenerationTask, seed: int
-) -> list[Sample]:
-    tokenizer, device = loaded.tokenizer, loaded.model.device
-    padded = tokenizer.pad({"input_ids": [ids for _, ids in batch]}, return_tensors="pt").to(device)
-    width = padded["input_ids"].shape[1]
-    if task.decoding == "reference_sampling":
-        # One prompt, one seed: the text depends neither on the prompts before it nor on a resumption.
-        torch.manual_seed(zlib.crc32(f"{seed} {batch[0][0].index}".encode()))
-    stop = _StopText(tokenizer, width, task.stop, len(batch))
+    loaded: LoadedModel,
+    shared: griffin.SharedPrompt,
+    batch: Sequence[Prompt],
+    encoded: dict[int, list[int]],
+    config: RunConfig,
+    methods: Sequence[Method],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """The samples of one batch under each method, scored, in the batch's order."""
+    if not methods:
+        return
+    task: GenerationTask = config.task
+    rows = [encoded[prompt.index] for prompt in batch]
     start = time.perf_counter()
-    output = loaded.model.generate(
-        **padded,
-        generation_config=_decoding(task, tokenizer, loaded.model.generation_config.eos_token_id),
-        stopping_criteria=StoppingCriteriaList([stop]),
-    )
-    seconds = (time.perf_counter() - start) / len(batch)
-    samples = []
-    for (prompt, ids), row, stopped in zip(batch, output[:, width:].tolist(), stop.lengths, strict=True):
-        generated = _until_end(row[:stopped], loaded.model.generation_config.eos_token_id)
-        text = tokenizer.decode(generated, skip_special_tokens=True).partition(task.stop)[0]
-        scores = _scorer.score(target=prompt.reference, prediction=text)
-        samples.append(
-            _sample(prompt, len(ids))
-            | {"generated_tokens": len(generated), "seconds": round(seconds, 4)}
-            | {name: 100 * scores[name].fmeasure for name in ROUGE}
-            | {"text": text, "reference": prompt.reference}
+    logits_BV = _prefill(loaded, shared, rows)
+    shared_seconds = (time.perf_counter() - start) / len(methods)
+    for method in methods:
+        if task.decoding == "reference_sampling":
+            # One prompt, one seed: the text depends neither on the prompts before it nor on a resumption.
+            torch.manual_seed(zlib.crc32(f"{config.seed} {batch[0].index}".encode()))
+        start = time.perf_counter()
+        with pruned(shared, method, config):
+            generated = _continue(loaded, shared, rows, logits_BV, task)
+        seconds = (shared_seconds + time.perf_counter() - start) / len(batch)
+        yield (
+            method,
+            [
+                _scored(prompt, len(ids), tokens, seconds, loaded.tokenizer, task)
+                for prompt, ids, tokens in zip(batch, rows, generated, strict=True)
+            ],
         )
-    return samples
+
+
+def _prefill(loaded: LoadedModel, shared: griffin.SharedPrompt, rows: Sequence[list[int]]) -> Tensor:
+    """Run the prompts dense; the logits [B, V] after each."""
+    device = loaded.model.device
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    ids_BS = loaded.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")["input_ids"]
+    columns, place_B = (lengths_B - 1).unique(return_inverse=True)
+    logits = shared.run(ids_BS.to(device), lengths_B, last=columns)
+    return logits[torch.arange(len(rows), device=device), place_B].float()
+
+
+def _continue(
+    loaded: LoadedModel,
+    shared: griffin.SharedPrompt,
+    rows: Sequence[list[int]],
+    logits_BV: Tensor,
+    task: GenerationTask,
+) -> list[list[int]]:
+    """Each row's new tokens: the first from the dense prompt's logits [B, V], the others from the model as it is."""
+    tokenizer, device, eos = loaded.tokenizer, loaded.model.device, loaded.model.generation_config.eos_token_id
+    decoding = _decoding(task, tokenizer, eos)
+    padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
+    width = padded["input_ids"].shape[1]
+    first_B1 = (
+        (logits_BV / decoding.temperature).softmax(dim=-1).multinomial(1)
+        if decoding.do_sample
+        else logits_BV.argmax(dim=-1, keepdim=True)
+    )
+    output = torch.cat([padded["input_ids"], first_B1], dim=1)
+    stop = _StopText(tokenizer, width, task.stop, len(rows))
+    stopped_B = stop(output, None)
+    if task.max_new_tokens > 1 and not (stopped_B | torch.isin(first_B1[:, 0], torch.tensor(eos, device=device))).all():
+        output = loaded.model.generate(
+            output,
+            attention_mask=torch.cat([padded["attention_mask"], torch.ones_like(first_B1)], dim=1),
+            past_key_values=shared.fork(),
+            generation_config=decoding,
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+    return [
+        _until_end(row[:stopped], eos) for row, stopped in zip(output[:, width:].tolist(), stop.lengths, strict=True)
+    ]
+
+
+def _scored(
+    prompt: Prompt,
+    prompt_tokens: int,
+    generated: list[int],
+    seconds: float,
+    tokenizer: PreTrainedTokenizerBase,
+    task: GenerationTask,
+) -> Sample:
+    text = tokenizer.decode(generated, skip_special_tokens=True).partition(task.stop)[0]
+    scores = _scorer.score(target=prompt.reference, prediction=text)
+    return (
+        _sample(prompt, prompt_tokens)
+        | {"generated_tokens": len(generated), "seconds": round(seconds, 4)}
+        | {name: 100 * scores[name].fmeasure for name in ROUGE}
+        | {"text": text, "reference": prompt.reference}
+    )
 
 
 def _decoding(task: GenerationTask, tokenizer: PreTrainedTokenizerBase, eos: int | list[int]) -> GenerationConfig:
-    """Greedy, or as the reference implementation's scripts sample: temperature 0.3 over the whole vocabulary."""
+    """How all tokens but the first are decoded: greedily, or sampled as in the reference implementation's scripts, at
+    temperature 0.3 from the whole vocabulary."""
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": 0.3, "top_k": 0, "top_p": 1.0}
         if task.decoding == "reference_sampling"
         else {"do_sample": False}
     )
     return GenerationConfig(
-        max_new_tokens=task.max_new_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, **sampling
+        max_new_tokens=max(task.max_new_tokens - 1, 1),
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
     )
 
 

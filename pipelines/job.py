@@ -112,6 +112,8 @@ def _evaluate(
     what = f"{config.task.name} {config.model.name}"
 
     def finish(method: Method) -> None:
+        # In the data's order, whatever the order of the batches: sums of floats depend on it.
+        samples[method].sort(key=lambda sample: sample["index"])
         timing = {
             "load_seconds": load_seconds,
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,12 +122,21 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
 
 def shared_prompt(model: nn.Module, methods: Sequence[Method]) -> griffin.SharedPrompt:
     """One dense prompt pass for all of these methods."""
-    pruned = [method for method in methods if not method.dense]
+    pruning = [method for method in methods if not method.dense]
     return griffin.SharedPrompt(
         model,
-        sorted({method.statistic for method in pruned}),
-        sorted({method.compensation for method in pruned}),
+        sorted({method.statistic for method in pruning}),
+        sorted({method.compensation for method in pruning}),
     )
+
+
+def pruned(shared: griffin.SharedPrompt, method: Method, config: RunConfig) -> AbstractContextManager[None]:
+    """The model on a method's experts for the shared prompts, in the mode of the configuration."""
+    if method.dense:
+        return nullcontext()
+    alike = {"shared_experts": config.shared_experts}
+    experts = shared.experts(method.statistic, method.selection, method.sparsity, config.seed, **alike)
+    return shared.pruned(experts, shared.corrections(method.compensation, experts, **alike), config.mode)
 
 
 def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, lengths_B: Tensor, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 import pytest
 
+import griffin
 from pipelines import config, run
 from pipelines.config import RunConfig
 
@@ -125,15 +126,15 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of a run, in the file's order."""
+    """The samples of a run, in the data's order; batches write theirs by length."""
     lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
     assert lines.pop() == "", "the last line is not whole"
-    return [json.loads(line) for line in lines]
+    return sorted((json.loads(line) for line in lines), key=lambda sample: sample["index"])
 
 
 def texts(folder: Path) -> list[str]:
     """The generated texts of a run, in the data's order."""
-    return [sample["text"] for sample in sorted(read_samples(folder), key=lambda sample: sample["index"])]
+    return [sample["text"] for sample in read_samples(folder)]
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -141,3 +142,16 @@ def composed(*overrides: str) -> RunConfig:
     config.register()
     with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
         return config.typed(hydra.compose("config", overrides=list(overrides)))
+
+
+def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of rows with every dense pass over a batch of prompts."""
+    rows: list[int] = []
+    run = griffin.SharedPrompt.run
+
+    def counted(shared: griffin.SharedPrompt, ids_BS: Any, *arguments: Any, **options: Any) -> Any:
+        rows.append(len(ids_BS))
+        return run(shared, ids_BS, *arguments, **options)
+
+    monkeypatch.setattr(griffin.SharedPrompt, "run", counted)
+    return rows

@@ -15,6 +15,7 @@ from calling import (
     ARTICLES,
     Outcome,
     composed,
+    prompts_run,
     read_record,
     read_samples,
     run_folder,
@@ -25,6 +26,7 @@ from calling import (
 )
 from rouge_score.rouge_scorer import RougeScorer
 
+import griffin
 from pipelines import models
 from pipelines.prompts import read_prompts
 
@@ -215,6 +217,43 @@ def test_sampled_texts_do_not_depend_on_the_samples_before(call: Callable[..., O
     run_of(call, tmp_path / "resumed", SAMPLED, rows=3)
     assert texts(folder) == texts(undisturbed)
     assert texts(run_of(call, tmp_path / "two", SAMPLED, rows=2)) == texts(undisturbed)[:2]
+
+
+def test_a_grid_runs_each_prompt_once(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_run(monkeypatch)
+    grid = ["grid.statistic=[griffin,wanda,magnitude]", "grid.sparsity=[0,0.25,0.5]", "batch_size=2"]
+    assert call(*tiny(tmp_path / "out", *grid, rows=5)).code == 0
+    assert len(run_folders(tmp_path / "out")) == 7
+    assert prompts == [2, 2, 1]
+
+
+def test_batches_hold_prompts_of_like_length(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+    run = griffin.SharedPrompt.run
+
+    def noted(shared: griffin.SharedPrompt, ids_BS: Any, lengths_B: Any, **options: Any) -> Any:
+        shapes.append(lengths_B.tolist())
+        return run(shared, ids_BS, lengths_B, **options)
+
+    monkeypatch.setattr(griffin.SharedPrompt, "run", noted)
+    assert call(*tiny(tmp_path / "out", "batch_size=4", rows=6)).code == 0
+    lengths = [length for batch in shapes for length in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 1
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_shortest_generations(tokens: int, call: Callable[..., Outcome], tmp_path: Path) -> None:
+    # The first token is the dense prompt's, whatever is pruned after it.
+    options = ["statistic=random", "sparsity=0.9"]
+    pruned = run_of(call, tmp_path / "pruned", *options, rows=6, tokens=tokens)
+    dense = run_of(call, tmp_path / "dense", "sparsity=0", rows=6, tokens=tokens)
+    assert all(sample["generated_tokens"] == tokens for sample in read_samples(pruned))
+    assert (texts(pruned) == texts(dense)) == (tokens == 1)
 
 
 def test_a_grid_gives_the_records_of_its_separate_runs(call: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from calling import (
     command,
     environment,
     process,
+    prompts_run,
     read_record,
     read_samples,
     run_folder,
@@ -23,7 +24,6 @@ from calling import (
     texts,
     tiny,
 )
-from transformers import GenerationMixin
 
 from pipelines import generation
 
@@ -104,14 +104,7 @@ def test_samples_that_are_there_are_not_run_again(
     (folder / "record.json").unlink()
     kept = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)[:2]
     (folder / "samples.jsonl").write_bytes(b"".join(kept))
-    prompts: list[int] = []
-    generate = GenerationMixin.generate
-
-    def counted(model: Any, *, input_ids: Any, **options: Any) -> Any:
-        prompts.append(len(input_ids))
-        return generate(model, input_ids=input_ids, **options)
-
-    monkeypatch.setattr(GenerationMixin, "generate", counted)
+    prompts = prompts_run(monkeypatch)
     call(*tiny(tmp_path / "out"))
     assert prompts == [1]
     assert (folder / "samples.jsonl").read_bytes().startswith(b"".join(kept))
