@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from griffin.budgets import kept_per_layer
 from griffin.compensation import COMPENSATIONS, Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.masking import Mask
 from griffin.own_text import gathered_over_own_text
-from griffin.selection import kept_neurons, sparsity_per_layer
 from griffin.statistics import STATISTICS
 
 
@@ -101,7 +101,14 @@ class SharedPrompt:
         self._align(cache)
         return logits
 
-    def experts(self, statistic: str, selection: str, sparsity: float | Sequence[float], seed: int = 0) -> list[Tensor]:
+    def experts(
+        self,
+        statistic: str,
+        selection: str,
+        sparsity: float | Sequence[float],
+        seed: int = 0,
+        budget: str = "uniform",
+    ) -> list[Tensor]:
         """Per layer, the experts of the prompts: [B, K] int64, [1, K] where static.
 
         Args:
@@ -109,11 +116,9 @@ class SharedPrompt:
             selection: one of `SELECTIONS`.
             sparsity: share of FF neurons dropped, or one number per layer.
             seed: of random statistics and selections.
+            budget: how the layers share what is kept, one of `BUDGETS`.
         """
-        kept = [
-            kept_neurons(block.width, value)
-            for block, value in zip(self._blocks, sparsity_per_layer(sparsity, len(self._blocks)), strict=True)
-        ]
+        kept = kept_per_layer([block.width for block in self._blocks], sparsity, budget)
         chosen = STATISTICS[statistic]
         _, experts = choose_experts(
             self._blocks,

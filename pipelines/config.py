@@ -23,6 +23,7 @@ from pipelines.task_config import TASKS, HubDataset
 STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
+BUDGETS = tuple(griffin.BUDGETS)
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,6 +98,7 @@ class RunConfig:
     compensation: str = described(
         f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
     )
+    budget: str = described(f"how the layers share what is kept, beyond the paper: {', '.join(BUDGETS)}", "uniform")
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
     grid: GridConfig = described("many statistics, compensations and sparsities in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
@@ -114,6 +116,7 @@ class RunConfig:
         one_of("statistic", self.statistic, STATISTICS)
         one_of("selection", self.selection, SELECTIONS)
         one_of("compensation", self.compensation, COMPENSATIONS)
+        one_of("budget", self.budget, BUDGETS)
         one_of("mode", self.mode, MODES)
         self.sparsity = _sparsity("sparsity", self.sparsity)
         for value in self.grid.statistic:
@@ -126,6 +129,8 @@ class RunConfig:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
             raise UserError(f"sparsity={self.sparsity} with grid.sparsity: expected one of the two")
+        if self.budget != "uniform" and isinstance(self.sparsity, list):
+            raise UserError(f"budget={self.budget} with sparsity={self.sparsity}: both say what each layer keeps")
         if not self.output_dir.strip():
             raise UserError("output_dir=: expected a folder")
         at_least("batch_size", self.batch_size, 1)
