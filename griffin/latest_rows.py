@@ -13,7 +13,7 @@ from torch import Tensor
 
 from griffin.gathering import Places
 
-ROWS = 256
+ROWS = 384
 
 
 def latest(rows_BSD: Tensor, counted_BS: Tensor) -> Tensor:

@@ -127,6 +127,11 @@ def score(statistic: str, z_SD: Tensor, input_matrices_DH: list[Tensor], output_
     if statistic == "impact":
         lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
         return score("griffin", z_SD, input_matrices_DH, output_matrix_HD) * lengths_D
+    if statistic == "joint":
+        return (
+            score("griffin", z_SD, input_matrices_DH, output_matrix_HD)
+            * score("impact", z_SD, input_matrices_DH, output_matrix_HD)
+        ).sqrt()
     if statistic == "oracle":
         lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
         return score("griffin", z_SD * lengths_D, input_matrices_DH, output_matrix_HD)

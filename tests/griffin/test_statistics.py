@@ -17,7 +17,7 @@ from griffin.statistics import Evidence
 
 SHAPES = [(1, 1, 1), (1, 1, 5), (1, 7, 1), (3, 1, 5), (3, 7, 5)]  # B, S, D
 # Those that read the activations of a prompt and nothing else but weights.
-PROMPT_STATISTICS = ["griffin", "wanda", "impact", "max", "mean_abs", "recency", "oracle"]
+PROMPT_STATISTICS = ["griffin", "wanda", "impact", "joint", "max", "mean_abs", "recency", "oracle"]
 FORMULAS = [*(name for name in PROMPT_STATISTICS if name != "oracle"), "magnitude"]
 
 
