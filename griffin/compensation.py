@@ -5,7 +5,7 @@ active parameters and the same speed of decoding. Like a statistic it needs no t
 compensation gathers something of the prompt, and turns it, with the experts, into a correction of each FF block.
 
 Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons, R = dropped neurons, H = hidden size,
-T = tokens kept of the prompt.
+T = rows kept of the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from griffin.feedforward import FeedForwardBlock, weight_out_in
-from griffin.gathering import Gathering, Stretch, unit_rows
+from griffin.gathering import Gathering, Stretch
 from griffin.latest_rows import joined, latest
 
 
@@ -94,19 +94,19 @@ def mean(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correcti
 
 
 def latest_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
-    """[B, T, D]: z[b, t, :] / ||z[b, t, :]|| of the last tokens, at most `latest_rows.ROWS`."""
-    return unit_rows(latest(stretch.z_BSD, stretch.places.counted_BS))
+    """[B, T, D]: z[b, t, :] / ||z[b, t, :]|| of the prompt's last tokens, neighbours added (`griffin.latest_rows`)."""
+    return latest(stretch.z_BSD, stretch.places)
 
 
 def ridge(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correction:
     """The least-squares prediction, from the kept activations, of what the dropped neurons wrote during the prompt.
 
-    With Z the activations of the prompt's last tokens, each row divided by its norm, and Y = Z_R Wd[:, R]^T what the
-    dropped neurons wrote, the kept output weights change by
+    With Z the activations of the prompt's last tokens, each divided by its norm and neighbours added, and
+    Y = Z_R Wd[:, R]^T what the dropped neurons wrote, the kept output weights change by
 
         (Z_K^T Z_K + c I)^-1 Z_K^T Y  =  Z_K^T (Z_K Z_K^T + c I)^-1 Y,   c = RIDGE * mean(diag(Z_K^T Z_K)).
 
-    The right side is solved where there are fewer tokens than kept neurons, else the left. Prompt by prompt, since a
+    The right side is solved where there are fewer rows than kept neurons, else the left. Prompt by prompt, since a
     prompt's matrices are large enough to keep the device busy.
     """
     weights_HD = weight_out_in(block.output).detach()
