@@ -48,13 +48,14 @@ class Method:
 def methods(config: RunConfig) -> list[Method]:
     """The methods of a call: its grid, or the root's one; all of sparsity 0 are the one dense run."""
     points: list[Method] = []
-    for statistic, compensation, sparsity in itertools.product(
+    for statistic, compensation, budget, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],
         config.grid.compensation or [config.compensation],
+        config.grid.budget or [config.budget],
         config.grid.sparsity or [config.sparsity],
     ):
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
-        method = Method(statistic, config.selection, amount, compensation, config.budget)
+        method = Method(statistic, config.selection, amount, compensation, budget)
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
