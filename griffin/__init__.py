@@ -6,6 +6,7 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
         model.generate(**inputs)
 """
 
+from griffin.budgets import BUDGETS, kept_per_layer
 from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
@@ -17,6 +18,7 @@ from griffin.statistics import STATISTICS, Statistic, aggregate
 __version__ = "0.1.0"
 
 __all__ = [
+    "BUDGETS",
     "COMPENSATIONS",
     "MODES",
     "SELECTIONS",
@@ -30,6 +32,7 @@ __all__ = [
     "aggregate",
     "find_feedforward_blocks",
     "kept_neurons",
+    "kept_per_layer",
     "prune",
     "select",
 ]

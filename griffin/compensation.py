@@ -5,7 +5,7 @@ active parameters and the same speed of decoding. Like a statistic it needs no t
 compensation gathers something of the prompt, and turns it, with the experts, into a correction of each FF block.
 
 Dimensions: B = batch rows, S = positions, D = FF width, K = kept neurons, R = dropped neurons, H = hidden size,
-T = tokens kept of the prompt.
+T = rows kept of the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from griffin.feedforward import FeedForwardBlock, weight_out_in
-from griffin.gathering import Gathering, Stretch, unit_rows
+from griffin.gathering import Gathering, Stretch
 from griffin.latest_rows import joined, latest
 
 
@@ -94,37 +94,46 @@ def mean(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correcti
 
 
 def latest_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
-    """[B, T, D]: z[b, t, :] / ||z[b, t, :]|| of the last tokens, at most `latest_rows.ROWS`."""
-    return unit_rows(latest(stretch.z_BSD, stretch.places.counted_BS))
+    """[B, T, D]: z[b, t, :] / ||z[b, t, :]|| of the prompt's last tokens, neighbours added (`griffin.latest_rows`)."""
+    return latest(stretch.z_BSD, stretch.places)
 
 
 def ridge(total: Tensor, block: FeedForwardBlock, experts_BK: Tensor) -> Correction:
     """The least-squares prediction, from the kept activations, of what the dropped neurons wrote during the prompt.
 
-    With Z the activations of the prompt's last tokens, each row divided by its norm, and Y = Z_R Wd[:, R]^T what the
-    dropped neurons wrote, the kept output weights change by
+    With Z the activations of the prompt's last tokens, each divided by its norm and neighbours added, and
+    Y = Z_R Wd[:, R]^T what the dropped neurons wrote, the kept output weights change by
 
         (Z_K^T Z_K + c I)^-1 Z_K^T Y  =  Z_K^T (Z_K Z_K^T + c I)^-1 Y,   c = RIDGE * mean(diag(Z_K^T Z_K)).
 
-    The right side is solved where there are fewer tokens than kept neurons, else the left. All in
-    float32; the regularised matrix is positive definite with a condition below 1 + K / RIDGE, so Cholesky does. A row
-    where it fails all the same (an empty prompt, activations that are not finite) stays uncorrected.
+    The right side is solved where there are fewer rows than kept neurons, else the left. Prompt by prompt, since a
+    prompt's matrices are large enough to keep the device busy.
     """
-    Z_BTD = total
-    rows, positions, _ = Z_BTD.shape
-    Z_K = Z_BTD.gather(2, experts_BK.unsqueeze(1).expand(rows, positions, -1))
-    Z_R = Z_BTD.scatter(2, experts_BK.unsqueeze(1).expand(rows, positions, -1), 0.0)
-    Y_BTH = Z_R @ weight_out_in(block.output).detach().float().T
-    kept = Z_K.shape[2]
-    c_B = RIDGE * Z_K.square().sum(dim=(1, 2)) / kept
-    dual = positions < kept
-    A = Z_K @ Z_K.mT if dual else Z_K.mT @ Z_K
-    A.diagonal(dim1=1, dim2=2).add_(c_B.unsqueeze(1))
-    factor, failed_B = torch.linalg.cholesky_ex(A)
-    solution = torch.cholesky_solve(Y_BTH if dual else Z_K.mT @ Y_BTH, factor)
-    usable_B = (failed_B == 0) & solution.isfinite().all(dim=2).all(dim=1)
-    solution, Z_K = (torch.where(usable_B.view(-1, 1, 1), part, 0.0) for part in (solution, Z_K))
-    return Correction(Z_K if dual else None, solution)
+    weights_HD = weight_out_in(block.output).detach()
+    solved = [_ridge(Z_TD, weights_HD, experts_K) for Z_TD, experts_K in zip(total, experts_BK, strict=True)]
+    bases = [basis for basis, _ in solved if basis is not None]
+    return Correction(torch.stack(bases) if bases else None, torch.stack([solution for _, solution in solved]))
+
+
+def _ridge(Z_TD: Tensor, weights_HD: Tensor, experts_K: Tensor) -> tuple[Tensor | None, Tensor]:
+    """One prompt's basis [T, K] and weights [T, H], or None and weights [K, H].
+
+    All in float32: the regularised matrix is positive definite with a condition of at most 1 + K / RIDGE, so an
+    inverse from its Cholesky factor does, and is faster than solving for H right sides. Where that fails all the same
+    (no token, activations that are not finite), the answer is no change.
+    """
+    dropped = torch.ones(weights_HD.shape[1], dtype=torch.bool, device=experts_K.device)
+    dropped_R = dropped.index_fill_(0, experts_K, False).nonzero().squeeze(1)
+    kept_TK = Z_TD.index_select(1, experts_K)
+    wrote_TH = Z_TD.index_select(1, dropped_R) @ weights_HD.index_select(1, dropped_R).float().T
+    dual = kept_TK.shape[0] < kept_TK.shape[1]
+    gram = kept_TK @ kept_TK.T if dual else kept_TK.T @ kept_TK
+    gram.diagonal().add_(RIDGE * gram.diagonal().sum() / len(experts_K))  # both forms have the same trace
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor = torch.where(failed == 0, factor, torch.eye(len(gram), device=gram.device))
+    solution = torch.cholesky_inverse(factor) @ (wrote_TH if dual else kept_TK.T @ wrote_TH)
+    usable = (failed == 0) & solution.isfinite().all()
+    return torch.where(usable, kept_TK, 0.0) if dual else None, torch.where(usable, solution, 0.0)
 
 
 # Of the ridge penalty, relative to the mean square of a kept activation; from 0.3 to 2 it hardly matters.

@@ -86,6 +86,10 @@ class Gathering:
     join: Callable[[Tensor, Tensor, Places], Tensor] = added
 
 
+# Per gathering and layer, what was gathered.
+Totals = dict[Gathering, list[Tensor | None]]
+
+
 class Gatherer:
     """Collects the given gatherings, per layer, over the positions that count.
 
@@ -94,9 +98,7 @@ class Gatherer:
 
     def __init__(self, blocks: Sequence[FeedForwardBlock], gatherings: Sequence[Gathering | None]) -> None:
         self._blocks = blocks
-        self._totals: dict[Gathering, list[Tensor | None]] = {
-            gathering: [None] * len(blocks) for gathering in gatherings if gathering is not None
-        }
+        self._totals: Totals = {gathering: [None] * len(blocks) for gathering in gatherings if gathering is not None}
         self._hooks = BlockHooks(blocks, self._gather)
         self._places: Places | None = None
 
@@ -128,6 +130,26 @@ class Gatherer:
     def total(self, gathering: Gathering | None, layer: int) -> Tensor | None:
         """What this gathering came to over the prompt, B first; None for None."""
         return None if gathering is None else self._totals[gathering][layer]
+
+    def totals(self) -> Totals:
+        """Everything that was gathered of these prompts; `reset` leaves it alone."""
+        return {gathering: list(totals) for gathering, totals in self._totals.items()}
+
+    def stack(self, prompts: Sequence[Totals]) -> None:
+        """Go on as if these prompts, gathered one by one, had been the rows of one batch.
+
+        Where something was kept for the last tokens of a prompt ([B, T, ..]), short prompts get rows of zeros in front.
+        """
+        for gathering, totals in self._totals.items():
+            for layer in range(len(totals)):
+                rows = [part for prompt in prompts if (part := prompt[gathering][layer]) is not None]
+                longest = max(part.shape[1] for part in rows)
+                totals[layer] = torch.cat(
+                    [
+                        torch.cat([part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:]), part], dim=1)
+                        for part in rows
+                    ]
+                )
 
     @torch.no_grad()
     def _gather(self, layer: int, z: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""The last rows of a prompt, at most `ROWS` of them, kept while it runs in any number of stretches.
+"""The end of a prompt in few rows: its last tokens, each two neighbours added to one row.
 
-They bound memory and the cost of solving whatever the length of the prompt, and what follows a prompt is more like
-its end than like its beginning.
+Memory and the cost of solving are bounded, whatever the length of the prompt. Neighbours are alike, so a row for two
+of them says nearly as much as two rows (measured in docs/selection.md). Rows go by positions in the prompt, so that a
+prompt in stretches gives what it gives whole.
 
 Dimensions: B = batch rows, S = positions, D = width, T = rows kept.
 """
@@ -14,38 +15,58 @@ from torch import Tensor
 from griffin.gathering import Places
 
 ROWS = 256
+TOKENS_PER_ROW = 2
 
 
-def latest(rows_BSD: Tensor, counted_BS: Tensor) -> Tensor:
-    """The last rows that count of each prompt.
+def latest(z_BSD: Tensor, places: Places) -> Tensor:
+    """The last rows of the prompts as far as they have come, from a stretch's tokens alone.
 
     Args:
-        rows_BSD: one row a token.
-        counted_BS: bool, False at padding.
+        z_BSD: one row a token.
+        places: where the tokens stand in their prompts.
 
     Returns:
-        [B, T, D], T the most that any prompt has but at most `ROWS`; a prompt with fewer has zeros before its own.
+        [B, T, D] sums of z / ||z|| over the tokens of a row, the last row last; T what the longest prompt has, but at
+        most `ROWS`. What is not in the stretch is zero.
     """
-    counted_BS = counted_BS.to(rows_BSD.device)
-    width = rows_BSD.shape[2]
-    length = min(ROWS, max(1, int(counted_BS.sum(dim=1).max())))
-    after_BS = counted_BS.flip(1).cumsum(dim=1).flip(1) - 1  # tokens after each, where it counts
-    rows, positions = (counted_BS & (after_BS < length)).nonzero(as_tuple=True)
-    latest_BTD = rows_BSD.new_zeros(len(rows_BSD), length, width)
-    latest_BTD[rows, length - 1 - after_BS[rows, positions]] = rows_BSD[rows, positions]
+    device = z_BSD.device
+    length = _length(places)
+    row_BS = places.positions_BS // TOKENS_PER_ROW + length - 1 - _last_row(places).unsqueeze(1)
+    prompts, positions = (places.counted_BS & (row_BS >= 0)).nonzero(as_tuple=True)
+    flat = (prompts * length + row_BS[prompts, positions]).to(device)
+    z = z_BSD[prompts.to(device), positions.to(device)]
+    latest_BTD = z_BSD.new_zeros(len(z_BSD), length, z_BSD.shape[2])
+    latest_BTD.flatten(0, 1).index_add_(0, flat, torch.nn.functional.normalize(z, dim=1, eps=_TINY))
     return latest_BTD
 
 
 def joined(before_BTD: Tensor, part_BTD: Tensor, places: Places) -> Tensor:
-    """The last rows of a prompt from those of its beginning and those of the stretch that follows.
+    """The last rows of the prompts, from those of their beginning and those of the stretch that follows.
 
     Args:
-        before_BTD: what `latest` gave for the tokens before the stretch.
+        before_BTD: the rows before the stretch.
         part_BTD: what `latest` gave for the stretch.
         places: of the stretch.
     """
-    kept = [
-        torch.arange(rows_BTD.shape[1], 0, -1, device=count_B.device) <= count_B.unsqueeze(1)
-        for rows_BTD, count_B in ((before_BTD, places.before_B), (part_BTD, places.count_B))
-    ]
-    return latest(torch.cat([before_BTD, part_BTD], dim=1), torch.cat(kept, dim=1))
+    device = before_BTD.device
+    before = Places(places.counted_BS[:, :0], places.before_B)
+    come_B = _last_row(places) - _last_row(before)  # rows begun since, by which the earlier ones move up
+    length = part_BTD.shape[1]
+    source_BT = torch.arange(length, device=come_B.device) + come_B.unsqueeze(1) + before_BTD.shape[1] - length
+    there_BT = ((source_BT >= 0) & (source_BT < before_BTD.shape[1])).to(device)
+    index_BT1 = source_BT.clamp(0, before_BTD.shape[1] - 1).to(device).unsqueeze(-1)
+    moved_BTD = before_BTD.gather(1, index_BT1.expand(-1, -1, before_BTD.shape[2]))
+    return torch.where(there_BT.unsqueeze(-1), moved_BTD, 0.0) + part_BTD
+
+
+def _last_row(places: Places) -> Tensor:
+    """[B] int64: the number of the row that the last token is in, -1 before the first token."""
+    return (places.before_B + places.count_B - 1).div(TOKENS_PER_ROW, rounding_mode="floor")
+
+
+def _length(places: Places) -> int:
+    return min(ROWS, max(1, int(_last_row(places).max()) + 1))
+
+
+# Below any norm that means something; a zero row stays zero.
+_TINY = 1e-30

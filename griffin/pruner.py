@@ -19,6 +19,7 @@ from weakref import ReferenceType, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from griffin.budgets import kept_per_layer
 from griffin.compensation import COMPENSATIONS
 from griffin.decoding import refuse_decoding
 from griffin.experts import choose_experts, corrections, prompt_digests
@@ -26,7 +27,7 @@ from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_fe
 from griffin.gathering import Gatherer
 from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
-from griffin.selection import SELECTIONS, kept_neurons, sparsity_per_layer
+from griffin.selection import SELECTIONS
 from griffin.statistics import STATISTICS
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
@@ -54,6 +55,7 @@ class Pruner:
         shared_experts: bool,
         seed: int,
         compensation: str,
+        budget: str,
     ) -> None:
         for key, value, allowed in (
             ("statistic", statistic, STATISTICS),
@@ -65,10 +67,7 @@ class Pruner:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
         self.model: Any = model
         self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
-        self.kept: list[int] = [
-            kept_neurons(block.width, value)
-            for block, value in zip(self.blocks, sparsity_per_layer(sparsity, len(self.blocks)), strict=True)
-        ]
+        self.kept: list[int] = kept_per_layer([block.width for block in self.blocks], sparsity, budget)
         self.statistic = STATISTICS[statistic]
         if self.statistic.hindsight:
             raise ValueError(f"statistic={statistic!r} knows what comes after the prompt: it cannot generate")
@@ -324,6 +323,7 @@ def prune(
     shared_experts: bool = False,
     seed: int = 0,
     compensation: str = "none",
+    budget: str = "uniform",
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -346,6 +346,7 @@ def prune(
         shared_experts: one expert set for the whole batch, by the paper's aggregation.
         seed: of random statistics and selections; a prompt draws the same in any batch.
         compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`; not in the paper.
+        budget: how the layers share what is kept, one of `BUDGETS`; not in the paper.
 
     Returns:
         The context manager; entering it gives itself.
@@ -358,4 +359,4 @@ def prune(
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation)
+    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget)

@@ -14,7 +14,6 @@ V = vocabulary, D = FF width, K = kept neurons.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from griffin.budgets import kept_per_layer
 from griffin.compensation import COMPENSATIONS, Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
-from griffin.selection import kept_neurons, sparsity_per_layer
+from griffin.roomy_cache import roomy
 from griffin.statistics import STATISTICS
 
 
@@ -70,19 +70,20 @@ class SharedPrompt:
             if one.own_text and one.gathering is not None
         }
         self._work = {mode: make(self._blocks) for mode, make in MODES.items()}
+        self._cache: Any = None
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
-    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int | Tensor = 0) -> Tensor:
+    def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int = 0) -> Tensor:
         """The dense pass. Only each row's first `prompt_lengths_B` tokens count for the statistics.
 
         Args:
             ids_BS: token ids, padded on the right with any id.
             prompt_lengths_B: tokens of each row's prompt, at most the row's own.
-            last: compute the logits of the last so many columns only, or of the columns in this tensor; 0: of all.
+            last: compute the logits of the last so many columns only; 0: of all.
 
         Returns:
-            Logits [B, S, V], or of those columns only, of the dense model: those of a plain forward call, to the bit.
+            Logits [B, S, V], or [B, last, V], of the dense model: those of a plain forward call, to the bit.
         """
         rows, positions = ids_BS.shape
         self._prompts_B = prompt_lengths_B
@@ -102,12 +103,45 @@ class SharedPrompt:
         self._align(cache)
         return logits
 
+    def run_each(self, prompts: Sequence[Tensor]) -> Tensor:
+        """The dense pass, prompt by prompt: each is to the bit what it is alone, and no time goes into padding.
+
+        A long prompt keeps a device busy by itself; for many short ones `run` is faster.
+
+        Args:
+            prompts: the token ids of each, [S].
+
+        Returns:
+            Logits [B, V] after each prompt.
+        """
+        logits, caches, totals, digests = [], [], [], []
+        for ids_S in prompts:
+            length_1 = torch.tensor([len(ids_S)], device=ids_S.device)
+            logits.append(self.run(ids_S.unsqueeze(0), length_1, last=1)[:, 0])
+            caches.append(self._cache)
+            totals.append(self._gatherer.totals())
+            digests += self._digests
+        self._gatherer.stack(totals)
+        self._digests = digests
+        self._prompts_B = torch.tensor([len(ids_S) for ids_S in prompts], device=prompts[0].device)
+        longest = int(self._prompts_B.max())
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            for name in ("keys", "values"):
+                states = [getattr(layer, name) for layer in layers]
+                padded = [nn.functional.pad(one, (0, 0, longest - one.shape[2], 0)) for one in states]
+                setattr(layers[0], name, torch.cat(padded))
+        self._cache = caches[0]
+        columns_P = torch.arange(longest, device=self._prompts_B.device)
+        self._valid_BP = columns_P >= longest - self._prompts_B.unsqueeze(1)
+        return torch.cat(logits)
+
     def experts(
         self,
         statistic: str,
         selection: str,
         sparsity: float | Sequence[float],
         seed: int = 0,
+        budget: str = "uniform",
         *,
         shared_experts: bool = False,
     ) -> list[Tensor]:
@@ -118,12 +152,10 @@ class SharedPrompt:
             selection: one of `SELECTIONS`.
             sparsity: share of FF neurons dropped, or one number per layer.
             seed: of random statistics and selections.
+            budget: how the layers share what is kept, one of `BUDGETS`.
             shared_experts: one expert set for all prompts, by the paper's aggregation.
         """
-        kept = [
-            kept_neurons(block.width, value)
-            for block, value in zip(self._blocks, sparsity_per_layer(sparsity, len(self._blocks)), strict=True)
-        ]
+        kept = kept_per_layer([block.width for block in self._blocks], sparsity, budget)
         chosen = STATISTICS[statistic]
         _, experts = choose_experts(
             self._blocks,
@@ -181,7 +213,11 @@ class SharedPrompt:
         try:
             with self.pruned(experts, corrections, "masked"):
                 logits: Tensor = self._model(
-                    ids_BC, attention_mask=mask_BPC.long(), past_key_values=self.fork(), use_cache=True, **positions
+                    ids_BC,
+                    attention_mask=mask_BPC.long(),
+                    past_key_values=self.fork(steps),
+                    use_cache=True,
+                    **positions,
                 ).logits
         finally:
             self._following.detach()
@@ -208,11 +244,9 @@ class SharedPrompt:
         finally:
             self._work[mode].detach()
 
-    def fork(self) -> DynamicCache:
-        """The prompts' KV cache, to be grown by forward calls; growing it leaves the original alone."""
-        cache = copy.copy(self._cache)
-        cache.layers = [copy.copy(layer) for layer in self._cache.layers]  # growing replaces tensors, never writes
-        return cache
+    def fork(self, room: int) -> DynamicCache:
+        """A copy of the prompts' KV cache, with room in place for so many more tokens."""
+        return roomy(self._cache, room)
 
     def _align(self, cache: DynamicCache) -> None:
         """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""

@@ -155,6 +155,11 @@ def impact(evidence: Evidence) -> Tensor:
     return root(evidence) * evidence.block.output_lengths.to(_device(evidence))
 
 
+def joint(evidence: Evidence) -> Tensor:
+    """The geometric mean of GRIFFIN's statistic and impact: s[b, j] = griffin[b, j] * ||Wd[:, j]||_2^0.5."""
+    return root(evidence) * evidence.block.output_lengths.to(_device(evidence)).sqrt()
+
+
 def wanda(evidence: Evidence) -> Tensor:
     """Wanda's metric |W| * ||x|| (arXiv 2306.11695) summed over a neuron's output column, on this prompt.
 
@@ -201,6 +206,7 @@ STATISTICS: dict[str, Statistic] = {
     "wanda": Statistic(wanda, Gathering(squares)),
     "random": Statistic(random, random=True),
     "impact": Statistic(impact, _relative),
+    "joint": Statistic(joint, _relative),
     "max": Statistic(gathered, Gathering(largest, join=larger)),
     "mean_abs": Statistic(gathered, Gathering(magnitudes)),  # the sum ranks as the mean does
     "recency": Statistic(root, Gathering(recent_squared_relative_activations, join=aged)),

@@ -23,6 +23,7 @@ from pipelines.task_config import TASKS, HubDataset
 STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
+BUDGETS = tuple(griffin.BUDGETS)
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -68,6 +69,7 @@ class GridConfig:
 
     statistic: list[str] = described("statistics", list)
     compensation: list[str] = described("compensations", list)
+    budget: list[str] = described("budgets", list)
     sparsity: list[float] = described("sparsities; all points with 0 are the one dense run", list)
 
 
@@ -97,8 +99,9 @@ class RunConfig:
     compensation: str = described(
         f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
     )
+    budget: str = described(f"how the layers share what is kept, beyond the paper: {', '.join(BUDGETS)}", "uniform")
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
-    grid: GridConfig = described("many statistics, compensations and sparsities in one process", GridConfig)
+    grid: GridConfig = described("many statistics, compensations, budgets and sparsities in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     batch_size: int = described("prompts run at once", 1)
@@ -114,6 +117,7 @@ class RunConfig:
         one_of("statistic", self.statistic, STATISTICS)
         one_of("selection", self.selection, SELECTIONS)
         one_of("compensation", self.compensation, COMPENSATIONS)
+        one_of("budget", self.budget, BUDGETS)
         one_of("mode", self.mode, MODES)
         self.sparsity = _sparsity("sparsity", self.sparsity)
         for value in self.grid.statistic:
@@ -122,10 +126,15 @@ class RunConfig:
         self._realisable("statistic", self.statistic)
         for value in self.grid.compensation:
             one_of("grid.compensation", value, COMPENSATIONS)
+        for value in self.grid.budget:
+            one_of("grid.budget", value, BUDGETS)
         for value in self.grid.sparsity:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
             raise UserError(f"sparsity={self.sparsity} with grid.sparsity: expected one of the two")
+        for key, budgets in (("budget", [self.budget]), ("grid.budget", self.grid.budget)):
+            if isinstance(self.sparsity, list) and any(budget != "uniform" for budget in budgets):
+                raise UserError(f"{key}={', '.join(budgets)} with sparsity={self.sparsity}: expected one of the two")
         if not self.output_dir.strip():
             raise UserError("output_dir=: expected a folder")
         at_least("batch_size", self.batch_size, 1)

@@ -62,7 +62,7 @@ def evaluate(
             began = time.perf_counter()
             logits = continued(shared, method, continuation_1C, length_1, config.seed)
             pruned_CV = logits[0].float().log_softmax(dim=-1)
-            kl, agreement = compare(dense_CV, pruned_CV)
+            kl_C, agreement_C = compare(dense_CV, pruned_CV)
             seconds = shared_seconds + time.perf_counter() - began
             yield (
                 method,
@@ -70,16 +70,17 @@ def evaluate(
                     sample
                     | {
                         "generated_tokens": continuation_1C.shape[1],
-                        "kl": kl,
-                        "top1_agreement": agreement,
+                        "kl": float(kl_C.mean()),
+                        "top1_agreement": float(agreement_C.mean()),
                         "seconds": round(seconds, 4),
+                        "kl_by_token": [round(float(kl), 6) for kl in kl_C],
                     }
                 ],
             )
 
 
-def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[float, float]:
-    """Mean KL(dense || pruned) in nats, and the share of positions with the same most likely token.
+def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position [C], KL(dense || pruned) in nats, and 1 where the most likely token is the same, else 0.
 
     Args:
         dense_CV: log-probabilities of the dense model.
@@ -87,7 +88,7 @@ def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[float, float]:
     """
     kl_C = (dense_CV.exp() * (dense_CV - pruned_CV)).sum(dim=-1)
     agreement_C = dense_CV.argmax(dim=-1) == pruned_CV.argmax(dim=-1)
-    return float(kl_C.mean()), float(agreement_C.float().mean())
+    return kl_C, agreement_C.float()
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -108,7 +109,7 @@ def _greedy(loaded: LoadedModel, shared: griffin.SharedPrompt, ids: list[int], s
     logits = shared.run(torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device), last=1)
     eos = loaded.model.generation_config.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos])}
-    cache = shared.fork()
+    cache = shared.fork(steps)
     tokens = [int(logits[0, -1].argmax())]
     with torch.no_grad():
         while len(tokens) < steps and tokens[-1] not in ends:

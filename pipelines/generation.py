@@ -101,7 +101,7 @@ def _generate(
     task: GenerationTask = config.task
     rows = [encoded[prompt.index] for prompt in batch]
     start = time.perf_counter()
-    logits_BV = _prefill(loaded, shared, rows)
+    logits_BV = shared.run_each([torch.tensor(ids, device=loaded.model.device) for ids in rows]).float()
     shared_seconds = (time.perf_counter() - start) / len(methods)
     for method in methods:
         if task.decoding == "reference_sampling":
@@ -118,16 +118,6 @@ def _generate(
                 for prompt, ids, tokens in zip(batch, rows, generated, strict=True)
             ],
         )
-
-
-def _prefill(loaded: LoadedModel, shared: griffin.SharedPrompt, rows: Sequence[list[int]]) -> Tensor:
-    """Run the prompts dense; the logits [B, V] after each."""
-    device = loaded.model.device
-    lengths_B = torch.tensor([len(row) for row in rows], device=device)
-    ids_BS = loaded.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")["input_ids"]
-    columns, place_B = (lengths_B - 1).unique(return_inverse=True)
-    logits = shared.run(ids_BS.to(device), lengths_B, last=columns)
-    return logits[torch.arange(len(rows), device=device), place_B].float()
 
 
 def _continue(
@@ -154,7 +144,7 @@ def _continue(
         output = loaded.model.generate(
             output,
             attention_mask=torch.cat([padded["attention_mask"], torch.ones_like(first_B1)], dim=1),
-            past_key_values=shared.fork(),
+            past_key_values=shared.fork(task.max_new_tokens),
             generation_config=decoding,
             stopping_criteria=StoppingCriteriaList([stop]),
         )

@@ -125,6 +125,7 @@ class GriffinLM(HFLM):
         statistic: one of `griffin.STATISTICS`.
         selection: one of `griffin.SELECTIONS`.
         compensation: one of `griffin.COMPENSATIONS`.
+        budget: one of `griffin.BUDGETS`.
         protocol: `paper` or `continuation`, for log-likelihoods.
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
@@ -137,12 +138,13 @@ class GriffinLM(HFLM):
         statistic: str = "griffin",
         selection: str = "topk",
         compensation: str = "none",
+        budget: str = "uniform",
         protocol: str = "paper",
         seed: int = 0,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.method = Method(statistic, selection, float(sparsity), compensation)
+        self.method = Method(statistic, selection, float(sparsity), compensation, budget)
         self.protocol = protocol
         self.seed = int(seed)
 
@@ -182,6 +184,7 @@ class GriffinLM(HFLM):
             mode="masked",
             seed=self.seed,
             compensation=method.compensation,
+            budget=method.budget,
         ):
             return super().generate_until(requests, disable_tqdm)
 

@@ -237,8 +237,7 @@ def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int =
 
 
 def _kept(blocks: Sequence[griffin.FeedForwardBlock], method: Method) -> list[int]:
-    sparsity = method.sparsity if isinstance(method.sparsity, tuple) else (method.sparsity,) * len(blocks)
-    return [griffin.kept_neurons(block.width, value) for block, value in zip(blocks, sparsity, strict=True)]
+    return griffin.kept_per_layer([block.width for block in blocks], method.sparsity, method.budget)
 
 
 def _neuron_bytes(blocks: Sequence[griffin.FeedForwardBlock]) -> list[int]:

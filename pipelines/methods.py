@@ -26,6 +26,7 @@ class Method:
     selection: str
     sparsity: float | tuple[float, ...]
     compensation: str = "none"
+    budget: str = "uniform"
 
     @property
     def dense(self) -> bool:
@@ -41,19 +42,21 @@ class Method:
         amount = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
         words = [self.statistic] if self.compensation == "none" else [f"{self.statistic} + {self.compensation}"]
         words += [] if self.selection == "topk" else [self.selection]
+        words += [] if self.budget == "uniform" else [self.budget]
         return " ".join([*words, amount])
 
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods of a call: its grid, or the root's one; all of sparsity 0 are the one dense run."""
     points: list[Method] = []
-    for statistic, compensation, sparsity in itertools.product(
+    for statistic, compensation, budget, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],
         config.grid.compensation or [config.compensation],
+        config.grid.budget or [config.budget],
         config.grid.sparsity or [config.sparsity],
     ):
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
-        method = Method(statistic, config.selection, amount, compensation)
+        method = Method(statistic, config.selection, amount, compensation, budget)
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
@@ -69,11 +72,12 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
         "selection": method.selection,
         "sparsity": sparsity,
         "compensation": method.compensation,
+        "budget": method.budget,
     }
 
 
 # Keys that were added when runs had been recorded already, with the values that change nothing.
-_LATER = {"compensation": "none", "offset": 0}
+_LATER = {"compensation": "none", "budget": "uniform", "offset": 0}
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate",)),
-        (plain, ("statistic", "selection", "mode", "shared_experts", "compensation") if method.dense else ()),
+        (plain, ("statistic", "selection", "mode", "shared_experts", "compensation", "budget") if method.dense else ()),
         (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):
         for key in unused:
@@ -117,6 +121,7 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
         "shared_experts": config.shared_experts,
         "seed": config.seed,
         "compensation": method.compensation,
+        "budget": method.budget,
     }
 
 
@@ -135,7 +140,7 @@ def pruned(shared: griffin.SharedPrompt, method: Method, config: RunConfig) -> A
     if method.dense:
         return nullcontext()
     alike = {"shared_experts": config.shared_experts}
-    experts = shared.experts(method.statistic, method.selection, method.sparsity, config.seed, **alike)
+    experts = shared.experts(method.statistic, method.selection, method.sparsity, config.seed, method.budget, **alike)
     return shared.pruned(experts, shared.corrections(method.compensation, experts, **alike), config.mode)
 
 
@@ -143,5 +148,5 @@ def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, leng
     """The logits [B, C, V] of a given continuation of the shared prompts under one method."""
     if method.dense:
         return shared.continued(ids_BC, lengths_B, None)
-    experts = shared.experts(method.statistic, method.selection, method.sparsity, seed)
+    experts = shared.experts(method.statistic, method.selection, method.sparsity, seed, method.budget)
     return shared.continued(ids_BC, lengths_B, experts, shared.corrections(method.compensation, experts))

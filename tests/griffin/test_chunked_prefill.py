@@ -26,7 +26,7 @@ def test_generate_in_chunks_equals_generate(family: str, length: int) -> None:
     assert new_tokens(chunked, ids) == new_tokens(whole, ids)
 
 
-@pytest.mark.parametrize("statistic", list(griffin.STATISTICS))
+@pytest.mark.parametrize("statistic", [name for name, one in griffin.STATISTICS.items() if not one.hindsight])
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 def test_a_padded_batch_in_chunks(family: str, statistic: str) -> None:
     model = tiny(family)

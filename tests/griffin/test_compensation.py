@@ -27,7 +27,9 @@ def expected_change(name: str, z_SD: Tensor, kept: list[int], output_HD: Tensor)
     nothing_KH, nothing_H = torch.zeros(len(kept), len(output_HD)).double(), torch.zeros(len(output_HD)).double()
     if name == "mean":
         return nothing_KH, z_SD[:, dropped].mean(dim=0) @ weights_RH
-    rows = torch.stack([z_D / max(float(z_D.norm()), 1e-300) for z_D in z_SD[-latest_rows.ROWS :]])
+    unit = [z_D / max(float(z_D.norm()), 1e-300) for z_D in z_SD]
+    pairs = [torch.stack(unit[start : start + 2]).sum(dim=0) for start in range(0, len(unit), 2)]
+    rows = torch.stack(pairs[-latest_rows.ROWS :])
     kept_TK, wrote_TH = rows[:, kept], rows[:, dropped] @ weights_RH
     gram_KK = kept_TK.T @ kept_TK
     penalty = RIDGE * gram_KK.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)

@@ -45,7 +45,7 @@ def test_one_row_per_sequence_or_one_for_all(
 
 
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("statistic", list(griffin.STATISTICS))
+@pytest.mark.parametrize("statistic", [name for name, one in griffin.STATISTICS.items() if not one.hindsight])
 def test_types_and_order(statistic: str, mode: str) -> None:
     with griffin.prune(tiny("llama"), statistic=statistic, mode=mode) as pruner:
         generate(tiny("llama"), ROWS[0])

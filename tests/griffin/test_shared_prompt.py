@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny
+from families import FAMILIES, ONE_PER_LAYOUT, VOCABULARY, tiny
 from torch import Tensor
+from transformers import DynamicCache
 
 import griffin
 
@@ -93,3 +94,45 @@ def test_only_the_last_column_of_logits() -> None:
     shared = griffin.SharedPrompt(model, [])
     last = shared.run(ids, LENGTHS - 1, last=1)
     torch.testing.assert_close(last, model(ids).logits[:, -1:])
+
+
+@pytest.mark.parametrize("compensation", griffin.COMPENSATIONS)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_prompts_run_each_by_itself_are_continued_together(family: str, compensation: str) -> None:
+    model, ids = tiny(family), rows()
+    following, lengths = ids[:, :3], torch.tensor([3, 3, 3, 3])
+    shared = griffin.SharedPrompt(model, ["griffin", "random"], [compensation])
+    prompts = [ids[row, :length] for row, length in enumerate(LENGTHS.tolist())]
+    logits = shared.run_each(prompts)
+    experts = shared.experts("griffin", "topk", 0.5)
+    drawn = shared.experts("random", "sample", 0.5)
+    together = shared.continued(following, lengths, experts, shared.corrections(compensation, experts))
+    for row, prompt in enumerate(prompts):
+        alone = griffin.SharedPrompt(model, ["griffin", "random"], [compensation])
+        dense = alone.run(prompt[None], LENGTHS[row : row + 1], last=1)
+        assert torch.equal(logits[row], dense[0, -1])
+        own = alone.experts("griffin", "topk", 0.5)
+        assert all(torch.equal(one[0], many[row]) for one, many in zip(own, experts, strict=True))
+        assert all(
+            torch.equal(one[0], many[row])
+            for one, many in zip(alone.experts("random", "sample", 0.5), drawn, strict=True)
+        )
+        expected = alone.continued(following[row : row + 1], lengths[:1], own, alone.corrections(compensation, own))
+        torch.testing.assert_close(together[row], expected[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("room", [0, 2, 5])  # five tokens follow: all beyond the room, some, none
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_cache_with_room_is_a_cache(family: str, room: int) -> None:
+    model, ids = tiny(family), rows()[:1]
+    shared = griffin.SharedPrompt(model, [])
+    shared.run(ids, torch.tensor([ids.shape[1]]))
+    roomy, plain = shared.fork(room), DynamicCache()
+    model(ids, past_key_values=plain, use_cache=True)
+    for step in range(5):
+        assert roomy.get_seq_length() == plain.get_seq_length() == ids.shape[1] + step
+        token = ids[:, step : step + 1]
+        expected = model(token, past_key_values=plain, use_cache=True).logits
+        assert torch.equal(model(token, past_key_values=roomy, use_cache=True).logits, expected)
+    assert shared.fork(room).get_seq_length() == ids.shape[1], "a fork grows by itself"

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 import griffin
 from griffin import STATISTICS, FeedForwardBlock, aggregate
+from griffin.gathering import Places, Stretch
+from griffin.own_text import sample
+from griffin.statistics import Evidence
 
 SHAPES = [(1, 1, 1), (1, 1, 5), (1, 7, 1), (3, 1, 5), (3, 7, 5)]  # B, S, D
-PROMPT_STATISTICS = ["griffin", "wanda"]  # those that read the activations
-FORMULAS = ["griffin", "wanda", "magnitude"]
+# Those that read the activations of a prompt and nothing else but weights.
+PROMPT_STATISTICS = ["griffin", "wanda", "impact", "joint", "max", "mean_abs", "recency", "oracle"]
+FORMULAS = [*(name for name in PROMPT_STATISTICS if name != "oracle"), "magnitude"]
 
 
 def plain_block(width: int) -> FeedForwardBlock:
@@ -26,11 +30,9 @@ def activations(B: int, S: int, D: int) -> Tensor:
     return torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
 
 
-def score(statistic: str, *stretches_BSD: Tensor) -> Tensor:
-    """[B, D], from the activations of a prompt in one or more stretches."""
-    chosen = STATISTICS[statistic]
-    total_BD = None if chosen.gather is None else torch.stack([chosen.gather(z) for z in stretches_BSD]).sum(dim=0)
-    return chosen.score(total_BD, plain_block(stretches_BSD[0].shape[-1]), None)
+def score(statistic: str, z_BSD: Tensor) -> Tensor:
+    """[B, D], from the activations of a prompt."""
+    return STATISTICS[statistic](z_BSD, plain_block(z_BSD.shape[-1]))
 
 
 def reference_score(statistic: str, z_SD: Tensor) -> Tensor:
@@ -71,16 +73,27 @@ def test_a_zero_row_counts_as_zero(statistic: str) -> None:
 
 
 @pytest.mark.parametrize("statistic", PROMPT_STATISTICS)
-def test_padding_set_to_zero_changes_nothing(statistic: str) -> None:
+def test_padding_changes_nothing(statistic: str) -> None:
     z_BSD = activations(2, 3, 5)
-    padded_BSD = torch.cat([torch.zeros(2, 4, 5), z_BSD, torch.zeros(2, 1, 5)], dim=1)
-    torch.testing.assert_close(score(statistic, padded_BSD), score(statistic, z_BSD))
+    padded_BSD = torch.cat([torch.full((2, 4, 5), 9.0), z_BSD, torch.full((2, 1, 5), torch.nan)], dim=1)
+    counted_BS = torch.tensor([4 * [False] + 3 * [True] + [False]]).expand(2, -1)
+    found_BD = STATISTICS[statistic](padded_BSD, plain_block(5), counted_BS)
+    torch.testing.assert_close(found_BD, score(statistic, z_BSD))
 
 
 @pytest.mark.parametrize("statistic", PROMPT_STATISTICS)
-def test_stretches_of_a_prompt_sum_to_the_whole(statistic: str) -> None:
-    z_BSD = activations(2, 7, 5)
-    torch.testing.assert_close(score(statistic, *z_BSD.split([3, 3, 1], dim=1)), score(statistic, z_BSD))
+def test_stretches_of_a_prompt_join_to_the_whole(statistic: str) -> None:
+    chosen, block, z_BSD = STATISTICS[statistic], plain_block(5), activations(2, 7, 5)
+    z_BSD[1, 4:] = 0  # the second row has four tokens, and padding behind them
+    counted_BS = torch.arange(7) < torch.tensor([[7], [4]])
+    assert chosen.gathering is not None
+    total_BD, before_B = None, torch.zeros(2, dtype=torch.int64)
+    for stretch_BSD, part_BS in zip(z_BSD.split([3, 3, 1], dim=1), counted_BS.split([3, 3, 1], dim=1), strict=True):
+        places = Places(part_BS, before_B)
+        part_BD = chosen.gathering.part(Stretch(stretch_BSD, places), block)
+        total_BD = part_BD if total_BD is None else chosen.gathering.join(total_BD, part_BD, places)
+        before_B = before_B + places.count_B
+    torch.testing.assert_close(chosen.score(Evidence(block, total_BD)), chosen(z_BSD, block, counted_BS))
 
 
 @pytest.mark.parametrize("statistic", PROMPT_STATISTICS)
@@ -92,7 +105,66 @@ def test_gathering_leaves_the_activations_alone(statistic: str) -> None:
 
 def test_random_scores_are_the_draw() -> None:
     draw_BD = torch.rand(2, 5)
-    assert torch.equal(STATISTICS["random"].score(None, plain_block(5), draw_BD), draw_BD)
+    assert torch.equal(STATISTICS["random"](activations(2, 3, 5), plain_block(5), draw_BD=draw_BD), draw_BD)
+
+
+def test_griffin_is_the_sum_that_it_always_was_to_the_bit() -> None:
+    z_BSD = activations(3, 7, 5)
+    norms_BS1 = torch.linalg.vector_norm(z_BSD, dim=-1, keepdim=True)
+    assert torch.equal(
+        score("griffin", z_BSD), torch.where(norms_BS1 > 0, z_BSD / norms_BS1, 0.0).square().sum(1).sqrt()
+    )
+
+
+def test_glass_adds_the_ranks_of_two_texts() -> None:
+    z_BSD = torch.tensor([[[3.0, 1.0, 2.0]]])  # ranks 3, 1, 2
+    found_BD = STATISTICS["glass"](z_BSD, plain_block(3), own_text=torch.tensor([[0.1, 0.7, 0.2]]))  # ranks 1, 3, 2
+    assert torch.equal(found_BD, torch.tensor([[4.0, 4.0, 4.0]]))
+
+
+def test_a_models_own_text_is_sampled_once_and_its_bos_token_does_not_count() -> None:
+    model = fresh("llama")
+    with torch.no_grad(), griffin.prune(model, statistic="glass") as pruner:
+        model(prompt(7))
+        first = pruner.scores
+    assert all(torch.equal(*pair) for pair in zip(sample(model), sample(model), strict=True))
+    ids_BS = sample(model)
+    assert set(ids_BS[:, 0].tolist()) == {1}
+    own = [torch.zeros(80, dtype=torch.float64) for _ in range(LAYERS)]
+    for ids_S in ids_BS:
+        for layer, z_SD in enumerate(reference.run(model, "llama", ids_S.unsqueeze(0))[1]):
+            own[layer] += reference.score("griffin", z_SD[1:], [], torch.empty(0)) ** 2
+    of_prompt = reference.scores(model, "llama", "griffin", prompt(7))
+    for found_1D, own_D, prompt_D in zip(first, own, of_prompt, strict=True):
+        expected_D = own_D.argsort().argsort() + prompt_D.argsort().argsort() + 2
+        assert float((found_1D[0] - expected_D).abs().max()) <= 2  # neighbours may change places by rounding
+
+
+def test_a_model_without_a_bos_token_has_no_text_of_its_own() -> None:
+    model = fresh("llama")
+    model.config.bos_token_id = None
+    with pytest.raises(ValueError, match="bos_token_id"), griffin.prune(model, statistic="glass"):
+        pass
+    with griffin.prune(model):  # refused before anything was changed
+        pass
+
+
+def test_hindsight_cannot_generate() -> None:
+    with pytest.raises(ValueError, match="statistic='oracle'"):
+        griffin.prune(tiny("llama"), statistic="oracle")
+
+
+@torch.no_grad()
+def test_the_oracle_scores_what_comes_after_the_prompt() -> None:
+    model, ids = tiny("llama"), prompt(12)
+    shared = griffin.SharedPrompt(model, ["oracle", "griffin"])
+    shared.run(ids[:, :7], torch.tensor([7]))
+    shared.continued(ids[:, 7:], torch.tensor([5]), None)
+    chosen = shared.experts("oracle", "topk", 0.5)
+    _, z = reference.run(model, "llama", ids)
+    for layer, experts_1K in enumerate(chosen):
+        scores_D = reference.score("oracle", z[layer][7:], [], reference.output_matrix(model, "llama", layer))
+        assert experts_1K[0].tolist() == reference.best(scores_D, 0.5)
 
 
 @pytest.mark.parametrize("statistic", FORMULAS)

@@ -226,20 +226,20 @@ def test_a_grid_runs_each_prompt_once(
     grid = ["grid.statistic=[griffin,wanda,magnitude]", "grid.sparsity=[0,0.25,0.5]", "batch_size=2"]
     assert call(*tiny(tmp_path / "out", *grid, rows=5)).code == 0
     assert len(run_folders(tmp_path / "out")) == 7
-    assert prompts == [2, 2, 1]
+    assert prompts == [1, 1, 1, 1, 1]
 
 
 def test_batches_hold_prompts_of_like_length(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    run = griffin.SharedPrompt.run
+    run_each = griffin.SharedPrompt.run_each
 
-    def noted(shared: griffin.SharedPrompt, ids_BS: Any, lengths_B: Any, **options: Any) -> Any:
-        shapes.append(lengths_B.tolist())
-        return run(shared, ids_BS, lengths_B, **options)
+    def noted(shared: griffin.SharedPrompt, prompts: list[torch.Tensor]) -> torch.Tensor:
+        shapes.append([len(prompt) for prompt in prompts])
+        return run_each(shared, prompts)
 
-    monkeypatch.setattr(griffin.SharedPrompt, "run", noted)
+    monkeypatch.setattr(griffin.SharedPrompt, "run_each", noted)
     assert call(*tiny(tmp_path / "out", "batch_size=4", rows=6)).code == 0
     lengths = [length for batch in shapes for length in batch]
     assert lengths == sorted(lengths, reverse=True)

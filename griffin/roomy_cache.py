@@ -1,0 +1,56 @@
+"""A KV cache with room to grow in place: `DynamicCache` copies all of its keys and values for every token.
+
+Dimensions: B = batch rows, N = heads of keys and values, S = positions, E = size of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache whose keys and values are the beginning of larger buffers.
+
+    Args:
+        keys_BNSE: to begin with; they are copied.
+        values_BNSE: as well.
+        room: positions that can be added in place. What comes after them grows as in `DynamicLayer`.
+    """
+
+    def __init__(self, keys_BNSE: Tensor, values_BNSE: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys_BNSE, values_BNSE)
+        self._buffers = tuple(_with_room(states, room) for states in (keys_BNSE, values_BNSE))
+        self._show(keys_BNSE.shape[2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, N, S, E]; all of them so far."""
+        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def roomy(cache: DynamicCache, room: int) -> DynamicCache:
+    """A copy of a cache that holds every position in every layer, with room for as many positions more."""
+    copied = DynamicCache()
+    copied.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
+    return copied
+
+
+def _with_room(states_BNSE: Tensor, room: int) -> Tensor:
+    rows, heads, length, size = states_BNSE.shape
+    buffer = states_BNSE.new_empty(rows, heads, length + room, size)
+    buffer[:, :, :length] = states_BNSE
+    return buffer
