@@ -50,7 +50,9 @@ class CompactProjection:
         if len(experts_K) != self._kept:
             self._make_room(len(experts_K))
         experts_K = experts_K.to(self._source_DH.device)
-        rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
+        rows = experts_K
+        if self.parts > 1:
+            rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
         torch.index_select(self._source_DH, 0, rows, out=self._rows_KH)
         if self._bias_D is not None:
             torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_K)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import griffin
 from pipelines.config_fields import at_least, described, one_of
 from pipelines.errors import UserError
-from pipelines.task_config import TASKS, HubDataset
+from pipelines.task_config import TASKS, HubDataset, LatencyTask
 
 STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
@@ -160,6 +161,9 @@ class RunConfig:
             )
         if self.task.kind == "latency" and (self.mode == "masked" or (self.batch_size > 1 and not self.shared_experts)):
             raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
+        if isinstance(self.task, LatencyTask):
+            gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+            self.task.fill_in(gpu)
         if self.mode == "auto":
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
 

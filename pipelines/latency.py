@@ -77,7 +77,8 @@ def evaluate(
                 f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
             )
     for method in methods:
-        traffic = decode_bytes(loaded, method)
+        kept = griffin.prune(loaded.model, **pruner_options(config, method)).kept
+        traffic = decode_bytes(loaded, kept)
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue
@@ -98,7 +99,7 @@ def evaluate(
                         "generation_length": repeat.generation_length,
                         "dense": dense,
                         "pruned": pruned,
-                        "memcpy": _memcpy(loaded, method),
+                        "memcpy": _memcpy(loaded, kept),
                         "bytes": traffic,
                         "peak_memory_bytes": _peak_memory(loaded.model.device),
                         "seconds": sum(dense.values()) + sum(pruned.values()),
@@ -118,8 +119,12 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def decode_bytes(loaded: LoadedModel, method: Method) -> dict[str, int]:
+def decode_bytes(loaded: LoadedModel, kept: Sequence[int]) -> dict[str, int]:
     """Bytes of weights that decoding one token reads, dense and pruned; the KV cache comes on top of both.
+
+    Args:
+        loaded: the model.
+        kept: neurons of each layer that the pruned model has.
 
     An embedding table counts only where it is the output layer too: decoding looks up one row of it.
     """
@@ -131,8 +136,7 @@ def decode_bytes(loaded: LoadedModel, method: Method) -> dict[str, int]:
         weights.pop(id(embedding))
     dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
     dropped = sum(
-        neuron * (block.width - kept)
-        for block, kept, neuron in zip(blocks, _kept(blocks, method), _neuron_bytes(blocks), strict=True)
+        neuron * (block.width - left) for block, left, neuron in zip(blocks, kept, _neuron_bytes(blocks), strict=True)
     )
     return {"dense": dense, "pruned": dense - dropped}
 
@@ -193,10 +197,10 @@ def _timed(loaded: LoadedModel, prompt: Tensor, generation_length: int, pruner: 
     return dict(zip(("prefill", "choose", "compact", "decode"), [b - a for a, b in pairwise(times)], strict=True))
 
 
-def _memcpy(loaded: LoadedModel, method: Method) -> float:
+def _memcpy(loaded: LoadedModel, kept: Sequence[int]) -> float:
     """Seconds to copy as many bytes as compaction writes, block by block: the floor of a full compaction."""
     blocks = griffin.find_feedforward_blocks(loaded.model)
-    sizes = [kept * neuron for kept, neuron in zip(_kept(blocks, method), _neuron_bytes(blocks), strict=True)]
+    sizes = [left * neuron for left, neuron in zip(kept, _neuron_bytes(blocks), strict=True)]
     device = loaded.model.device
     sources = [torch.ones(size // 4, device=device) for size in sizes]
     targets = [torch.zeros(size // 4, device=device) for size in sizes]
@@ -234,10 +238,6 @@ def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int =
         start %= len(ids) - rows * length + 1
         ids = ids[start : start + rows * length]
     return ids.reshape(rows, length).to(loaded.model.device)
-
-
-def _kept(blocks: Sequence[griffin.FeedForwardBlock], method: Method) -> list[int]:
-    return griffin.kept_per_layer([block.width for block in blocks], method.sparsity, method.budget)
 
 
 def _neuron_bytes(blocks: Sequence[griffin.FeedForwardBlock]) -> list[int]:

@@ -106,16 +106,22 @@ class LatencyTask:
     name: str = described("name in records and tables")
     kind: str = described("which pipeline runs the task, and the job type in W&B", "latency")
     data_files: str | None = described("a text file whose stretches are the prompts; null: random tokens", None)
-    prompt_lengths: list[int] = described("prompt lengths in tokens", list)
-    generation_lengths: list[int] = described("generation lengths in tokens", list)
+    prompt_lengths: list[int] = described("prompt lengths in tokens; []: 2048 on a GPU, else 256", list)
+    generation_lengths: list[int] = described("generation lengths in tokens; []: 128, 2048 on a GPU, else 32", list)
     repeats: int = described("timed repeats of each pair of lengths, dense and pruned in turn; medians are reported", 5)
 
     def __post_init__(self) -> None:
         one_of("task.kind", self.kind, ("latency",))
         is_file("task.data_files", self.data_files)
         at_least("task.repeats", self.repeats, 1)
-        lengths("task.prompt_lengths", self.prompt_lengths)
-        lengths("task.generation_lengths", self.generation_lengths)
+        for key in ("prompt_lengths", "generation_lengths"):
+            for value in getattr(self, key):
+                at_least(f"task.{key}", value, 1)
+
+    def fill_in(self, gpu: bool) -> None:
+        """Give the lengths that were left open the values that suit the device."""
+        self.prompt_lengths = self.prompt_lengths or ([2048] if gpu else [256])
+        self.generation_lengths = self.generation_lengths or ([128, 2048] if gpu else [32])
 
 
 # The schemas that the files in conf/task extend, by name.

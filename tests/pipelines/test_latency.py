@@ -9,7 +9,6 @@ import pytest
 from calling import Outcome, composed, read_record, read_samples, run_folder
 
 from pipelines.latency import decode_bytes, metrics
-from pipelines.methods import Method
 from pipelines.models import load
 
 
@@ -67,7 +66,7 @@ def test_the_limit_counts_what_a_token_reads(tied: bool, tmp_path: Path) -> None
     hidden, width, vocabulary = 64, 160, 288
     attention = 2 * hidden * hidden + 2 * hidden * (hidden // 2)
     other = 3 * (attention + 2 * hidden) + hidden + vocabulary * hidden  # norms; the output layer, tied or not
-    found = decode_bytes(loaded, Method("griffin", "topk", 0.5))
+    found = decode_bytes(loaded, [width // 2] * 3)
     assert found["dense"] == 4 * (other + 3 * 3 * hidden * width)
     assert found["pruned"] == 4 * (other + 3 * 3 * hidden * width // 2)
 
@@ -77,3 +76,12 @@ def test_only_compact_weights_are_timed(override: str, call: Callable[..., Outco
     ended = call(*options(tmp_path, override))
     assert ended.code == 1
     assert len(ended.lines("error: ")) == 1
+
+
+def test_lengths_left_open_suit_the_device() -> None:
+    cpu = composed("model=random_tiny", "task=latency", "device=cpu").task
+    assert (cpu.prompt_lengths, cpu.generation_lengths) == ([256], [32])
+    gpu = composed("model=random_tiny", "task=latency", "device=cuda").task
+    assert (gpu.prompt_lengths, gpu.generation_lengths) == ([2048], [128, 2048])
+    given = composed("model=random_tiny", "task=latency", "device=cuda", "task.prompt_lengths=[64]").task
+    assert (given.prompt_lengths, given.generation_lengths) == ([64], [128, 2048])

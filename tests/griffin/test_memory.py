@@ -1,0 +1,77 @@
+"""Prompt after prompt, nothing is left behind and nothing is allocated anew."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import ONE_PER_LAYOUT, tiny
+from prompts import prompt
+from transformers import PreTrainedModel
+
+import griffin
+
+PROMPTS = 200
+
+
+def held() -> tuple[int, int]:
+    """How many tensors there are, and how many bytes their storages have."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return len(tensors), sum(storages.values())
+
+
+def with_the_pruner(model: PreTrainedModel, mode: str, compensation: str, watch: Callable[[int], None]) -> None:
+    with griffin.prune(model, 0.5, mode=mode, compensation=compensation):
+        for number in range(PROMPTS):
+            ids = prompt(6 + number % 5)
+            cache = model(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            del cache
+            watch(number)
+
+
+def with_a_shared_prompt(model: PreTrainedModel, mode: str, compensation: str, watch: Callable[[int], None]) -> None:
+    shared = griffin.SharedPrompt(model, ["griffin"], [compensation])
+    for number in range(PROMPTS):
+        ids = prompt(6 + number % 5)
+        shared.run_each([ids[0]])
+        for sparsity in (0.25, 0.5):
+            experts = shared.experts("griffin", "topk", sparsity)
+            with shared.pruned(experts, shared.corrections(compensation, experts), mode):
+                model(ids[:, :1], past_key_values=shared.fork(2), use_cache=True)
+        del experts
+        watch(number)
+
+
+@pytest.mark.parametrize("run", [with_the_pruner, with_a_shared_prompt])
+@pytest.mark.parametrize("compensation", ["none", "ridge"])
+@pytest.mark.parametrize("mode", griffin.MODES)
+@torch.no_grad()
+def test_memory_does_not_grow(mode: str, compensation: str, run: Callable[..., None]) -> None:
+    found = {}
+
+    def watch(number: int) -> None:
+        if number in (9, PROMPTS - 1):  # two prompts of one length
+            found[number] = held()
+
+    run(tiny("llama"), mode, compensation, watch)
+    assert found[PROMPTS - 1] == found[9]
+
+
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+@torch.no_grad()
+def test_every_prompt_uses_the_same_buffers(family: str) -> None:
+    model = tiny(family)
+    dense = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with griffin.prune(model, 0.5):
+        places = []
+        for length in (5, 9, 7):
+            cache = model(prompt(length), use_cache=True).past_key_values
+            model(prompt(1), past_key_values=cache, use_cache=True)
+            places.append({name: weight.data_ptr() for name, weight in model.named_parameters()})
+    assert places[0] == places[1] == places[2]
+    assert sum(places[0][name] != place for name, place in dense.items()) >= 2 * model.config.num_hidden_layers
