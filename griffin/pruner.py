@@ -105,9 +105,11 @@ class Pruner:
         if self.statistic.own_text and self.statistic.gathering is not None:
             self._own_text = gathered_over_own_text(self.model, self.blocks, self.statistic.gathering)
         _pruned_models.add(self.model)
+        uncompiled: Any = torch.compiler.disable  # a compiled model runs the hooks as they are
+        before, after = uncompiled(self._before_forward), uncompiled(self._after_forward)
         self._root_hooks = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward),
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after),
         ]
         self._own_generate = vars(self.model).get("generate")
         if hasattr(self.model, "generate"):  # a decoder without its language modelling head has none

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from griffin.budgets import kept_per_layer
+from griffin.caches import roomy, static
 from griffin.compensation import COMPENSATIONS, Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
-from griffin.roomy_cache import roomy
 from griffin.statistics import STATISTICS
 
 
@@ -247,6 +247,10 @@ class SharedPrompt:
     def fork(self, room: int) -> DynamicCache:
         """A copy of the prompts' KV cache, with room in place for so many more tokens."""
         return roomy(self._cache, room)
+
+    def fork_static(self, positions: int) -> StaticCache:
+        """A copy of the prompts' KV cache for so many positions, prompts included: for compiled decoding."""
+        return static(self._cache, self._model.config, positions)
 
     def _align(self, cache: DynamicCache) -> None:
         """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""

@@ -105,6 +105,7 @@ class RunConfig:
     grid: GridConfig = described("many statistics, compensations, budgets and sparsities in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
+    compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
     batch_size: int = described("prompts run at once", 1)
     limit: int | None = described("only the first N rows of the data", None)
     offset: int = described("rows of the data passed over before the first", 0)
@@ -164,8 +165,12 @@ class RunConfig:
         if isinstance(self.task, LatencyTask):
             gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
             self.task.fill_in(gpu)
+        if self.compile and self.task.kind not in ("generation", "latency"):
+            raise UserError(f"compile=true with task={self.task.name}: expected a generation or latency task")
         if self.mode == "auto":
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
+        if self.compile and self.mode != "compact":
+            raise UserError(f"compile=true with mode={self.mode}: expected compact, whose weights keep their shapes")
 
     def _realisable(self, key: str, statistic: str) -> None:
         if griffin.STATISTICS[statistic].hindsight and self.task.kind != "fidelity":

@@ -11,9 +11,10 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 import griffin
+from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.methods import Method, pruned, shared_prompt
 from pipelines.models import LoadedModel
@@ -61,11 +62,14 @@ def evaluate(
                 if prompt.index not in done[method]:
                     yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
     shared = shared_prompt(loaded.model, methods)
+    decoding = _decoding(config, loaded.tokenizer, loaded.model.generation_config.eos_token_id, loaded.model.device)
+    # One compiled graph serves all prompts: its cache has the room that the longest needs.
+    positions = max((len(encoded[prompt.index]) for prompt in fitting), default=0) + config.task.max_new_tokens
     for start in range(0, len(fitting), config.batch_size):
         # A batch that was cut off is run as a whole: its rows may share their experts.
         batch = fitting[start : start + config.batch_size]
         needed = [method for method in methods if any(prompt.index not in done[method] for prompt in batch)]
-        for method, samples in _generate(loaded, shared, batch, encoded, config, needed):
+        for method, samples in _generate(loaded, shared, batch, encoded, config, decoding, positions, needed):
             yield method, [sample for sample in samples if sample["index"] not in done[method]]
 
 
@@ -93,6 +97,8 @@ def _generate(
     batch: Sequence[Prompt],
     encoded: dict[int, list[int]],
     config: RunConfig,
+    decoding: GenerationConfig,
+    positions: int,
     methods: Sequence[Method],
 ) -> Iterator[tuple[Method, list[Sample]]]:
     """The samples of one batch under each method, scored, in the batch's order."""
@@ -109,7 +115,8 @@ def _generate(
             torch.manual_seed(zlib.crc32(f"{config.seed} {batch[0].index}".encode()))
         start = time.perf_counter()
         with pruned(shared, method, config):
-            generated = _continue(loaded, shared, rows, logits_BV, task)
+            cache = shared.fork_static(positions) if config.compile else shared.fork(task.max_new_tokens)
+            generated = _continue(loaded, cache, rows, logits_BV, task, decoding)
         seconds = (shared_seconds + time.perf_counter() - start) / len(batch)
         yield (
             method,
@@ -122,14 +129,14 @@ def _generate(
 
 def _continue(
     loaded: LoadedModel,
-    shared: griffin.SharedPrompt,
+    cache: Cache,
     rows: Sequence[list[int]],
     logits_BV: Tensor,
     task: GenerationTask,
+    decoding: GenerationConfig,
 ) -> list[list[int]]:
     """Each row's new tokens: the first from the dense prompt's logits [B, V], the others from the model as it is."""
     tokenizer, device, eos = loaded.tokenizer, loaded.model.device, loaded.model.generation_config.eos_token_id
-    decoding = _decoding(task, tokenizer, eos)
     padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
     width = padded["input_ids"].shape[1]
     first_B1 = (
@@ -144,7 +151,7 @@ def _continue(
         output = loaded.model.generate(
             output,
             attention_mask=torch.cat([padded["attention_mask"], torch.ones_like(first_B1)], dim=1),
-            past_key_values=shared.fork(task.max_new_tokens),
+            past_key_values=cache,
             generation_config=decoding,
             stopping_criteria=StoppingCriteriaList([stop]),
         )
@@ -171,18 +178,22 @@ def _scored(
     )
 
 
-def _decoding(task: GenerationTask, tokenizer: PreTrainedTokenizerBase, eos: int | list[int]) -> GenerationConfig:
+def _decoding(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, eos: int | list[int], device: torch.device
+) -> GenerationConfig:
     """How all tokens but the first are decoded: greedily, or sampled as in the reference implementation's scripts, at
     temperature 0.3 from the whole vocabulary."""
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": 0.3, "top_k": 0, "top_p": 1.0}
-        if task.decoding == "reference_sampling"
+        if config.task.decoding == "reference_sampling"
         else {"do_sample": False}
     )
     return GenerationConfig(
-        max_new_tokens=max(task.max_new_tokens - 1, 1),
+        max_new_tokens=max(config.task.max_new_tokens - 1, 1),
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
+        compile_config=compiling(device) if config.compile else None,
+        disable_compile=not config.compile,
         **sampling,
     )
 

@@ -13,14 +13,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import griffin
+from griffin.caches import roomy, static
 from griffin.feedforward import weight_out_in
+from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
@@ -83,12 +87,15 @@ def evaluate(
             if repeat.index in done[method]:
                 continue
             prompt = _prompt(loaded, repeat, config)
-            dense = _timed(loaded, prompt, repeat.generation_length, None)
+            timed = partial(_timed, loaded, room=repeat.generation_length, compiled=config.compile)
+            if config.compile:
+                timed(prompt, 2, None)  # compiles
+            dense = timed(prompt, repeat.generation_length, None)
             with griffin.prune(loaded.model, **pruner_options(config, method)) as pruner:
                 # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
                 other = _prompt(loaded, repeat, config, shift=1)
-                _timed(loaded, other, 2, pruner)
-                pruned = _timed(loaded, prompt, repeat.generation_length, pruner)
+                timed(other, 2, pruner)
+                pruned = timed(prompt, repeat.generation_length, pruner)
             yield (
                 method,
                 [
@@ -177,11 +184,17 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _timed(loaded: LoadedModel, prompt: Tensor, generation_length: int, pruner: griffin.Pruner | None) -> Seconds:
-    """Seconds of prefill, of choosing experts, of compacting, and of decoding `generation_length` tokens greedily."""
+def _timed(
+    loaded: LoadedModel, prompt: Tensor, tokens: int, pruner: griffin.Pruner | None, room: int, compiled: bool
+) -> Seconds:
+    """Seconds of prefill, of choosing experts, of compacting, and of decoding `tokens` tokens greedily.
+
+    Decoding is compiled where asked for. Its cache has `room` for more tokens: a compiled graph is for one shape.
+    """
     model, device = loaded.model, loaded.model.device
     times = [_now(device)]
-    output = model(prompt, use_cache=True, logits_to_keep=1)
+    prefilled = DynamicCache()  # without the model's config it keeps every position, also in sliding windows
+    output = model(prompt, past_key_values=prefilled, use_cache=True, logits_to_keep=1)
     times.append(_now(device))
     if pruner is not None:
         _ = pruner.experts
@@ -189,12 +202,18 @@ def _timed(loaded: LoadedModel, prompt: Tensor, generation_length: int, pruner: 
     if pruner is not None:
         pruner.prepare()
     times.append(_now(device))
+    step, cache = model, roomy(prefilled, room)  # as generation tasks decode
+    if compiled:
+        cache = static(prefilled, model.config, prompt.shape[1] + room)
+        step = model.get_compiled_call(compiling(device))
     token = output.logits[:, -1:].argmax(dim=-1)
-    for _ in range(generation_length):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    began = _now(device)
+    for _ in range(tokens):
+        output = step(token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1:].argmax(dim=-1)
-    times.append(_now(device))
-    return dict(zip(("prefill", "choose", "compact", "decode"), [b - a for a, b in pairwise(times)], strict=True))
+    decode = _now(device) - began
+    parts = dict(zip(("prefill", "choose", "compact"), [b - a for a, b in pairwise(times)], strict=True))
+    return parts | {"decode": decode}
 
 
 def _memcpy(loaded: LoadedModel, kept: Sequence[int]) -> float:

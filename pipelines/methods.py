@@ -77,7 +77,7 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
 
 
 # Keys that were added when runs had been recorded already, with the values that change nothing.
-_LATER = {"compensation": "none", "budget": "uniform", "offset": 0}
+_LATER = {"compensation": "none", "budget": "uniform", "offset": 0, "compile": False}
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ BAD: list[tuple[str, ...]] = [
     ("sparsity=[]", "sparsity=[]"),
     ("sparsity=[0.5,0.5,1]", "sparsity=1"),
     ("grid.sparsity=[2]", "grid.sparsity=2"),
+    ("compile=true batch_size=2", "compile=true", "mode=masked", "compact"),
+    ("compile=true task.kind=fidelity", "compile=true", "task=briefs", "generation or latency"),
     ("grid.sparsity=0.5", "grid.sparsity=0.5"),
     ("grid.sparsity=[half]", "grid.sparsity=[half]"),
     ("grid.statistic=[foo]", "grid.statistic=foo", "magnitude"),

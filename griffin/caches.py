@@ -1,4 +1,7 @@
-"""A KV cache with room to grow in place: `DynamicCache` copies all of its keys and values for every token.
+"""KV caches that a prompt's cache is copied into, with room to grow in place.
+
+`DynamicCache` copies all of its keys and values for every token. A roomy cache does not, with the same results to the
+bit; a static one has one shape from the first token to the last besides, which compiled decoding needs.
 
 Dimensions: B = batch rows, N = heads of keys and values, S = positions, E = size of a head.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -46,6 +49,20 @@ def roomy(cache: DynamicCache, room: int) -> DynamicCache:
     """A copy of a cache that holds every position in every layer, with room for as many positions more."""
     copied = DynamicCache()
     copied.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
+    return copied
+
+
+def static(cache: DynamicCache, config: PretrainedConfig, positions: int) -> StaticCache:
+    """A copy of a cache that holds every position in every layer, in a shape that does not change as it grows.
+
+    Args:
+        cache: what to begin with.
+        config: of the model; layers with a sliding window keep no more than that.
+        positions: the most that it will hold.
+    """
+    copied = StaticCache(config.get_text_config(), max_cache_len=positions)
+    for layer, earlier in zip(copied.layers, cache.layers, strict=True):
+        layer.update(earlier.keys, earlier.values)
     return copied
 
 
