@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,6 +28,7 @@ COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 BUDGETS = tuple(griffin.BUDGETS)
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
+COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 
 @dataclass
@@ -167,6 +169,8 @@ class RunConfig:
             self.task.fill_in(gpu)
         if self.compile and self.task.kind not in ("generation", "latency"):
             raise UserError(f"compile=true with task={self.task.name}: expected a generation or latency task")
+        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
+            raise UserError(f"compile=true: expected a C++ compiler on this machine: {' or '.join(COMPILERS)}")
         if self.mode == "auto":
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
         if self.compile and self.mode != "compact":

@@ -10,7 +10,11 @@ import pytest
 import torch
 from calling import Outcome, read_record, read_samples, run_folder, texts, tiny
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+from pipelines.config import COMPILERS
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.utils.counters.clear()
 
 
+@needs_compiler
 @pytest.mark.parametrize("method", ["sparsity=0", "sparsity=0.5"])
 def test_texts_are_those_without(method: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
     options = {"rows": 4, "tokens": 12}
@@ -32,9 +37,19 @@ def test_texts_are_those_without(method: str, call: Callable[..., Outcome], tmp_
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "prompts of any length share one graph"
 
 
+@needs_compiler
 def test_latency_is_that_of_the_compiled_model(call: Callable[..., Outcome], tmp_path: Path) -> None:
     plain = ["model=random_tiny", "task=latency", f"output_dir={tmp_path / 'out'}", "wandb.mode=disabled"]
     lengths = ["task.prompt_lengths=[8]", "task.generation_lengths=[3]", "task.repeats=2"]
     assert call(*plain, *lengths, "compile=true").code == 0
     assert read_record(run_folder(tmp_path / "out"))["metrics"]["decode_speedup"] > 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for dense, one for pruned"
+
+
+def test_a_machine_without_a_compiler_is_told(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    ended = call(*tiny(tmp_path / "out", "compile=true", "device=cpu"))
+    assert ended.code == 1
+    assert "compile=true: expected a C++ compiler" in ended.lines("error: ")[0]
