@@ -7,6 +7,7 @@ composing; what a type cannot say is checked here, when `typed` builds the objec
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import shutil
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -185,6 +187,10 @@ class RunConfig:
 
 def register() -> None:
     """Make the classes known to Hydra, as the schemas that the files in `conf/` extend."""
+    plugins = Plugins.instance()  # which reads all plugins once; ours where the project's folder is on the path
+    sweeper, slurm = (importlib.import_module(f"hydra_plugins.griffin_sweeps.{name}") for name in ("sweeper", "slurm"))
+    plugins.register(sweeper.GriffinSweeper)
+    plugins.register(slurm.GriffinSlurmLauncher)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema", name="model", node=ModelConfig)

@@ -1,4 +1,4 @@
-"""One job: a configuration in, a record for each of its methods out.
+"""One job: a configuration in, a record for each of its methods out, and what became of them.
 
 What takes seconds to import is imported once the configuration is known to be good, so that a mistake is told at
 once.
@@ -9,20 +9,24 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
 from pipelines.methods import Method, identity, methods, pruner_options, run_config
+from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
+from pipelines.points import Point
 from pipelines.records import Record, RunFolder, Sample, run_id
 from pipelines.tracking import Tracker, track
 
@@ -45,61 +49,116 @@ KINDS = {
     "latency": "pipelines.latency",
 }
 
-# What the jobs of this process came to, for the summary at the end of the call.
-finished: list[tuple[str, Record]] = []
-failed: list[str] = []
-running = False  # whether an exception comes from a job, and not from composing its configuration
+# What became of the runs of this call, for the summary at its end: a sweep or a single job puts it here.
+outcomes: list[Outcome] = []
 
 
-def job(cfg: DictConfig) -> None:
-    """Run one composed configuration. A user's mistake fails this job alone, in one line, and not the sweep."""
-    global running
-    running = True
+def job(cfg: DictConfig) -> list[Outcome]:
+    """Run one composed configuration. Whatever goes wrong fails this job alone, in one line, and not the sweep.
+
+    A single call waits for runs that another process holds; of a sweep's job they are the sweep's business.
+    """
+    hydra = HydraConfig.get()
+    single = hydra.mode == RunMode.RUN
     try:
-        finished.extend(run(typed(cfg), HydraConfig.get().runtime.choices.get("experiment")))
+        config = typed(cfg)
     except UserError as error:
-        failed.append(str(error))
-        print(f"error: {error}", file=sys.stderr)
-    running = False
+        found = [Outcome(" ".join(hydra.overrides.task), "", FAILED, reason=_told(error))]
+    else:
+        experiment = hydra.runtime.choices.get("experiment")
+        found = attempt(config, experiment)
+        while single and (held := held_folders(found)):
+            wait_for(held)
+            found = merged(found, attempt(config, experiment))
+    if single:
+        outcomes.extend(found)
+    return found
 
 
-def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
-    """Evaluate every method of a configuration, skipping those that have a record.
+def attempt(config: RunConfig, experiment: str | None) -> list[Outcome]:
+    """Evaluate every method of a configuration, and say what became of each."""
+    try:
+        return run(config, experiment)
+    except Exception as error:
+        reason = _told(error)
+    words = f"{config.task.name} {config.model.name}"
+    with suppress(UserError):
+        Point(config).fail(reason)
+    return [Outcome(words, method.label, FAILED, reason=reason) for method in methods(config)]
 
-    Returns:
-        (method in words, record) of each method.
+
+def run(config: RunConfig, experiment: str | None) -> list[Outcome]:
+    """Evaluate every method of a configuration, skipping those that have a record or that another process holds.
 
     Raises:
-        UserError: bad data, a model that cannot be had, or an output folder that cannot be written.
+        UserError: bad data, or an output folder that cannot be written. What goes wrong later is in the outcomes.
     """
     kind = importlib.import_module(KINDS[config.task.kind])
     items = kind.read(config)
     from pipelines.models import device_kind
 
     device = device_kind(config.device)
+    words = f"{config.task.name} {config.model.name}"
     folders: dict[Method, RunFolder] = {}
-    records: dict[Method, Record] = {}
     for method in methods(config):
         readable = "-".join([config.task.name, config.model.name, method.label.replace(" ", "-").replace("%", "")])
-        folder = folders[method] = RunFolder(
-            Path(config.output_dir), run_id(readable, identity(config, method, device))
-        )
-        record = folder.record()
-        if record is not None:
-            records[method] = record
-            print(f"{folder.path}: finished before, skipped", file=sys.stderr)
-    unfinished = {method: folder for method, folder in folders.items() if method not in records}
-    if unfinished:
-        records |= _evaluate(config, kind, items, unfinished, experiment)
-    return [(method.label, records[method]) for method in folders]
+        folders[method] = RunFolder(Path(config.output_dir), run_id(readable, identity(config, method, device)))
+    Point(config).began([folder.run_id for folder in folders.values()])
+
+    states: dict[Method, str] = {}
+    reason = None
+    with ExitStack() as claims:
+        for method, folder in folders.items():
+            claims.callback(folder.release)
+            if folder.record() is None and not folder.claim():
+                states[method] = HELD
+            elif folder.record() is not None:  # perhaps since a moment ago
+                states[method] = SKIPPED
+                print(f"{folder.path}: finished before, skipped", file=sys.stderr)
+        unfinished = {method: folder for method, folder in folders.items() if method not in states}
+        if unfinished:
+            try:
+                _evaluate(config, kind, items, unfinished, experiment)
+            except Exception as error:
+                reason = _told(error)
+        for method, folder in unfinished.items():
+            states[method] = FINISHED if folder.record() else FAILED
+            if states[method] == FAILED:
+                folder.fail(reason or "ended without a record")
+    return [
+        Outcome(words, method.label, states[method], folder.path, reason if states[method] == FAILED else None)
+        for method, folder in folders.items()
+    ]
+
+
+def _told(error: Exception) -> str:
+    """Tell the user what went wrong, and return it as one line. Only a fault of our own gets a traceback."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UserError):
+        reason = str(error)
+    elif _out_of_memory(error):
+        reason = f"out of memory ({first}); use a smaller batch_size or model, or a larger device"
+        _load.cache_clear()
+    else:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {first}"
+    tqdm.write(f"error: {reason}", file=sys.stderr)
+    return reason
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch raises a plain RuntimeError where the CPU's memory is short.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
 
 
 def _evaluate(
     config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], experiment: str | None
-) -> dict[Method, Record]:
+) -> None:
     """Evaluate what is unfinished, and write each method's record when its last sample is there."""
     for method, folder in folders.items():
-        folder.start(run_config(config, method))
+        folder.start(run_config(config, method), len(items))
     samples = {method: folder.samples() for method, folder in folders.items()}
     done = {method: {sample["index"] for sample in found} for method, found in samples.items()}
     began = time.perf_counter()
@@ -149,7 +208,7 @@ def _evaluate(
                 mininterval=0.1 if sys.stderr.isatty() else 15,  # seconds: a log file wants no film
             )
         )
-        for method, batch in _told(kind.evaluate(loaded, items, config, list(folders), done), config, loaded):
+        for method, batch in _asked(kind.evaluate(loaded, items, config, list(folders), done), config, loaded):
             folders[method].append(batch)
             samples[method] += batch
             metrics = kind.metrics(samples[method])
@@ -162,10 +221,9 @@ def _evaluate(
         for method in folders:
             if method not in records:
                 finish(method)
-    return records
 
 
-def _told(batches: Batches, config: RunConfig, loaded: LoadedModel) -> Batches:
+def _asked(batches: Batches, config: RunConfig, loaded: LoadedModel) -> Batches:
     """The batches as they come; where a method asks what the model cannot do, a line for the user that says so."""
     import griffin
 

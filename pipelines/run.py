@@ -3,48 +3,73 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipelines import config, job
 from pipelines.errors import UserError
+from pipelines.outcomes import FAILED, outcome_table
 from pipelines.summary import latency_table, perplexity_table, summary_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def main() -> None:
-    """Compose, run, print the summary. Exit code 1 if any job failed."""
+    """Compose, run, print the summary. Exit code 1 if any run failed, 128 + N where signal N ended it."""
+    compose_and_call(job.job)
+    rows = [(one.method, record) for one in job.outcomes if (record := one.record()) is not None]
+    if rows:
+        tables = [table(rows) for table in (summary_table, perplexity_table, latency_table)]
+        print("\n" + "\n\n".join(table for table in tables if table))
+        print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in rows}))}")
+    if len(job.outcomes) > 1:
+        print("\n" + outcome_table(job.outcomes))
+    if any(one.state == FAILED for one in job.outcomes):
+        sys.exit(1)
+
+
+def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
+    """Call the task with what the command line composes to, by Hydra; a mistake ends the process with one line."""
     config.register()
     # Hydra then raises what goes wrong instead of printing it over several lines; we print one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job.job)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except Terminated:
+        print("terminated; the same command continues after the last whole sample", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues after the last whole sample")
+        print("interrupted; the same command continues after the last whole sample", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {UserError(_readable(error))}")
     except OSError as error:
-        if job.running:
-            raise
         sys.exit(f"error: output_dir: cannot write {error.filename}: {error.strerror}")
     except (AssertionError, ValueError) as error:
-        if job.running:
-            raise
         # What Hydra does not foresee in a command line, such as a group set to null.
         overrides = " ".join(sys.argv[1:])
         sys.exit(f"error: {UserError(f'cannot compose {overrides}: {error}')}")
-    if job.finished:
-        print()
-        tables = [table(job.finished) for table in (summary_table, perplexity_table, latency_table)]
-        print("\n\n".join(table for table in tables if table))
-        print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in job.finished}))}")
-    if job.failed:
-        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as an interrupt: open runs are closed, their locks released, and the process ends."""
+
+
+def _terminated(*_: Any) -> None:
+    raise Terminated
 
 
 def _readable(error: Exception) -> str:

@@ -97,6 +97,5 @@ def test_no_room_for_the_record_leaves_none(
     assert ended.code == 1
     assert "No space left on device" in ended.lines("error: ")[0]
     folder = run_folder(tmp_path / "out")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "samples.jsonl"], (
-        "no temporary file either"
-    )
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == [".lock", "config.yaml", "samples.jsonl", "state.json"], "no temporary file either"

@@ -1,0 +1,146 @@
+"""Points as the array jobs of SLURM, through submitit, in a way that no dead job can hold up or hide the others."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+_LONGEST_POLL_SECONDS = 30
+
+
+class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
+    """hydra-submitit-launcher's job, submitted and preempted as there, but waited for otherwise.
+
+    submitit asks `sacct` for a job's state: without accounting it waits for a killed job for ever, and with it the
+    first killed job ends the call. Here `squeue`, which every site has, tells which jobs are still to come or running;
+    one that is not and left no result is dead, and only its own point has failed.
+    """
+
+    def setup(self, **arguments: Any) -> None:
+        """As Hydra's launchers.
+
+        Raises:
+            UserError: SLURM is not on this machine.
+        """
+        from pipelines.errors import UserError
+
+        super().setup(**arguments)
+        for command in ("sbatch", "srun", "squeue"):
+            if shutil.which(command) is None:
+                launcher = self.config.hydra.runtime.choices.get("launcher")
+                raise UserError(
+                    f"launcher={launcher}: there is no {command} on this machine; call it where SLURM takes jobs, or "
+                    "use launcher=joblib or local"
+                )
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Submit one array, and wait until each job has a result or is dead.
+
+        Raises:
+            UserError: SLURM refuses the array.
+        """
+        import submitit
+        from tqdm import tqdm
+
+        from pipelines.errors import UserError
+
+        parameters = {
+            name if name in _OF_EVERY_EXECUTOR else f"slurm_{name}": value
+            for name, value in self.params.items()
+            if name not in ("submitit_folder", "max_num_timeout")
+        }
+        executor = submitit.AutoExecutor(
+            self.params["submitit_folder"], cluster="slurm", slurm_max_num_timeout=self.params["max_num_timeout"]
+        )
+        count = len(job_overrides)
+        try:
+            executor.update_parameters(**parameters)
+            jobs = executor.map_array(
+                self,
+                [list(overrides) for overrides in job_overrides],
+                ["hydra.sweep.dir"] * count,
+                range(initial_job_idx, initial_job_idx + count),
+                [f"job_id_for_{initial_job_idx + number}" for number in range(count)],
+                [Singleton.get_state()] * count,
+            )
+        except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+            raise UserError(f"hydra.launcher: SLURM refuses the jobs: {error}") from error
+        array = jobs[0].job_id.partition("_")[0]
+        with tqdm(total=count, desc=f"SLURM job {array}", unit="point") as bar:
+            _wait(jobs, bar)
+        return [_returned(job) for job in jobs]
+
+
+# As in submitit: what its executors share is passed under its own name, what is SLURM's with a prefix.
+_OF_EVERY_EXECUTOR = (
+    *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"),
+    "stderr_to_stdout",
+)
+
+
+def _wait(jobs: Sequence[Any], bar: Any) -> None:
+    """Return when every job has a result or is neither waiting nor running, twice in a row: it may just be moving."""
+    pending, gone = list(jobs), Counter[str]()
+    seconds = 1.0
+    while pending:
+        time.sleep(seconds)
+        states = _queue()
+        if states is not None:
+            gone.update(job.job_id for job in pending if job.job_id not in states)
+            bar.set_postfix_str(", ".join(f"{n} {state.lower()}" for state, n in Counter(states.values()).items()))
+            gone = Counter({job: times for job, times in gone.items() if job not in states})
+        left = [job for job in pending if not _result(job) and gone[job.job_id] < 2]
+        bar.update(len(pending) - len(left))
+        seconds = 1.0 if len(left) < len(pending) or gone else min(1.5 * seconds, _LONGEST_POLL_SECONDS)
+        pending = left
+
+
+def _queue() -> dict[str, str] | None:
+    """The user's jobs that wait or run, id -> state; None if SLURM does not answer now."""
+    asked = subprocess.run(
+        ["squeue", "--me", "--noheader", "--array", "--format=%i %T"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        return None
+    return dict(line.split()[:2] for line in asked.stdout.splitlines())
+
+
+def _result(job: Any) -> bool:
+    """Whether the job left its result. Listing the folder makes a network file system look again."""
+    folder = job.paths.folder
+    return folder.is_dir() and job.paths.result_pickle.name in {path.name for path in folder.iterdir()}
+
+
+def _returned(job: Any) -> JobReturn:
+    """What the job returned; for a dead one, an exception that says how it ended."""
+    if _result(job):
+        try:
+            returned: JobReturn = job.result()
+        except Exception as error:  # what submitit makes of an exception, with its traceback
+            return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(str(error).splitlines()[-1]))
+        return returned
+    asked = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", job.job_id], capture_output=True, text=True, check=False
+    )
+    fields = dict(field.partition("=")[::2] for field in asked.stdout.split())
+    state = fields.get("JobState", "").lower().replace("_", " ") or "without a trace"
+    reason = f"SLURM job {job.job_id} ended without a result ({state}); its log: {job.paths.stderr}"
+    return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(reason))
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="griffin_slurm",
+    node=SlurmQueueConf(_target_="hydra_plugins.griffin_sweeps.slurm.GriffinSlurmLauncher"),
+    provider="griffin",
+)

@@ -1,0 +1,136 @@
+"""Hydra's basic sweep, made to survive: points are checked and written down first, and each ends in an outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from pipelines.outcomes import Outcome
+
+# Where and how a sweep runs, as against what it runs.
+_WHERE = ("launcher", "output_dir", "wandb.mode", "wandb.project", "wandb.entity")
+
+
+class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
+    """Every combination of the comma-separated values is a point; at most `max_batch_size` are launched at once.
+
+    A point that is wrong fails before anything runs. A point that is finished is not launched. What other processes
+    hold is waited for. A worker that dies takes its own point with it, and no other.
+    """
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the points, and leave what became of them in `pipelines.job.outcomes`.
+
+        Raises:
+            HydraException: a point cannot be composed; nothing has been written or run.
+            UserError: the output folder cannot be written, or SLURM takes no jobs.
+        """
+        from pipelines import job
+        from pipelines.outcomes import held_folders, merged, wait_for
+
+        parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
+            [*self._parse_config(), *arguments]
+        )
+        group = self._group(parsed)
+        points = [[*overrides, *group] for overrides in self.split_arguments(parsed, None)[0]]
+        configs = [self._composed(overrides) for overrides in points]
+        swept = [one.get_key_element() for one in parsed if one.is_sweep_override()]
+        found: list[list[Outcome]] = [
+            self._known(" ".join(one for one in overrides if one.partition("=")[0] in swept), config)
+            for overrides, config in zip(points, configs, strict=True)
+        ]
+        pending = [number for number, outcomes in enumerate(found) if not outcomes]
+        if pending:
+            OmegaConf.save(self.config, Path(self.config.hydra.sweep.dir) / "multirun.yaml")
+        while pending:
+            for number, outcomes in self._launched(pending, points, configs):
+                found[number] = merged(found[number], outcomes)
+            pending = [number for number in pending if held_folders(found[number])]
+            wait_for([folder for number in pending for folder in held_folders(found[number])])
+        job.outcomes.extend(one for outcomes in found for one in outcomes)
+
+    def _group(self, overrides: Sequence[Override]) -> list[str]:
+        """What makes the points one group in W&B, as overrides: the experiment's name, else what is swept."""
+        texts = {one.get_key_element(): one.input_line for one in overrides}
+        swept = [one.get_key_element() for one in overrides if one.is_sweep_override()]
+        if "wandb.group" in texts or not swept:
+            return []
+        experiment = self.config.hydra.runtime.choices.get("experiment")
+        if experiment and "experiment" not in swept:
+            return [f"wandb.group={experiment}"]
+        what = sorted(str(text) for key, text in texts.items() if key not in _WHERE and not key.startswith("hydra"))
+        digest = hashlib.sha256("\n".join(what).encode()).hexdigest()[:6]
+        return [f"wandb.group={'-'.join(swept)[:100]}-{digest}"]
+
+    def _composed(self, overrides: list[str]) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def _known(self, words: str, composed: DictConfig) -> list[Outcome]:
+        """Outcomes of a point that needs no launch, being wrong or finished; else it is written down as planned."""
+        from pipelines.config import typed
+        from pipelines.errors import UserError
+        from pipelines.outcomes import FAILED, SKIPPED, Outcome
+        from pipelines.points import Point
+
+        try:
+            point = Point(typed(composed))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return [Outcome(words, "", FAILED, reason=str(error))]
+        launcher = self.config.hydra.runtime.choices.get("launcher") or ""
+        runs = point.finished_runs(launcher)
+        if runs is None:
+            point.plan(launcher)
+            return []
+        for run in runs:
+            print(f"{run}: finished before, skipped", file=sys.stderr)
+        return [Outcome(point.words, label, SKIPPED, run) for label, run in zip(point.labels, runs, strict=True)]
+
+    def _launched(
+        self, numbers: Sequence[int], points: Sequence[list[str]], configs: Sequence[DictConfig]
+    ) -> Iterator[tuple[int, list[Outcome]]]:
+        """The outcomes of the points with these numbers, launched in batches."""
+        from pipelines.config import typed
+        from pipelines.points import Point
+
+        size = self.max_batch_size or len(numbers)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            try:
+                returns = self.launcher.launch([points[number] for number in batch], initial_job_idx=batch[0])
+            except BrokenExecutor as error:
+                # A worker of joblib was killed, and joblib gave up on all. Alone, only the one that dies can fail.
+                if len(batch) > 1:
+                    print("warning: a worker died; going on with one point at a time", file=sys.stderr)
+                    for number in batch:
+                        yield from self._launched([number], points, configs)
+                else:
+                    yield batch[0], Point(typed(configs[batch[0]])).died(f"its worker died ({type(error).__name__})")
+                continue
+            for number, returned in zip(batch, returns, strict=True):
+                try:
+                    yield number, returned.return_value
+                except Exception as error:
+                    yield number, Point(typed(configs[number])).died(str(error))
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="griffin",
+    node=BasicSweeperConf(_target_="hydra_plugins.griffin_sweeps.sweeper.GriffinSweeper"),
+    provider="griffin",
+)

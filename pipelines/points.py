@@ -1,0 +1,111 @@
+"""The points of a sweep, written down before they run, so that what is missing can be told later.
+
+    <output_dir>/.sweep/<key>.json    one point: task, model, methods; its runs once it has begun; why it failed
+
+The key is a hash of all that determines the results, except the device, which only the machine that runs the point
+knows. So the same command finds its points again, whatever process or machine they ran on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.methods import identity, methods
+from pipelines.outcomes import FAILED, FINISHED, HELD, Outcome
+from pipelines.records import RunFolder, write_in_one_step
+
+FOLDER = ".sweep"
+
+
+class Point:
+    """The note about one point of a sweep. Creating the object touches no file."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.output_dir = Path(config.output_dir)
+        self.labels = [method.label for method in methods(config)]
+        self.words = f"{config.task.name} {config.model.name}"
+        try:
+            content = [identity(config, method, config.device) for method in methods(config)]
+        except OSError as error:
+            raise UserError(f"task={config.task.name}: cannot read {error.filename}: {error.strerror}") from error
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = self.output_dir / FOLDER / f"{key}.json"
+
+    def plan(self, launcher: str) -> None:
+        """Write the point down.
+
+        Args:
+            launcher: the name of what starts it, which decides the machine and so the device.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        note = read_note(self.path) or {"runs": None}
+        note |= {"words": self.words, "methods": self.labels, "launcher": launcher, "failed": None}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_in_one_step(self.path, json.dumps(note) + "\n")
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
+
+    def finished_runs(self, launcher: str) -> list[Path] | None:
+        """The point's run folders, if all of them have a record and the same launcher made them."""
+        note = read_note(self.path)
+        if note is None or note["launcher"] != launcher:
+            return None
+        runs = [RunFolder(self.output_dir, run) for run in note["runs"] or ()]
+        return [run.path for run in runs] if runs and all(run.record() for run in runs) else None
+
+    def began(self, runs: Sequence[str]) -> None:
+        """Note the point's runs, if it is part of a sweep; an earlier failure is forgotten."""
+        self._note(runs=list(runs), failed=None)
+
+    def fail(self, reason: str) -> None:
+        """Note why the point failed, if it is part of a sweep."""
+        self._note(failed=reason)
+
+    def died(self, reason: str) -> list[Outcome]:
+        """What became of the point's runs, whose process ended without saying so.
+
+        Args:
+            reason: what is known about its end; noted in the folders of runs without a record.
+        """
+        note = read_note(self.path)
+        runs = [RunFolder(self.output_dir, run) for run in (note and note["runs"]) or ()]
+        if not runs:
+            self.fail(reason)
+            return [Outcome(self.words, label, FAILED, reason=reason) for label in self.labels]
+        outcomes = []
+        for label, run in zip(self.labels, runs, strict=True):
+            if run.record():
+                outcomes.append(Outcome(self.words, label, FINISHED, run.path))
+            elif run.held():  # by yet another process
+                outcomes.append(Outcome(self.words, label, HELD, run.path))
+            else:
+                run.fail(reason)
+                outcomes.append(Outcome(self.words, label, FAILED, run.path, reason))
+        return outcomes
+
+    def _note(self, **values: Any) -> None:
+        # A full disk must not hide what is worse; the run folders tell the rest.
+        with contextlib.suppress(OSError):
+            note = read_note(self.path)
+            if note is not None:
+                write_in_one_step(self.path, json.dumps(note | values, ensure_ascii=False) + "\n")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What is written down about a point; None if nothing is, or it is damaged."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    known = isinstance(note, dict) and {"words", "methods", "launcher", "runs", "failed"} <= set(note)
+    return note if known else None
