@@ -1,0 +1,88 @@
+"""`python -m pipelines.prefetch model=... task=...`: what a run needs from the network, fetched into the caches.
+
+For a login node, before runs on compute nodes that have no network. Takes what `pipelines.run` takes, `-m` and
+`experiment=` too, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipelines.config import ModelConfig, typed
+from pipelines.errors import UserError
+from pipelines.job import KINDS
+from pipelines.run import compose_and_call
+
+# Weights in other formats than safetensors are never loaded; some repositories hold them twice more.
+_NEVER_LOADED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")
+
+failed: list[str] = []
+
+
+def main() -> None:
+    """Fetch, and say where to. Exit code 1 if something cannot be had."""
+    with tempfile.TemporaryDirectory() as nothing_of_ours:
+        # Hydra's own sweep in its own folder: no point is planned, and output_dir stays as it is.
+        sys.argv += [f"hydra.{key}.dir={nothing_of_ours}" for key in ("run", "sweep")]
+        sys.argv += ["hydra/sweeper=basic", "hydra/launcher=basic"]
+        compose_and_call(fetch)
+    if failed:
+        sys.exit(1)
+
+
+def fetch(cfg: DictConfig) -> None:
+    """Fetch the model and the data of one composed configuration; what cannot be had is told, and the next tried."""
+    try:
+        config = typed(cfg)
+    except UserError as error:
+        _tell(error)
+        return
+    for what, get in (
+        (f"model={config.model.name}", lambda: _model(config.model)),
+        (f"task={config.task.name}", lambda: _data(config)),
+    ):
+        try:
+            print(f"{what}: {get()}", flush=True)
+        except UserError as error:
+            _tell(error)
+
+
+def _tell(error: UserError) -> None:
+    failed.append(str(error))
+    print(f"error: {error}", file=sys.stderr)
+
+
+def _model(model: ModelConfig) -> str:
+    if model.source == "random":
+        return "random weights, nothing to fetch"
+    if model.source == "package":
+        from pipelines.packaged_models import converted
+
+        return str(converted(model))
+    from huggingface_hub import snapshot_download
+
+    from pipelines.hub import prepare_hub
+
+    prepare_hub()
+    try:
+        return str(snapshot_download(model.repo, revision=model.revision, ignore_patterns=list(_NEVER_LOADED)))
+    except Exception as error:  # the hub's failures have no common type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        gate = f" (a gated model: accept its licence at {model.licence_gate})" if model.licence_gate else ""
+        raise UserError(f"model={model.name}: cannot fetch {model.repo}: {reason.rstrip('.')}{gate}") from error
+
+
+def _data(config: Any) -> str:
+    items = importlib.import_module(KINDS[config.task.kind]).read(config)
+    return f"data at hand, {len(items)} items"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    main()
