@@ -6,3 +6,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, the machine's or a GPU's: torch raises a plain RuntimeError for the machine's."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )

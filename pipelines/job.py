@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pipelines.config import ModelConfig, RunConfig, typed
-from pipelines.errors import UserError
+from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, identity, methods, pruner_options, run_config
 from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
 from pipelines.points import Point
@@ -136,7 +136,7 @@ def _told(error: Exception) -> str:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, UserError):
         reason = str(error)
-    elif _out_of_memory(error):
+    elif out_of_memory(error):
         reason = f"out of memory ({first}); use a smaller batch_size or model, or a larger device"
         _load.cache_clear()
     else:
@@ -144,13 +144,6 @@ def _told(error: Exception) -> str:
         reason = f"{type(error).__name__}: {first}"
     tqdm.write(f"error: {reason}", file=sys.stderr)
     return reason
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch raises a plain RuntimeError where the CPU's memory is short.
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
-    )
 
 
 def _evaluate(

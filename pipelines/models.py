@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipelines.config import ModelConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, out_of_memory
 from pipelines.hub import prepare_hub
 from pipelines.packaged_models import converted
 
@@ -133,6 +133,8 @@ def _random(config: ModelConfig, device: str, seed: int) -> tuple[PreTrainedMode
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
     except (KeyError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"model.architecture={config.architecture}: {error}") from error
     return model, tokenizer
 

@@ -69,4 +69,5 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     table = tabulate(
         lines, ["run", "method", "state", "reason"], disable_numparse=True, maxcolwidths=[None, None, None, 80]
     )
-    return "\n".join([table, "", ", ".join(f"{count} {state}" for state, count in counts.items())])
+    order = (FINISHED, SKIPPED, FAILED, HELD)
+    return "\n".join([table, "", ", ".join(f"{counts[state]} {state}" for state in order if counts[state])])

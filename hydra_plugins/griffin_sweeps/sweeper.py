@@ -13,6 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
@@ -122,10 +123,10 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
                     yield batch[0], Point(typed(configs[batch[0]])).died(f"its worker died ({type(error).__name__})")
                 continue
             for number, returned in zip(batch, returns, strict=True):
-                try:
+                if returned.status == JobStatus.COMPLETED:
                     yield number, returned.return_value
-                except Exception as error:
-                    yield number, Point(typed(configs[number])).died(str(error))
+                else:  # `return_value` would raise, after printing to stderr
+                    yield number, Point(typed(configs[number])).died(str(returned._return_value))
 
 
 ConfigStore.instance().store(

@@ -75,8 +75,8 @@ def _configuration(folder: Path, cpus: int) -> str:
         "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",  # loopback only
         "SlurmUser": "root",
         "AuthType": "auth/munge",
-        # A requeued job may begin once its old credential has expired: two minutes by default.
-        "AuthInfo": f"socket={folder / 'munge' / 'socket'},cred_expire=2",
+        # A requeued job may begin once its old credential has expired: two minutes by default, five seconds at least.
+        "AuthInfo": f"socket={folder / 'munge' / 'socket'},cred_expire=5",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
         "SlurmctldPidFile": folder / "slurmctld.pid",
@@ -131,9 +131,7 @@ def _daemon(command: Sequence[str], folder: Path, variables: dict[str, str]) -> 
 
 
 def _asked(variables: dict[str, str], *command: str) -> str:
-    done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, timeout=30, check=False
-    )
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.strip()
 
 

@@ -1,0 +1,190 @@
+"""Kills, signals, short memory and a full disk: each ends in a clear state, and the next call ends as undisturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import forked
+import pytest
+from calling import (
+    ALPHABET,
+    ARTICLES,
+    Outcome,
+    read_record,
+    read_samples,
+    run_folder,
+    run_folders,
+    texts,
+    tiny,
+    write_rows,
+)
+
+from pipelines.records import RunFolder
+from pipelines.status import BROKEN_OFF, FAILED, read
+
+
+def many(output_dir: Path, rows: int, *more: str, tokens: int = 16) -> list[str]:
+    """A run of many short samples."""
+    plain = tiny(output_dir, *more, rows=rows, tokens=tokens)
+    data = output_dir.with_name("articles.jsonl")
+    write_rows(data, [{"article": ARTICLES[row % len(ARTICLES)], "summary": ALPHABET} for row in range(rows)])
+    return plain
+
+
+def lines(output_dir: Path) -> int:
+    """The lines written so far by the one run."""
+    return sum(path.read_bytes().count(b"\n") for path in output_dir.glob("*/samples.jsonl"))
+
+
+def wait_for_lines(output_dir: Path, count: int, call: forked.Call, seconds: float = 60) -> float:
+    """The seconds until so many lines were there."""
+    start = time.monotonic()
+    while lines(output_dir) < count:
+        assert call.process.is_alive(), call.output.read_text()
+        assert time.monotonic() - start < seconds
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def assert_same(folder: Path, undisturbed: Path, rows: int) -> None:
+    assert [sample["index"] for sample in read_samples(folder)] == list(range(rows))
+    assert texts(folder) == texts(undisturbed)
+    assert read_record(folder)["metrics"] == read_record(undisturbed)["metrics"]
+
+
+def test_a_run_killed_at_25_random_moments_ends_as_undisturbed(tmp_path: Path) -> None:
+    rows, chance, counts = 200, random.Random(7), [0]
+    out = tmp_path / "killed"
+    starting = 1.0
+    for number in range(25):
+        call = forked.start(many(out, rows), tmp_path / "log")
+        if number % 2:  # while it starts, reads and takes up what is there
+            time.sleep(chance.uniform(0, starting))
+        else:  # while it writes samples
+            starting = wait_for_lines(out, counts[-1] + 1, call)
+            time.sleep(chance.uniform(0, 0.1))
+        call.send(signal.SIGKILL)
+        assert call.ended().code == -signal.SIGKILL, "the run was too short for so many kills"
+        counts.append(lines(out))
+    assert counts == sorted(counts)
+    folder = run_folder(out)
+    assert not (folder / "record.json").exists()
+    assert not RunFolder(out, folder.name).held(), "dead processes hold no locks"
+
+    assert forked.start(many(out, rows), tmp_path / "log").ended().code == 0
+    assert forked.start(many(tmp_path / "undisturbed", rows), tmp_path / "log").ended().code == 0
+    assert_same(folder, run_folder(tmp_path / "undisturbed"), rows)
+
+
+def test_two_processes_on_one_sweep_compute_each_point_once(tmp_path: Path) -> None:
+    sweep = ["-m", *many(tmp_path / "out", 30, "sparsity=0,0.25,0.5,0.75")]
+    calls = [forked.start(sweep, tmp_path / f"log{number}") for number in range(2)]
+    ended = [call.ended() for call in calls]
+    assert [one.code for one in ended] == [0, 0], ended
+    finished = [one.out.split()[one.out.split().index("finished,") - 1] for one in ended if "finished," in one.out]
+    alone = [one for one in ended if "4 finished" in one.out]
+    assert sum(map(int, finished)) + 4 * len(alone) == 4
+    assert [one for one in ended if "failed" in one.out.splitlines()[-1]] == []
+    folders = run_folders(tmp_path / "out")
+    assert len(folders) == 4
+    for folder in folders:
+        assert [sample["index"] for sample in read_samples(folder)] == list(range(30))
+        assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
+
+
+def test_a_second_process_waits_for_a_run_and_takes_it_over_if_its_process_dies(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = forked.start(many(out, 150), tmp_path / "first")
+    wait_for_lines(out, 2, first)
+    second = forked.start(many(out, 150), tmp_path / "second")
+    while "another process is at it" not in second.printed():
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    first.send(signal.SIGKILL)
+    assert second.ended().code == 0
+    assert [sample["index"] for sample in read_samples(run_folder(out))] == list(range(150))
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "mode"),
+    [(signal.SIGTERM, "terminated", "offline"), (signal.SIGINT, "interrupted", "disabled")],
+)
+def test_signals_end_a_run_in_a_clear_state(number: signal.Signals, word: str, mode: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = forked.start(many(out, 80, f"wandb.mode={mode}"), tmp_path / "log")
+    wait_for_lines(out, 2, call)
+    call.send(number)
+    ended = call.ended()
+    assert ended.code == 128 + number
+    assert ended.err.splitlines()[-1] == f"{word}; the same command continues after the last whole sample"
+    assert "Traceback" not in ended.err
+    (row,) = read(out)
+    assert row.state == BROKEN_OFF
+    assert row.samples == len(read_samples(run_folder(out))) >= 2
+    assert row.total == 80
+    assert forked.start(many(out, 80), tmp_path / "log").ended().code == 0
+    assert [sample["index"] for sample in read_samples(run_folder(out))] == list(range(80))
+
+
+def _two_gigabytes() -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2 * 2**30, size + 2 * 2**30))
+
+
+def test_short_memory_fails_one_point_in_one_line_and_the_others_go_on(tmp_path: Path) -> None:
+    sweep = ["-m", *tiny(tmp_path / "out", "model=random_llama2_7b,random_tiny")]
+    ended = forked.start(sweep, tmp_path / "log", _two_gigabytes).ended()
+    assert ended.code == 1
+    (error,) = ended.lines("error: ")
+    assert error.startswith("error: out of memory")
+    assert "Traceback" not in ended.err
+    assert "1 finished, 1 failed" in ended.out
+    large, small = read(tmp_path / "out")
+    assert (large.state, small.state) == (FAILED, "done")
+    assert large.reason in error
+
+
+def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError("a fault of our own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.generation._evaluate_batch", broken)
+        ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
+    assert ended.code == 1
+    assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"
+    assert "2 failed" in ended.out
+    assert {row.reason for row in read(tmp_path / "out")} == {"LookupError: a fault of our own"}
+    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
+    assert {row.state for row in read(tmp_path / "out")} == {"done"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_full_and_has_room_again(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", 40
+    out.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(out)], check=False)
+    if mounted.returncode:
+        pytest.skip("no mounts here")
+    try:
+        ended = call(*many(out, rows))
+        assert ended.code == 1
+        (error,) = ended.lines("error: ")
+        assert "No space left on device" in error
+        assert "Traceback" not in ended.err
+        assert not (run_folder(out) / "record.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
+        assert call(*many(out, rows)).code == 0
+        assert call(*many(tmp_path / "undisturbed", rows)).code == 0
+        assert_same(run_folder(out), run_folder(tmp_path / "undisturbed"), rows)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)

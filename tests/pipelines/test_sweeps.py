@@ -1,0 +1,182 @@
+"""Sweeps: what is planned, grouped, skipped and told, with every launcher that can run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from calling import (
+    Outcome,
+    command,
+    composed,
+    environment,
+    process,
+    read_record,
+    read_samples,
+    run_folders,
+    tiny,
+)
+from hydra import compose, initialize_config_dir
+
+from pipelines import config
+from pipelines.run import CONF
+
+LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def launcher_of(*overrides: str) -> dict[str, object]:
+    """What `hydra` composes to."""
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return dict(compose("config", overrides=list(overrides), return_hydra_config=True).hydra)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_with_every_launcher(experiment: str, launcher: str) -> None:
+    assert composed(f"experiment={experiment}", f"launcher={launcher}") == composed(f"experiment={experiment}")
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "slurm_gpu"])
+def test_slurm_presets_requeue_and_name_no_site(launcher: str) -> None:
+    preset = launcher_of(f"launcher={launcher}")["launcher"]
+    assert [preset[key] for key in ("partition", "account", "qos", "constraint", "setup")] == [None] * 5
+    assert preset["additional_parameters"] == {"requeue": True}
+    assert min(preset[key] for key in ("timeout_min", "mem_gb", "array_parallelism", "max_num_timeout")) > 0
+    assert (preset["gpus_per_node"] or 0) == (1 if launcher == "slurm_gpu" else 0)
+
+
+def test_launchers_of_other_processes_sweep_even_one_point() -> None:
+    # Else `launcher=slurm` without -m would load the model on the login node.
+    modes = {launcher: launcher_of(f"launcher={launcher}")["mode"] for launcher in LAUNCHERS}
+    assert {launcher: mode and mode.name for launcher, mode in modes.items()} == {
+        "joblib": "MULTIRUN",
+        "local": None,
+        "slurm": "MULTIRUN",
+        "slurm_gpu": "MULTIRUN",
+    }
+
+
+def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    swept = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
+    assert swept.code == 1
+    table = swept.out.split("\n\n")[-2]
+    assert swept.out.splitlines()[-1] == "2 finished, 4 failed"
+    rows = {" ".join(line.split()[:2]): " ".join(line.split()[2:]) for line in table.splitlines()}
+    assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected a number")
+    assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected 1 or more")
+    again = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
+    assert (again.code, again.out.splitlines()[-1]) == (1, "2 skipped, 4 failed")
+
+
+def test_points_are_written_down_before_the_first_one_runs(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    read = __import__("pipelines.generation").generation.read
+
+    def counted(config: object) -> object:
+        seen.append(len(list((tmp_path / "out" / ".sweep").iterdir())))
+        return read(config)
+
+    monkeypatch.setattr("pipelines.generation.read", counted)
+    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
+    assert seen == [2, 2]
+
+
+def test_nothing_is_planned_where_a_point_cannot_be_composed(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    swept = call("-m", *tiny(tmp_path / "out", "model=random_tiny,foo"))
+    assert swept.code == 1
+    assert "model=foo" in swept.lines("error: ")[0]
+    assert not (tmp_path / "out").exists()
+
+
+def group_of(output_dir: Path) -> set[str]:
+    return {read_record(folder)["config"]["wandb"]["group"] for folder in run_folders(output_dir)}
+
+
+def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    call("-m", *tiny(tmp_path / "first", "sparsity=0,0.5", "seed=0,1"))
+    call("-m", *tiny(tmp_path / "second", "seed=0,1", "sparsity=0,0.5", "launcher=local"))
+    call("-m", *tiny(tmp_path / "third", "sparsity=0,0.25", "seed=0,1"))
+    call("-m", *tiny(tmp_path / "named", "sparsity=0,0.5", "wandb.group=mine"))
+    (first,), (second,), (third,) = (group_of(tmp_path / name) for name in ("first", "second", "third"))
+    assert first.startswith("sparsity-seed-")
+    assert second.rpartition("-")[2] == first.rpartition("-")[2], "the same sweep, wherever it runs"
+    assert third != first
+    assert group_of(tmp_path / "named") == {"mine"}
+
+
+def test_a_sweep_of_an_experiment_is_grouped_by_its_name(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    call("-m", *tiny(tmp_path / "out", "seed=0,1", rows=1, tokens=2), "experiment=quickstart", "grid.sparsity=[0]")
+    assert group_of(tmp_path / "out") == {"quickstart"}
+
+
+def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
+    changed = tiny(tmp_path / "out", "sparsity=0,0.5")
+    data = tmp_path / "articles.jsonl"
+    data.write_text(data.read_text().replace("ferry", "steamer"))
+    assert "2 finished" in call("-m", *changed).out
+    assert len(run_folders(tmp_path / "out")) == 4
+
+
+def lock_holder(output_dir: Path) -> int | None:
+    """A process that holds a run with samples."""
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        for lock in output_dir.glob("*/.lock"):
+            if str(lock.stat().st_ino) == fields[5].rpartition(":")[2] and lock.with_name("samples.jsonl").exists():
+                return int(fields[4])
+    return None
+
+
+def test_joblib_survives_a_killed_worker(tmp_path: Path) -> None:
+    sweep = command(*tiny(tmp_path / "out", "sparsity=0,0.25,0.5", "launcher=joblib", rows=6, tokens=60))
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(sweep, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+    end = time.monotonic() + 90
+    while (worker := lock_holder(tmp_path / "out")) is None:
+        assert running.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert worker != running.pid, "joblib's points run in other processes"
+    os.kill(worker, signal.SIGKILL)
+    assert running.wait(timeout=120) == 0
+    printed = (tmp_path / "log").read_text()
+    assert "a worker died; going on with one point at a time" in printed
+    assert "Traceback" not in printed
+    assert "3 finished" in printed
+    for folder in run_folders(tmp_path / "out"):
+        assert [sample["index"] for sample in read_samples(folder)] == list(range(6))
+
+
+def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(tmp_path: Path) -> None:
+    key = "7261" * 10
+    ended = process(
+        command("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")),
+        tmp_path,
+        WANDB_API_KEY=key,
+        HF_TOKEN="hf_secret7261",
+        USER="person7261",
+        HOSTNAME="machine7261",
+    )
+    assert ended.code == 0
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"multirun.yaml", "record.json"} <= {path.name for path in files}
+    for word in (key, "hf_secret7261", "person7261", "machine7261"):
+        assert [path for path in files if word.encode() in path.read_bytes()] == []
+
+
+def test_the_plan_is_for_reading(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    call("-m", *tiny(tmp_path / "out", "grid.sparsity=[0,0.5]", "seed=0,1"))
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "out" / ".sweep").iterdir()]
+    assert [note["methods"] for note in notes] == [["dense", "griffin 50%"]] * 2
+    assert {run for note in notes for run in note["runs"]} == {path.name for path in run_folders(tmp_path / "out")}

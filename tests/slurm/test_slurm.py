@@ -1,0 +1,155 @@
+"""A sweep on a real SLURM: an array of jobs, one of them killed, two of them preempted, and all records in the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from calling import (
+    Outcome,
+    command,
+    environment,
+    process,
+    read_record,
+    read_samples,
+    run_folders,
+    texts,
+    tiny,
+)
+
+KEY = "7261" * 10
+POINTS = ("statistic=griffin,magnitude", "sparsity=0.25,0.5", "seed=0,1")
+SMALL = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1", "hydra.launcher.partition=low")
+
+
+def arguments(output_dir: Path, *more: str) -> list[str]:
+    return ["-m", *tiny(output_dir, *POINTS, rows=6, tokens=200), *more]
+
+
+def on_slurm(output_dir: Path) -> list[str]:
+    return command(*arguments(output_dir, "launcher=slurm", *SMALL))
+
+
+def wait_until(happened: Callable[[], Any], head: subprocess.Popen[str], seconds: float = 90) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert head.poll() is None, "the head ended before it should"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def writers(output_dir: Path) -> dict[int, Path]:
+    """The processes that hold a run with one sample or two of its six: process -> run folder."""
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    holders = {fields[5].rpartition(":")[2]: int(fields[4]) for fields in locks if fields[1] == "FLOCK"}
+    found = {}
+    for samples in output_dir.glob("*/samples.jsonl"):
+        lock = samples.with_name(".lock")
+        if lock.exists() and 1 <= samples.read_bytes().count(b"\n") <= 2:
+            pid = holders.get(str(lock.stat().st_ino))
+            if pid:
+                found[pid] = samples.parent
+    return found
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The first call, in which jobs were killed and preempted, and the same call again."""
+
+    output_dir: Path
+    first: Outcome
+    again: Outcome
+    killed: Path
+    kept: dict[Path, bytes]
+    restarts: str
+
+
+@pytest.fixture(scope="module")
+def swept(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+    root = tmp_path_factory.mktemp("slurm")
+    output_dir = root / "out"
+    variables = slurm | {"WANDB_API_KEY": KEY}
+    head = subprocess.Popen(
+        on_slurm(output_dir),
+        cwd=root,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        pid, killed = wait_until(lambda: next(iter(writers(output_dir).items()), None), head)
+        os.kill(pid, signal.SIGKILL)
+        preempted = wait_until(lambda: set(writers(output_dir).values()) - {killed}, head)
+        kept = {path: (path / "samples.jsonl").read_bytes() for path in preempted}
+        urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        subprocess.run(urgent, env=environment(**variables), check=True, capture_output=True)
+        out, err = head.communicate(timeout=120)
+    finally:
+        if head.poll() is None:
+            head.kill()
+            head.communicate()
+    first = Outcome(head.returncode, out, err)
+    restarts = process(["scontrol", "show", "job", "--oneliner"], root, **variables).out
+    again = process(on_slurm(output_dir), root, **variables)
+    return Swept(output_dir, first, again, killed, kept, restarts)
+
+
+def test_a_killed_job_fails_its_point_alone_and_the_head_says_so(swept: Swept) -> None:
+    assert swept.first.code == 1
+    assert "7 finished, 1 failed" in swept.first.out
+    assert "ended without a result (failed)" in " ".join(swept.first.out.split())
+    assert "Traceback" not in swept.first.err
+
+
+def test_the_same_call_again_ends_in_all_records(swept: Swept) -> None:
+    assert swept.again.code == 0, swept.again.err
+    assert "1 finished, 7 skipped" in swept.again.out
+    assert len([read_record(folder) for folder in run_folders(swept.output_dir)]) == 8
+
+
+def test_preempted_jobs_were_requeued_and_went_on(swept: Swept) -> None:
+    assert len(re.findall(r" Restarts=1 ", swept.restarts)) >= len(swept.kept) >= 1
+    for folder, before in swept.kept.items():
+        assert (folder / "samples.jsonl").read_bytes().startswith(before)
+
+
+def test_samples_and_metrics_are_those_of_a_local_sweep(swept: Swept, tmp_path: Path) -> None:
+    assert forked.start(arguments(tmp_path / "local"), tmp_path / "log").ended(300).code == 0
+    here, there = run_folders(tmp_path / "local"), run_folders(swept.output_dir)
+    assert [folder.name for folder in here] == [folder.name for folder in there]
+    for local, remote in zip(here, there, strict=True):
+        assert [sample["index"] for sample in read_samples(remote)] == list(range(6))
+        assert texts(local) == texts(remote)
+        assert read_record(local)["metrics"] == read_record(remote)["metrics"]
+
+
+def test_no_record_names_the_host_or_a_key(swept: Swept) -> None:
+    files = [path for folder in run_folders(swept.output_dir) for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in swept.output_dir.rglob("*") if path.is_file() and path.parent.name != ".submitit"]
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+    host = socket.gethostname().encode()
+    ours = [path for path in files if ".submitit" not in path.parts]  # submitit's logs name the host
+    assert len(ours) >= 8 * 3
+    assert len(host) < 6 or [path for path in ours if host in path.read_bytes()] == []
+
+
+def test_what_slurm_refuses_is_one_line(slurm: dict[str, str], tmp_path: Path) -> None:
+    ended = process(
+        command(*tiny(tmp_path / "out"), "launcher=slurm", "hydra.launcher.partition=nowhere"), tmp_path, **slurm
+    )
+    assert ended.code == 1
+    (error,) = ended.lines("error: ")
+    assert "partition" in error
+    assert "Traceback" not in ended.err
