@@ -1,7 +1,9 @@
 """`python -m pipelines.sync DIR`: upload the offline W&B runs of an output folder, each exactly once.
 
 Wraps `wandb sync`, which joins the parts of a run that was continued, in the order of their beginning, and leaves a
-mark beside what it has uploaded. Runs that are being written are left for later: wandb would mark them as uploaded.
+mark beside what it has uploaded. Two things it leaves to us. A run that is being written is left for later. And a part
+whose process was killed ends within a record: wandb uploads what comes before, but neither marks the part nor goes on
+with the parts behind it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from pipelines.errors import UserError
 from pipelines.records import RunFolder
+from pipelines.tracking import check_server
+
+_EMPTY_BYTES = 7  # of a .wandb file's own header
 
 UPLOADED, BEFORE, FAILED, RUNNING = "uploaded", "uploaded before", "failed", "running, left for later"
 
@@ -29,7 +35,10 @@ def main() -> None:
     runs = offline_runs(output_dir)
     if not runs:
         sys.exit(f"error: {output_dir}: no offline W&B runs here; expected an output_dir of pipelines.run")
-    states = sync(runs)
+    try:
+        states = sync(runs)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     lines = [[path.name, len(runs[path]), state] for path, state in states.items()]
     print(tabulate(lines, ["run", "parts", "state"], disable_numparse=True))
     if FAILED in states.values():
@@ -45,28 +54,52 @@ def offline_runs(output_dir: Path) -> dict[Path, list[Path]]:
 
 
 def sync(runs: dict[Path, Sequence[Path]]) -> dict[Path, str]:
-    """Upload what is not uploaded, and return what became of each run folder."""
+    """Upload what is not uploaded, and return what became of each run folder.
+
+    Raises:
+        UserError: the server cannot be reached.
+    """
     states: dict[Path, str] = {}
-    wanted: dict[Path, list[Path]] = {}
     for folder, parts in runs.items():
-        missing = [part for part in parts if not _marked(part)]
         if RunFolder(folder.parent, folder.name).held():
             states[folder] = RUNNING
-        elif missing:
-            wanted[folder] = missing
-        else:
+        elif all(map(_marked, parts)):
             states[folder] = BEFORE
+    wanted = [part for folder, parts in runs.items() if folder not in states for part in parts if not _marked(part)]
     if wanted:
-        parts = [str(part.parent) for missing in wanted.values() for part in missing]
-        command = [sys.executable, "-m", "wandb", "sync", "--yes", "--skip-synced", *parts]
-        subprocess.run(command, check=False)
-    for folder, missing in wanted.items():
-        states[folder] = UPLOADED if all(map(_marked, missing)) else FAILED
-    return {folder: states[folder] for folder in runs}
+        check_server()
+    for part in wanted:
+        if part.stat().st_size <= _EMPTY_BYTES:
+            _mark(part)
+    while left := [part for part in wanted if not _marked(part)]:
+        cut_off = _upload(left)
+        for part in cut_off:
+            _mark(part)
+        if not cut_off:
+            break
+    return {folder: states.get(folder, UPLOADED if all(map(_marked, runs[folder])) else FAILED) for folder in runs}
+
+
+def _upload(parts: Sequence[Path]) -> list[Path]:
+    """Call `wandb sync`, and return the parts that it uploaded up to where their process was killed."""
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--skip-synced", *(str(part.parent) for part in parts)]
+    cut_off = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            ended_within = [part for part in parts if part.parent.name in line and "incomplete record" in line]
+            cut_off += ended_within
+            if not ended_within:  # else told as an error
+                print(line, end="", file=sys.stderr)
+    return cut_off
 
 
 def _marked(part: Path) -> bool:
     return part.with_name(f"{part.name}.synced").exists()
+
+
+def _mark(part: Path) -> None:
+    part.with_name(f"{part.name}.synced").touch()
 
 
 if __name__ == "__main__":

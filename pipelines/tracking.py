@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.config import WandbConfig
+from pipelines.errors import UserError
 from pipelines.records import Record, Sample
 
 _CONNECT_SECONDS = 3
@@ -127,11 +128,26 @@ def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
         return wandb.init(mode="offline", settings=quiet, **arguments)
 
 
+def check_server() -> None:
+    """Whether the W&B server of the user's settings can be reached, without wandb's minutes of attempts.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import wandb
+
+    address = wandb.setup().settings.base_url
+    try:
+        _check_reachable(address)
+    except OSError as error:
+        raise UserError(f"{address} cannot be reached ({error}); is WANDB_BASE_URL right?") from error
+
+
 @cache
 def _warn_offline(address: str, reason: str, output_dir: str) -> None:
     print(
         f"warning: wandb.mode=online: {address} cannot be used ({reason}); tracking goes on offline, upload it "
-        f"later with: wandb sync {output_dir}/*/wandb/offline-run-*",
+        f"later with: python -m pipelines.sync {output_dir}",
         file=sys.stderr,
     )
 

@@ -203,7 +203,7 @@ def test_an_unreachable_server_costs_one_warning(tmp_path: Path) -> None:
     assert ended.code == 0
     (warning,) = ended.lines("warning:")  # one for the call, however many runs it has
     assert UNREACHABLE in warning
-    assert "wandb sync" in warning
+    assert "python -m pipelines.sync" in warning
     assert "Traceback" not in ended.err
     folders = run_folders(tmp_path / "out")
     assert [read_record(folder)["status"] for folder in folders] == ["finished"] * 2

@@ -1,0 +1,68 @@
+"""What runs need from the network, fetched beforehand; here there is none, which is told in a line for each thing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from calling import process, tiny
+from omegaconf import OmegaConf
+
+from pipelines import prefetch
+from pipelines.config import ModelConfig
+
+
+def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = process(
+        [
+            *(sys.executable, "-m", "pipelines.prefetch", "-m", "model=random_tiny,gemma_7b", "task=briefs,xsum"),
+            f"output_dir={tmp_path / 'out'}",
+        ],
+        tmp_path,
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HOME=str(tmp_path / "huggingface"),
+    )
+    assert time.monotonic() - start < 30
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert len(ended.lines("warning: http://127.0.0.1:9 cannot be reached")) == 1
+    errors = ended.lines("error: ")
+    assert len([error for error in errors if "task.hub.path=EdinburghNLP/xsum" in error]) == 2
+    gated = [error for error in errors if error.startswith("error: model=gemma_7b: cannot fetch google/gemma-7b")]
+    assert len(gated) == 2
+    assert "https://huggingface.co/google/gemma-7b" in gated[0]
+    assert len(errors) == 4
+    assert ended.out.count("model=random_tiny: random weights, nothing to fetch") == 2
+    assert ended.out.count("task=briefs: data at hand") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_is_loaded_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        return "/cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("pipelines.hub.prepare_hub", lambda: None)
+    plain = OmegaConf.structured(ModelConfig(name="mine", source="hub", repo="owner/name", revision="v1"))
+    model = OmegaConf.to_object(plain)
+    assert isinstance(model, ModelConfig)
+    assert prefetch._model(model) == "/cache"
+    assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
+    assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])  # type: ignore[call-overload]
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    ended = process(
+        [sys.executable, "-m", "pipelines.prefetch", *tiny(tmp_path / "out", "model=foo")],
+        tmp_path,
+    )
+    assert ended.code == 1
+    (error,) = ended.lines("error: ")
+    assert "model=foo" in error
+    assert not (tmp_path / "out").exists()
