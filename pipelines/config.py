@@ -223,6 +223,10 @@ def unknown_key(key: str) -> str:
     keys = [prefix + item.name for prefix, node in _NODES for item in fields(node)]
     if key in keys:
         return f"{key}: this task has no such key; --help lists the keys of each kind"
+    if key.startswith("hydra.launcher."):
+        keys = importlib.import_module("hydra_plugins.griffin_sweeps.checks").launcher_keys()
+    if key in keys:
+        return f"{key}: this launcher has no such key; see conf/launcher"
     close = difflib.get_close_matches(key, keys, n=1)
     return f"{key}: no such key{f' (did you mean {close[0]}?)' if close else ''}; --help lists them all"
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
@@ -15,6 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hydra_plugins.griffin_sweeps.checks import check
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcome
@@ -30,6 +32,15 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
     hold is waited for. A worker that dies takes its own point with it, and no other.
     """
 
+    def setup(self, *, config: DictConfig, **arguments: Any) -> None:
+        """As Hydra's sweepers.
+
+        Raises:
+            UserError: a value of `hydra.sweeper` or `hydra.launcher` is not allowed, or SLURM is not on this machine.
+        """
+        check(config.hydra)
+        super().setup(config=config, **arguments)
+
     def sweep(self, arguments: list[str]) -> None:
         """Run the points, and leave what became of them in `pipelines.job.outcomes`.
 
@@ -38,15 +49,20 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
             UserError: the output folder cannot be written, or SLURM takes no jobs.
         """
         from pipelines import job
+        from pipelines.errors import UserError
         from pipelines.outcomes import held_folders, merged, wait_for
 
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
             [*self._parse_config(), *arguments]
         )
+        swept = [one.get_key_element() for one in parsed if one.is_sweep_override()]
+        if "launcher" in swept:
+            raise UserError(
+                f"{next(one.input_line for one in parsed if one.get_key_element() == 'launcher')}: expected one"
+            )
         group = self._group(parsed)
         points = [[*overrides, *group] for overrides in self.split_arguments(parsed, None)[0]]
         configs = [self._composed(overrides) for overrides in points]
-        swept = [one.get_key_element() for one in parsed if one.is_sweep_override()]
         found: list[list[Outcome]] = [
             self._known(" ".join(one for one in overrides if one.partition("=")[0] in swept), config)
             for overrides, config in zip(points, configs, strict=True)

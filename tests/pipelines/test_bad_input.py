@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Outcome, tiny
+from calling import Outcome, command, process, tiny
 
 GOOD_ROW = '{"article": "Rain fell.", "summary": "Rain."}\n'
 FILES = {
@@ -101,6 +102,26 @@ BAD: list[tuple[str, ...]] = [
     ("task.shots=1 task.shots_file=FILES/malformed.jsonl task.shots=2", "task.shots_file", "line 2"),
     ("task.shots=2 task.shots_file=FILES/good.jsonl", "task.shots=2"),
     ("task.shots=99", "task.shots=99"),
+    # how and where it runs
+    ("launcher=foo", "launcher=foo", "slurm_gpu"),
+    ("hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs", "launcher"),
+    ("launcher=joblib hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs=0", "-1"),
+    ("launcher=joblib hydra.launcher.n_jobs=many", "hydra.launcher.n_jobs=many"),
+    ("launcher=joblib hydra.launcher.partition=gpu", "hydra.launcher.partition", "launcher"),
+    ("launcher=joblib hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0", "1 or more"),
+    ("launcher=slurm hydra.launcher.partion=gpu", "hydra.launcher.partion", "hydra.launcher.partition"),
+    ("launcher=slurm +hydra.launcher.partion=gpu", "hydra.launcher.partion", "hydra.launcher.partition"),
+    ("launcher=slurm hydra.launcher.partition=", "hydra.launcher.partition=", "name"),
+    ("launcher=slurm hydra.launcher.account=", "hydra.launcher.account=", "name"),
+    ("launcher=slurm hydra.launcher.timeout_min=soon", "hydra.launcher.timeout_min=soon"),
+    ("launcher=slurm hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0", "1 or more"),
+    ("launcher=slurm hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=120", "timeout_min=2"),
+    ("launcher=slurm hydra.launcher.mem_gb=0", "hydra.launcher.mem_gb=0", "1 or more"),
+    ("launcher=slurm hydra.launcher.cpus_per_task=-1", "hydra.launcher.cpus_per_task=-1", "1 or more"),
+    ("launcher=slurm hydra.launcher.array_parallelism=0", "hydra.launcher.array_parallelism=0", "1 or more"),
+    ("launcher=slurm_gpu hydra.launcher.gpus_per_node=0", "hydra.launcher.gpus_per_node=0", "1 or more"),
+    ("launcher=slurm_gpu hydra.launcher.gpus_per_node=a100", "hydra.launcher.gpus_per_node=a100"),
+    ("hydra.mode=MULTIRUN launcher=joblib,local", "launcher=joblib,local", "expected one"),
     # places
     ("output_dir=FILES/good.jsonl", "output_dir", "FILES/good.jsonl"),
     ("output_dir=FILES/good.jsonl/below", "output_dir", "FILES/good.jsonl/below"),
@@ -155,12 +176,31 @@ def test_mistakes_are_told_in_one_line_before_anything_is_loaded(
     out = tmp_path / "out"
     overrides, *named = [text.replace("FILES", str(files)) for text in case]
     before = left_behind(files)
+    start = time.monotonic()
     ended = call(*with_bad(tiny(out), overrides.split()))
+    assert time.monotonic() - start < 5
     assert_one_error(ended, *named)
     assert len(ended.err.splitlines()) == 1
     assert left_behind(out) == []
     assert left_behind(cwd) == []
     assert left_behind(files) == before
+
+
+def test_slurm_where_there_is_none_is_told_before_anything_is_written(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    for launcher in ("slurm", "slurm_gpu"):
+        ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5", f"launcher={launcher}"))
+        assert_one_error(ended, f"launcher={launcher}", "sbatch", "launcher=joblib")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_told_within_seconds(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = process(command(*with_bad(tiny(tmp_path / "out"), ["sparsity=1"])), tmp_path)
+    assert_one_error(ended, "sparsity=1")
+    assert time.monotonic() - start < 15, "five seconds are what it takes on a machine with nothing else to do"
 
 
 @pytest.mark.parametrize(
