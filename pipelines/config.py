@@ -244,7 +244,7 @@ def help_text() -> str:
         if prefix == "task.":
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
         lines += [f"  {prefix + item.name:24}{item.metadata['help']}" for item in fields(node)]
-    return "\n".join([*lines, "", "Choices of model, task and experiment", "$APP_CONFIG_GROUPS", ""])
+    return "\n".join([*lines, "", "Choices of model, task, launcher and experiment", "$APP_CONFIG_GROUPS", ""])
 
 
 _NODES: tuple[tuple[str, Any], ...] = (

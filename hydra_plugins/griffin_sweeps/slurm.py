@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -77,7 +78,11 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
             raise UserError(f"hydra.launcher: SLURM refuses the jobs: {error}") from error
         array = jobs[0].job_id.partition("_")[0]
         with tqdm(total=count, desc=f"SLURM job {array}", unit="point") as bar:
-            _wait(jobs, bar)
+            try:
+                _wait(jobs, bar)
+            except KeyboardInterrupt:
+                tqdm.write(f"SLURM job {array} goes on; to end it, too: scancel {array}", file=sys.stderr)
+                raise
         return [_returned(job) for job in jobs]
 
 

@@ -63,18 +63,19 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         group = self._group(parsed)
         points = [[*overrides, *group] for overrides in self.split_arguments(parsed, None)[0]]
         configs = [self._composed(overrides) for overrides in points]
-        found: list[list[Outcome]] = [
-            self._known(" ".join(one for one in overrides if one.partition("=")[0] in swept), config)
-            for overrides, config in zip(points, configs, strict=True)
-        ]
+        words = [" ".join(one for one in overrides if one.partition("=")[0] in swept) for overrides in points]
+        found: list[list[Outcome]] = [self._known(*point) for point in zip(words, configs, strict=True)]
         pending = [number for number, outcomes in enumerate(found) if not outcomes]
         if pending:
             OmegaConf.save(self.config, Path(self.config.hydra.sweep.dir) / "multirun.yaml")
         while pending:
             for number, outcomes in self._launched(pending, points, configs):
                 found[number] = merged(found[number], outcomes)
-            pending = [number for number in pending if held_folders(found[number])]
-            wait_for([folder for number in pending for folder in held_folders(found[number])])
+            held = [number for number in pending if held_folders(found[number])]
+            wait_for([folder for number in held for folder in held_folders(found[number])])
+            for number in held:
+                found[number] = merged(found[number], self._known(words[number], configs[number]) or found[number])
+            pending = [number for number in held if held_folders(found[number])]
         job.outcomes.extend(one for outcomes in found for one in outcomes)
 
     def _group(self, overrides: Sequence[Override]) -> list[str]:

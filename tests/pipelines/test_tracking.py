@@ -147,7 +147,7 @@ def test_nothing_is_written_but_run_folders(tracked: Tracked) -> None:
     assert list(tracked.home.iterdir()) == []
     assert sorted(path.name for path in tracked.root.iterdir()) == ["articles.jsonl", "home", "out"]
     folders = {folder.name for folder in (*tracked.with_record(), tracked.failed)}
-    assert {path.name for path in (tracked.root / "out").iterdir()} == {*folders, "multirun.yaml"}
+    assert {path.name for path in (tracked.root / "out").iterdir()} == {*folders, ".sweep", "multirun.yaml"}
 
 
 def test_what_a_run_will_upload_lies_below_its_own_folder(tracked: Tracked) -> None:
