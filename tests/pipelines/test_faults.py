@@ -25,6 +25,7 @@ from calling import (
     tiny,
     write_rows,
 )
+from test_tracking import summary_of
 
 from pipelines.records import RunFolder
 from pipelines.status import BROKEN_OFF, FAILED, read
@@ -129,6 +130,8 @@ def test_signals_end_a_run_in_a_clear_state(number: signal.Signals, word: str, m
     assert row.state == BROKEN_OFF
     assert row.samples == len(read_samples(run_folder(out))) >= 2
     assert row.total == 80
+    if mode == "offline":
+        assert summary_of(run_folder(out))["state"] == "failed", "the run in W&B is closed"
     assert forked.start(many(out, 80), tmp_path / "log").ended().code == 0
     assert [sample["index"] for sample in read_samples(run_folder(out))] == list(range(80))
 

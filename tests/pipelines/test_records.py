@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from calling import Outcome, read_record, run_folder, run_folders, tiny
 
+from pipelines.errors import UserError
 from pipelines.records import RunFolder, mean_and_stderr, run_id
 
 SAFE = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # in W&B ids and in folders of every file system
@@ -93,7 +95,11 @@ def test_a_truncated_last_line_is_cut_off_the_file(cut: int, folder: RunFolder) 
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"not JSON\n", b"\xff\xfe\n", b'{"index": 1\n', b"\x00\x00\x00\n", b"\n", b"null\n", b"7\n"]
+    "garbage",
+    [
+        *(b"not JSON\n", b"\xff\xfe\n", b'{"index": 1\n', b"\x00\x00\x00\n", b"\n", b"null\n", b"7\n"),
+        *(b'{"index": 0, "text": "again"}\n', b'{"index": "1"}\n', b'{"text": "two"}\n'),
+    ],
 )
 def test_from_a_damaged_line_on_samples_are_cut_off(garbage: bytes, folder: RunFolder) -> None:
     # A file system may bring back blocks of zeros after a crash; what follows them cannot be trusted either.
@@ -101,6 +107,46 @@ def test_from_a_damaged_line_on_samples_are_cut_off(garbage: bytes, folder: RunF
     samples_file(folder).write_bytes(lines[0] + garbage + lines[1] + lines[2])
     assert folder.samples() == SAMPLES[:1]
     assert samples_file(folder).read_bytes() == lines[0]
+
+
+def test_a_folder_has_one_writer(folder: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder(tmp_path, "a-run")
+    assert not other.held()
+    assert folder.claim()
+    assert other.held()
+    assert not other.claim(wait_seconds=0)
+    assert folder.held()
+    folder.release()
+    assert not other.held()
+    assert other.claim()
+    other.release()
+
+
+def test_no_lock_stays_beside_a_record(folder: RunFolder, tmp_path: Path) -> None:
+    folder.claim()
+    folder.release()
+    assert (folder.path / ".lock").exists(), "whoever waits for it must find the same file"
+    folder.claim()
+    folder.finish({"seed": 0}, {}, {}, "cpu")
+    folder.release()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
+
+
+def test_a_file_system_without_locks_is_refused(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(UserError, match="has no file locks"):
+        folder.claim()
+
+
+def test_a_failure_is_kept_until_the_next_start(folder: RunFolder) -> None:
+    folder.start({"seed": 0}, 7)
+    folder.fail("out of memory")
+    assert folder.state() == {"samples": 7, "failed": "out of memory"}
+    folder.start({"seed": 0}, 7)
+    assert folder.state() == {"samples": 7, "failed": None}
 
 
 def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:

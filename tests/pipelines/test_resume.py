@@ -110,6 +110,19 @@ def test_samples_that_are_there_are_not_run_again(
     assert (folder / "samples.jsonl").read_bytes().startswith(b"".join(kept))
 
 
+def test_a_gap_in_the_samples_is_filled(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    call(*tiny(tmp_path / "out", rows=5))
+    call(*tiny(tmp_path / "undisturbed", rows=5))
+    folder = run_folder(tmp_path / "out")
+    (folder / "record.json").unlink()
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join(lines[:1] + lines[3:]))
+    call(*tiny(tmp_path / "out", rows=5))
+    assert sorted(sample["index"] for sample in read_samples(folder)) == [0, 1, 2, 3, 4]
+    assert texts(folder) == texts(run_folder(tmp_path / "undisturbed"))
+    assert read_record(folder)["metrics"] == read_record(run_folder(tmp_path / "undisturbed"))["metrics"]
+
+
 def wait_for(happened: Callable[[], bool], running: subprocess.Popen[bytes], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not happened():
