@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from pipelines.output_dir import output_dir_argument
 from pipelines.points import FOLDER, read_note
 from pipelines.records import RunFolder
 
@@ -42,11 +42,7 @@ class Row:
 
 def main() -> None:
     """Print the state of an output folder."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.status", description=__doc__)
-    parser.add_argument("output_dir", metavar="DIR", type=Path, help="an output_dir of pipelines.run")
-    output_dir = parser.parse_args().output_dir
-    if not output_dir.is_dir():
-        sys.exit(f"error: {output_dir}: {'not a folder' if output_dir.exists() else 'no such folder'}")
+    output_dir = output_dir_argument("pipelines.status", __doc__)
     rows = read(output_dir)
     if not rows:
         sys.exit(f"error: {output_dir}: no runs here; expected an output_dir of pipelines.run")

@@ -8,7 +8,6 @@ with the parts behind it.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from pipelines.errors import UserError
+from pipelines.output_dir import output_dir_argument
 from pipelines.records import RunFolder
 from pipelines.tracking import check_server
 
@@ -27,11 +27,7 @@ UPLOADED, BEFORE, FAILED, RUNNING = "uploaded", "uploaded before", "failed", "ru
 
 def main() -> None:
     """Upload, and print a table. Exit code 1 if a run could not be uploaded."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.sync", description=__doc__)
-    parser.add_argument("output_dir", metavar="DIR", type=Path, help="an output_dir of pipelines.run")
-    output_dir = parser.parse_args().output_dir
-    if not output_dir.is_dir():
-        sys.exit(f"error: {output_dir}: {'not a folder' if output_dir.exists() else 'no such folder'}")
+    output_dir = output_dir_argument("pipelines.sync", __doc__)
     runs = offline_runs(output_dir)
     if not runs:
         sys.exit(f"error: {output_dir}: no offline W&B runs here; expected an output_dir of pipelines.run")
