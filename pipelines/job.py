@@ -49,8 +49,8 @@ KINDS = {
     "latency": "pipelines.latency",
 }
 
-# What became of the runs of this call, for the summary at its end: a sweep or a single job puts it here.
-outcomes: list[Outcome] = []
+# What became of the runs of each point of this call, for the summary at its end: a sweep or a single job puts it here.
+outcomes: list[list[Outcome]] = []
 
 
 def job(cfg: DictConfig) -> list[Outcome]:
@@ -71,7 +71,7 @@ def job(cfg: DictConfig) -> list[Outcome]:
             wait_for(held)
             found = merged(found, attempt(config, experiment))
     if single:
-        outcomes.extend(found)
+        outcomes.append(found)
     return found
 
 

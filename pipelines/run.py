@@ -25,14 +25,15 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def main() -> None:
     """Compose, run, print the summary. Exit code 1 if any run failed, 128 + N where signal N ended it."""
     compose_and_call(job.job)
-    rows = [(one.method, record) for one in job.outcomes if (record := one.record()) is not None]
+    outcomes = [one for point in job.outcomes for one in point]
+    rows = [(one.method, record) for one in outcomes if (record := one.record()) is not None]
     if rows:
         tables = [table(rows) for table in (summary_table, perplexity_table, latency_table)]
         print("\n" + "\n\n".join(table for table in tables if table))
         print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in rows}))}")
     if len(job.outcomes) > 1:
-        print("\n" + outcome_table(job.outcomes))
-    if any(one.state == FAILED for one in job.outcomes):
+        print("\n" + outcome_table(outcomes))
+    if any(one.state == FAILED for one in outcomes):
         sys.exit(1)
 
 

@@ -76,7 +76,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
             for number in held:
                 found[number] = merged(found[number], self._known(words[number], configs[number]) or found[number])
             pending = [number for number in held if held_folders(found[number])]
-        job.outcomes.extend(one for outcomes in found for one in outcomes)
+        job.outcomes.extend(found)
 
     def _group(self, overrides: Sequence[Override]) -> list[str]:
         """What makes the points one group in W&B, as overrides: the experiment's name, else what is swept."""
@@ -89,7 +89,8 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
             return [f"wandb.group={experiment}"]
         what = sorted(str(text) for key, text in texts.items() if key not in _WHERE and not key.startswith("hydra"))
         digest = hashlib.sha256("\n".join(what).encode()).hexdigest()[:6]
-        return [f"wandb.group={'-'.join(swept)[:100]}-{digest}"]
+        keys = "-".join(key.rpartition(".")[2] for key in swept)
+        return [f"wandb.group={keys[:100]}-{digest}"]
 
     def _composed(self, overrides: list[str]) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)

@@ -162,7 +162,7 @@ def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
         raise LookupError("a fault of our own")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.generation._evaluate_batch", broken)
+        patch.setattr("pipelines.generation._scored", broken)
         ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
     assert ended.code == 1
     assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"
