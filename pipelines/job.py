@@ -10,7 +10,6 @@ import importlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -27,13 +26,11 @@ from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, identity, methods, pruner_options, run_config
 from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
 from pipelines.points import Point
-from pipelines.records import Record, RunFolder, Sample, run_id
+from pipelines.records import Record, RunFolder, run_id
 from pipelines.tracking import Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
-
-Batches = Iterator[tuple[Method, list[Sample]]]
 
 # The module of each kind of task. It has
 #   read(config) -> items                                        from data alone, before a model is loaded
@@ -201,7 +198,9 @@ def _evaluate(
                 mininterval=0.1 if sys.stderr.isatty() else 15,  # seconds: a log file wants no film
             )
         )
-        for method, batch in _asked(kind.evaluate(loaded, items, config, list(folders), done), config, loaded):
+        refusals = {method: refusal for method in folders if (refusal := _refusal(loaded, config, method))}
+        possible = [method for method in folders if method not in refusals]
+        for method, batch in kind.evaluate(loaded, items, config, possible, done) if possible else ():
             folders[method].append(batch)
             samples[method] += batch
             metrics = kind.metrics(samples[method])
@@ -211,25 +210,23 @@ def _evaluate(
             trackers[method].log(len(samples[method]), metrics)
             if len(samples[method]) == len(items):
                 finish(method)
-        for method in folders:
+        for method in possible:
             if method not in records:
                 finish(method)
+        for refusal in refusals.values():
+            raise UserError(f"model={config.model.name}: {refusal}")  # the first: of one model they are alike
 
 
-def _asked(batches: Batches, config: RunConfig, loaded: LoadedModel) -> Batches:
-    """The batches as they come; where a method asks what the model cannot do, a line for the user that says so."""
+def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:
+    """Why the model cannot be pruned by this method; None if it can."""
     import griffin
 
-    try:
-        yield from batches
-    except ValueError as error:
-        for method in methods(config):
-            if not method.dense:
-                try:
-                    griffin.prune(loaded.model, **pruner_options(config, method))
-                except ValueError as reason:
-                    raise UserError(f"model={config.model.name}: {reason}") from error
-        raise
+    if not method.dense:
+        try:
+            griffin.prune(loaded.model, **pruner_options(config, method))
+        except ValueError as reason:
+            return str(reason)
+    return None
 
 
 def _headline(metrics: dict[str, float]) -> str:
