@@ -40,7 +40,7 @@ def on_slurm(output_dir: Path) -> list[str]:
     return command(*arguments(output_dir, "launcher=slurm", *SMALL))
 
 
-def wait_until(happened: Callable[[], Any], head: subprocess.Popen[str], seconds: float = 90) -> Any:
+def wait_until(happened: Callable[[], Any], head: subprocess.Popen[str], seconds: float = 180) -> Any:
     end = time.monotonic() + seconds
     while not (found := happened()):
         assert head.poll() is None, "the head ended before it should"
@@ -95,7 +95,7 @@ def swept(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
         kept = {path: (path / "samples.jsonl").read_bytes() for path in preempted}
         urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
         subprocess.run(urgent, env=environment(**variables), check=True, capture_output=True)
-        out, err = head.communicate(timeout=120)
+        out, err = head.communicate(timeout=300)
     finally:
         if head.poll() is None:
             head.kill()
