@@ -47,8 +47,9 @@ class Point:
         Raises:
             UserError: the folder cannot be written.
         """
-        note = read_note(self.path) or {"runs": None}
-        note |= {"words": self.words, "methods": self.labels, "launcher": launcher, "failed": None}
+        before = read_note(self.path)
+        runs = before["runs"] if before and before["launcher"] == launcher else None
+        note = {"words": self.words, "methods": self.labels, "launcher": launcher, "runs": runs, "failed": None}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_in_one_step(self.path, json.dumps(note) + "\n")

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -124,6 +125,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for left_behind in self.path.glob(".*.tmp"):  # by a process that was killed
+                left_behind.unlink()
             write_in_one_step(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
             write_in_one_step(self._state, json.dumps({"samples": total, "failed": None}) + "\n")
         except OSError as error:
@@ -258,7 +261,7 @@ def _version(package: str) -> str | None:
 
 def write_in_one_step(path: Path, text: str) -> None:
     """Replace the file's content, so that whoever reads it meets the old or the new one, and never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers are alike between nodes
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

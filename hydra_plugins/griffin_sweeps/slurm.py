@@ -101,9 +101,9 @@ def _wait(jobs: Sequence[Any], bar: Any) -> None:
         time.sleep(seconds)
         states = _queue()
         if states is not None:
-            gone.update(job.job_id for job in pending if job.job_id not in states)
-            bar.set_postfix_str(", ".join(f"{n} {state.lower()}" for state, n in Counter(states.values()).items()))
-            gone = Counter({job: times for job, times in gone.items() if job not in states})
+            gone = Counter({job.job_id: gone[job.job_id] + 1 for job in pending if job.job_id not in states})
+            counts = Counter(states[job.job_id].lower() for job in pending if job.job_id in states)
+            bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in counts.items()))
         left = [job for job in pending if not _result(job) and gone[job.job_id] < 2]
         bar.update(len(pending) - len(left))
         seconds = 1.0 if len(left) < len(pending) or gone else min(1.5 * seconds, _LONGEST_POLL_SECONDS)

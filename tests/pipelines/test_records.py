@@ -149,6 +149,12 @@ def test_a_failure_is_kept_until_the_next_start(folder: RunFolder) -> None:
     assert folder.state() == {"samples": 7, "failed": None}
 
 
+def test_what_a_killed_process_left_half_written_is_removed(folder: RunFolder) -> None:
+    (folder.path / ".config.yaml.1a2b3c4d.tmp").write_text("seed")
+    folder.start({"seed": 0})
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "samples.jsonl", "state.json"]
+
+
 def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     assert folder.record() is None
     written = folder.finish({"seed": 0}, {"rouge1": 1.5}, {"load_seconds": 2.0}, "cpu")

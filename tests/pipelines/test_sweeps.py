@@ -25,6 +25,9 @@ from calling import (
 from hydra import compose, initialize_config_dir
 
 from pipelines import config
+from pipelines.outcomes import FAILED
+from pipelines.points import Point
+from pipelines.records import RunFolder
 from pipelines.run import CONF
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
@@ -126,6 +129,21 @@ def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: P
     data.write_text(data.read_text().replace("ferry", "steamer"))
     assert "2 finished" in call("-m", *changed).out
     assert len(run_folders(tmp_path / "out")) == 4
+
+
+def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
+    point = Point(composed(*tiny(tmp_path / "out")))
+    point.plan("local")
+    folder = RunFolder(tmp_path / "out", "a-run")
+    folder.start({})
+    point.began(["a-run"])
+    assert point.finished_runs("local") is None
+    folder.finish({}, {}, {}, "cpu")
+    assert point.finished_runs("local") == [folder.path]
+    assert point.finished_runs("slurm_gpu") is None
+    point.plan("slurm_gpu")
+    (outcome,) = point.died("SLURM job 3 ended without a result")
+    assert (outcome.state, outcome.folder) == (FAILED, None), "what another device made is not this point's"
 
 
 def lock_holder(output_dir: Path) -> int | None:
