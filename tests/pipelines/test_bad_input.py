@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,9 +177,9 @@ def test_mistakes_are_told_in_one_line_before_anything_is_loaded(
     out = tmp_path / "out"
     overrides, *named = [text.replace("FILES", str(files)) for text in case]
     before = left_behind(files)
-    start = time.monotonic()
+    start = time.process_time()
     ended = call(*with_bad(tiny(out), overrides.split()))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert_one_error(ended, *named)
     assert len(ended.err.splitlines()) == 1
     assert left_behind(out) == []
@@ -197,10 +198,12 @@ def test_slurm_where_there_is_none_is_told_before_anything_is_written(
 
 
 def test_a_mistake_is_told_within_seconds(tmp_path: Path) -> None:
-    start = time.monotonic()
+    # Seconds of the processor: what it takes on a machine with nothing else to do.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = process(command(*with_bad(tiny(tmp_path / "out"), ["sparsity=1"])), tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_one_error(ended, "sparsity=1")
-    assert time.monotonic() - start < 15, "five seconds are what it takes on a machine with nothing else to do"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
 @pytest.mark.parametrize(
