@@ -23,7 +23,7 @@ class Outcome:
     """What became of one run. Plain values, because it comes back from other processes and other machines.
 
     Attributes:
-        words: task and model.
+        words: task and model, or in a sweep what the run does not share with the others.
         method: the method in words.
         state: FINISHED now, SKIPPED (finished before), FAILED or HELD.
         folder: the run's folder; None where the run failed before it had one.
@@ -67,7 +67,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     lines = [[one.words, one.method, one.state, one.reason or ""] for one in outcomes]
     counts = Counter(one.state for one in outcomes)
     table = tabulate(
-        lines, ["run", "method", "state", "reason"], disable_numparse=True, maxcolwidths=[None, None, None, 80]
+        lines, ["point", "method", "state", "reason"], disable_numparse=True, maxcolwidths=[None, None, None, 80]
     )
     order = (FINISHED, SKIPPED, FAILED, HELD)
     return "\n".join([table, "", ", ".join(f"{counts[state]} {state}" for state in order if counts[state])])

@@ -1,6 +1,6 @@
 """The points of a sweep, written down before they run, so that what is missing can be told later.
 
-    <output_dir>/.sweep/<key>.json    one point: task, model, methods; its runs once it has begun; why it failed
+    <output_dir>/.sweep/<key>.json    one point: what, by which methods; its runs once it has begun; why it failed
 
 The key is a hash of all that determines the results, except the device, which only the machine that runs the point
 knows. So the same command finds its points again, whatever process or machine they ran on.
@@ -38,10 +38,11 @@ class Point:
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         self.path = self.output_dir / FOLDER / f"{key}.json"
 
-    def plan(self, launcher: str) -> None:
+    def plan(self, swept: str, launcher: str) -> None:
         """Write the point down.
 
         Args:
+            swept: the point in words, by what it does not share with the others of its sweep.
             launcher: the name of what starts it, which decides the machine and so the device.
 
         Raises:
@@ -49,7 +50,8 @@ class Point:
         """
         before = read_note(self.path)
         runs = before["runs"] if before and before["launcher"] == launcher else None
-        note = {"words": self.words, "methods": self.labels, "launcher": launcher, "runs": runs, "failed": None}
+        words = {"words": self.words, "swept": swept, "methods": self.labels}
+        note = words | {"launcher": launcher, "runs": runs, "failed": None}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_in_one_step(self.path, json.dumps(note) + "\n")
@@ -108,5 +110,5 @@ def read_note(path: Path) -> dict[str, Any] | None:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    known = isinstance(note, dict) and {"words", "methods", "launcher", "runs", "failed"} <= set(note)
+    known = isinstance(note, dict) and {"words", "swept", "methods", "launcher", "runs", "failed"} <= set(note)
     return note if known else None

@@ -23,7 +23,7 @@ class Row:
     """One run, or one that is planned.
 
     Attributes:
-        run: the run's id; of a run that has not begun, its task, model and method.
+        run: the run's id; of a run that has not begun, its task, model, method and what the sweep varies.
         like: what runs of about the same length share.
         samples: whole ones so far.
         total: samples in the end; None where unknown.
@@ -52,14 +52,15 @@ def main() -> None:
 def read(output_dir: Path) -> list[Row]:
     """The runs of an output folder and the planned ones, by name. Changes nothing, and may be called at any time."""
     rows = {path.name: _of_folder(path) for path in output_dir.iterdir() if (path / "config.yaml").exists()}
+    planned = []
     for path in sorted((output_dir / FOLDER).glob("*.json")):
         note = read_note(path)
         if note is not None and not rows.keys() & set(note["runs"] or ()):
             state = FAILED if note["failed"] else MISSING
             for method in note["methods"]:
-                words = f"{note['words']} {method}"
-                rows[words] = Row(words, note["words"].replace(" ", "-"), state, reason=note["failed"] or "")
-    return [rows[name] for name in sorted(rows)]
+                words = f"{note['words']} {method} ({note['swept']})"
+                planned.append(Row(words, note["words"].replace(" ", "-"), state, reason=note["failed"] or ""))
+    return sorted([*rows.values(), *planned], key=lambda row: row.run)
 
 
 def _of_folder(path: Path) -> Row:

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
             for number in held:
                 found[number] = merged(found[number], self._known(words[number], configs[number]) or found[number])
             pending = [number for number in held if held_folders(found[number])]
-        job.outcomes.extend(found)
+        for point, outcomes in zip(words, found, strict=True):
+            job.outcomes.append([replace(one, words=point) for one in outcomes])
 
     def _group(self, overrides: Sequence[Override]) -> list[str]:
         """What makes the points one group in W&B, as overrides: the experiment's name, else what is swept."""
@@ -113,7 +115,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         launcher = self.config.hydra.runtime.choices.get("launcher") or ""
         runs = point.finished_runs(launcher)
         if runs is None:
-            point.plan(launcher)
+            point.plan(words, launcher)
             return []
         for run in runs:
             print(f"{run}: finished before, skipped", file=sys.stderr)

@@ -31,9 +31,9 @@ def all_states(tmp_path: Path) -> Path:
     make(out, "xsum-tiny-griffin-50-2", 3)
     make(out, "xsum-tiny-griffin-75-3", 1).fail("out of memory")
     make(out, "xsum-tiny-wanda-50-4", 2)
-    Point(composed(*tiny(out, "model.name=tiny", "sparsity=0.9"))).plan("slurm")
+    Point(composed(*tiny(out, "model.name=tiny", "sparsity=0.9"))).plan("sparsity=0.9", "slurm")
     failed = Point(composed(*tiny(out, "model.name=tiny", "sparsity=0.8")))
-    failed.plan("slurm")
+    failed.plan("sparsity=0.8", "slurm")
     failed.fail("SLURM job 3 ended without a result")
     return out
 
@@ -48,8 +48,8 @@ def test_every_state_is_told(all_states: Path) -> None:
         "xsum-tiny-griffin-50-2": ("broken off", 3, 4, ""),
         "xsum-tiny-griffin-75-3": ("failed", 1, 4, "out of memory"),
         "xsum-tiny-wanda-50-4": ("running", 2, 4, ""),
-        "briefs tiny griffin 80%": ("failed", 0, None, "SLURM job 3 ended without a result"),
-        "briefs tiny griffin 90%": ("missing", 0, None, ""),
+        "briefs tiny griffin 80% (sparsity=0.8)": ("failed", 0, None, "SLURM job 3 ended without a result"),
+        "briefs tiny griffin 90% (sparsity=0.9)": ("missing", 0, None, ""),
     }
 
 
@@ -62,11 +62,18 @@ def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: P
     assert seconds_left(rows["xsum-tiny-griffin-50-2"], known) == 2.0
     assert seconds_left(slow, known) == 30.0
     assert seconds_left(fresh, known) == 8.0
-    assert seconds_left(rows["briefs tiny griffin 90%"], known) is None
+    assert seconds_left(rows["briefs tiny griffin 90% (sparsity=0.9)"], known) is None
     closing = status.status_table(known).splitlines()[-1]
     assert closing == (
         "6 runs: 1 done, 2 failed, 2 broken off, 1 missing; about 12 s left with 1 at a time; no pace known yet of 2"
     )
+
+
+def test_points_that_differ_in_their_seed_only_are_told_apart(tmp_path: Path) -> None:
+    for seed in range(3):
+        Point(composed(*tiny(tmp_path / "out", f"seed={seed}"))).plan(f"seed={seed}", "local")
+    rows = status.read(tmp_path / "out")
+    assert [row.run.rpartition(" ")[2] for row in rows] == ["(seed=0)", "(seed=1)", "(seed=2)"]
 
 
 def test_reading_the_status_changes_nothing(all_states: Path) -> None:

@@ -73,6 +73,7 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     table = swept.out.split("\n\n")[-2]
     assert swept.out.splitlines()[-1] == "2 finished, 4 failed"
     rows = {" ".join(line.split()[:2]): " ".join(line.split()[2:]) for line in table.splitlines()}
+    assert rows["sparsity=0.5 batch_size=1"] == "griffin 50% finished"
     assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected a number")
     assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected 1 or more")
     again = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
@@ -133,7 +134,7 @@ def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: P
 
 def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
     point = Point(composed(*tiny(tmp_path / "out")))
-    point.plan("local")
+    point.plan("seed=0", "local")
     folder = RunFolder(tmp_path / "out", "a-run")
     folder.start({})
     point.began(["a-run"])
@@ -141,7 +142,7 @@ def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
     folder.finish({}, {}, {}, "cpu")
     assert point.finished_runs("local") == [folder.path]
     assert point.finished_runs("slurm_gpu") is None
-    point.plan("slurm_gpu")
+    point.plan("seed=0", "slurm_gpu")
     (outcome,) = point.died("SLURM job 3 ended without a result")
     assert (outcome.state, outcome.folder) == (FAILED, None), "what another device made is not this point's"
 
