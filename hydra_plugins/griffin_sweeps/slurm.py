@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +27,15 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
     submitit asks `sacct` for a job's state: without accounting it waits for a killed job for ever, and with it the
     first killed job ends the call. Here `squeue`, which every site has, tells which jobs are still to come or running;
     one that is not and left no result is dead, and only its own point has failed.
+
+    SLURM's warning before preemption is a signal that submitit can answer from its first second in Python on, which
+    importing takes. Until then it would kill the job, so it is held back.
     """
+
+    def __call__(self, *arguments: Any) -> JobReturn:
+        """Run a point, in its job."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {getattr(signal, _warning())})
+        return super().__call__(*arguments)
 
     def setup(self, **arguments: Any) -> None:
         """As Hydra's launchers.
@@ -61,7 +71,10 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
             if name not in ("submitit_folder", "max_num_timeout")
         }
         executor = submitit.AutoExecutor(
-            self.params["submitit_folder"], cluster="slurm", slurm_max_num_timeout=self.params["max_num_timeout"]
+            self.params["submitit_folder"],
+            cluster="slurm",
+            slurm_max_num_timeout=self.params["max_num_timeout"],
+            slurm_python=shlex.join([sys.executable, "-c", _HOLDING_BACK, _warning()]),
         )
         count = len(job_overrides)
         try:
@@ -84,6 +97,20 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
                 tqdm.write(f"SLURM job {array} goes on; to end it, too: scancel {array}", file=sys.stderr)
                 raise
         return [_returned(job) for job in jobs]
+
+
+# A signal that is blocked waits, also while the program is replaced by another.
+_HOLDING_BACK = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, sys.argv[1])}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
+
+
+def _warning() -> str:
+    """The name of the signal that SLURM warns with."""
+    from submitit.core.job_environment import JobEnvironment
+
+    return f"SIG{JobEnvironment.USR_SIG}"
 
 
 # As in submitit: what its executors share is passed under its own name, what is SLURM's with a prefix.
