@@ -28,7 +28,8 @@ failed: list[str] = []
 def main() -> None:
     """Fetch, and say where to. Exit code 1 if something cannot be had."""
     with tempfile.TemporaryDirectory() as nothing_of_ours:
-        # Hydra's own sweep in its own folder: no point is planned, and output_dir stays as it is.
+        # Hydra's own sweep, here and in a folder of its own: no point is planned, and output_dir stays as it is.
+        sys.argv = [one for one in sys.argv if not one.lstrip("+").startswith(("launcher=", "hydra.launcher."))]
         sys.argv += [f"hydra.{key}.dir={nothing_of_ours}" for key in ("run", "sweep")]
         sys.argv += ["hydra/sweeper=basic", "hydra/launcher=basic"]
         compose_and_call(fetch)

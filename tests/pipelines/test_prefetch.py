@@ -19,7 +19,7 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(tmp_path: Path) -> N
     ended = process(
         [
             *(sys.executable, "-m", "pipelines.prefetch", "-m", "model=random_tiny,gemma_7b", "task=briefs,xsum"),
-            f"output_dir={tmp_path / 'out'}",
+            *(f"output_dir={tmp_path / 'out'}", "launcher=slurm_gpu", "hydra.launcher.partition=gpu"),  # as for the run
         ],
         tmp_path,
         HF_ENDPOINT="http://127.0.0.1:9",

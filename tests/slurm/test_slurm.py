@@ -22,6 +22,7 @@ from calling import (
     process,
     read_record,
     read_samples,
+    run_folder,
     run_folders,
     texts,
     tiny,
@@ -156,3 +157,31 @@ def test_what_slurm_refuses_is_one_line(slurm: dict[str, str], tmp_path: Path) -
     (error,) = ended.lines("error: ")
     assert "partition" in error
     assert "Traceback" not in ended.err
+
+
+def test_a_job_that_is_warned_while_it_still_imports_is_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    with log.open("w") as file:
+        head = subprocess.Popen(
+            command(*tiny(out, "launcher=slurm"), *SMALL),
+            cwd=tmp_path,
+            env=environment(**slurm),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        (path,) = wait_until(lambda: loading(out), head)
+        subprocess.run(["scancel", "--signal=USR2", path.parent.name], env=environment(**slurm), check=True)
+        assert head.wait(timeout=300) == 0, log.read_text()
+    finally:
+        if head.poll() is None:
+            head.kill()
+            head.wait()
+    assert "Requeued job" in path.read_text()
+    assert path.read_text().count("Job completed successfully") >= 1
+    assert len(read_samples(run_folder(out))) == 3
+
+
+def loading(output_dir: Path) -> list[Path]:
+    """The logs of jobs that are about to import what they will run."""
+    return [path for path in output_dir.glob(".submitit/*/*_log.out") if "Loading pickle" in path.read_text()]
