@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
-from pipelines.methods import Method, identity, methods, pruner_options, run_config
+from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
 from pipelines.records import Record, RunFolder, Sample, run_id
 from pipelines.tracking import Tracker, track
 
@@ -56,15 +57,22 @@ def job(cfg: DictConfig) -> None:
     global running
     running = True
     try:
-        finished.extend(run(typed(cfg), HydraConfig.get().runtime.choices.get("experiment")))
+        call = HydraConfig.get()
+        command = shlex.join(["python", "-m", "pipelines.run", *call.overrides.task])
+        finished.extend(run(typed(cfg), call.runtime.choices.get("experiment"), command))
     except UserError as error:
         failed.append(str(error))
         print(f"error: {error}", file=sys.stderr)
     running = False
 
 
-def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
+def run(config: RunConfig, experiment: str | None, command: str) -> list[tuple[str, Record]]:
     """Evaluate every method of a configuration, skipping those that have a record.
+
+    Args:
+        config: the checked configuration.
+        experiment: the preset it came from, if any.
+        command: the call in words, for the records.
 
     Returns:
         (method in words, record) of each method.
@@ -90,12 +98,17 @@ def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
             print(f"{folder.path}: finished before, skipped", file=sys.stderr)
     unfinished = {method: folder for method, folder in folders.items() if method not in records}
     if unfinished:
-        records |= _evaluate(config, kind, items, unfinished, experiment)
+        records |= _evaluate(config, kind, items, unfinished, experiment, command)
     return [(method.label, records[method]) for method in folders]
 
 
 def _evaluate(
-    config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], experiment: str | None
+    config: RunConfig,
+    kind: ModuleType,
+    items: Any,
+    folders: dict[Method, RunFolder],
+    experiment: str | None,
+    command: str,
 ) -> dict[Method, Record]:
     """Evaluate what is unfinished, and write each method's record when its last sample is there."""
     for method, folder in folders.items():
@@ -119,8 +132,9 @@ def _evaluate(
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
         }
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
+        origin = {"data": data_digests(config), "command": command}
         records[method] = folders[method].finish(
-            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions
+            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
         trackers[method].finish(records[method], samples[method])
         if not records[method]["metrics"]["samples"]:
