@@ -25,7 +25,7 @@ from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError
 from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
 from pipelines.records import Record, RunFolder, Sample, run_id
-from pipelines.tracking import Tracker, track
+from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
@@ -36,7 +36,8 @@ Batches = Iterator[tuple[Method, list[Sample]]]
 #   read(config) -> items                                        from data alone, before a model is loaded
 #   evaluate(loaded, items, config, methods, done) -> batches    (method, samples) as they come, without those done
 #   metrics(samples) -> {name: number}                           over all samples of one method
-# and may have versions(items) -> what else belongs into the record's environment.
+# and may have versions(items) -> what else belongs into the record's environment,
+# and media(folder, samples, config) -> Media, what there is to look at, drawn into the run folder.
 KINDS = {
     "generation": "pipelines.generation",
     "classification": "pipelines.harness",
@@ -44,6 +45,7 @@ KINDS = {
     "perplexity": "pipelines.perplexity",
     "fidelity": "pipelines.fidelity",
     "latency": "pipelines.latency",
+    "flocking": "pipelines.flocking",
 }
 
 # What the jobs of this process came to, for the summary at the end of the call.
@@ -131,12 +133,13 @@ def _evaluate(
             "load_seconds": load_seconds,
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
         }
+        media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
         origin = {"data": data_digests(config), "command": command}
         records[method] = folders[method].finish(
             run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
-        trackers[method].finish(records[method], samples[method])
+        trackers[method].finish(records[method], samples[method], media)
         if not records[method]["metrics"]["samples"]:
             reason = samples[method][0]["skipped"] if samples[method] else "no data"
             tqdm.write(f"warning: {folders[method].path}: no sample, all prompts skipped ({reason})", file=sys.stderr)

@@ -51,6 +51,8 @@ class Method:
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods of a call: its grid, or the root's one; all of sparsity 0 are the one dense run."""
+    if config.task.kind == "flocking":  # looks at the dense model
+        return [Method(config.statistic, config.selection, 0.0)]
     points: list[Method] = []
     for statistic, compensation, budget, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],

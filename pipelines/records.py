@@ -2,6 +2,7 @@
 
     <output_dir>/<run_id>/config.yaml     the resolved configuration, written first
                           samples.jsonl   one line per sample, appended as the run goes
+                          arrays/N.npz    the arrays of sample N, where its kind of task keeps any
                           record.json     written last and in one step: a run with a record is finished
 
 A run that was cut off anywhere continues after its last whole sample. This module knows neither models nor tasks;
@@ -11,17 +12,21 @@ the analysis reads its files.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
 import statistics
+import zipfile
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from pipelines.errors import UserError
@@ -90,6 +95,11 @@ class RunFolder:
                 break
             if not line.endswith(b"\n") or not isinstance(sample, dict) or "index" not in sample:
                 break
+            if "arrays" in sample:
+                arrays = read_arrays(self.path / sample["arrays"])
+                if arrays is None:
+                    break
+                sample["arrays"] = arrays
             samples.append(sample)
             whole += len(line)
         if whole < len(data):
@@ -97,19 +107,30 @@ class RunFolder:
         return samples
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """Append samples, and return once they are on disk.
+        """Append samples, and return once they are on disk; a sample's `arrays` go into a file of their own, first.
 
         Raises:
             UserError: the file cannot be written, for example because the disk is full.
         """
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         try:
+            written = [
+                sample | {"arrays": self._write_arrays(sample)} if "arrays" in sample else sample for sample in samples
+            ]
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in written)
             with self._samples.open("a", encoding="utf-8") as file:
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise _unwritable(self._samples, error) from error
+
+    def _write_arrays(self, sample: Sample) -> str:
+        name = f"arrays/{sample['index']}.npz"
+        (self.path / "arrays").mkdir(exist_ok=True)
+        content = io.BytesIO()
+        np.savez_compressed(content, **sample["arrays"])
+        _replace(self.path / name, content.getvalue())
+        return name
 
     def finish(
         self,
@@ -146,6 +167,15 @@ class RunFolder:
         return record
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of one sample; None where the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error (0 for a single value).
 
@@ -176,11 +206,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

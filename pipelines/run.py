@@ -12,9 +12,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from pipelines import config, job
 from pipelines.errors import UserError
-from pipelines.summary import latency_table, perplexity_table, summary_table
+from pipelines.summary import flocking_table, latency_table, perplexity_table, summary_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+TABLES = (summary_table, perplexity_table, latency_table, flocking_table)
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         sys.exit(f"error: {UserError(f'cannot compose {overrides}: {error}')}")
     if job.finished:
         print()
-        tables = [table(job.finished) for table in (summary_table, perplexity_table, latency_table)]
+        tables = [table(job.finished) for table in TABLES]
         print("\n\n".join(table for table in tables if table))
         print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in job.finished}))}")
     if job.failed:

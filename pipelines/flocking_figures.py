@@ -1,0 +1,148 @@
+"""The figures of flocking: heatmaps of relative activations, score curves and Jaccard similarities by layer.
+
+Dimensions: T = tokens shown, M = neurons shown, N = sequences, L = layers, D = FF width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from pipelines.figure_style import COLOURS, LIGHT, NEUTRAL, drawn_in, new_figure, save
+from pipelines.flocking_measures import chance
+from pipelines.records import Sample
+
+_LOOKS = {"natural": (COLOURS[2], "o"), "permuted": (COLOURS[3], "s"), "random": (COLOURS[4], "D")}
+MEASURES = {
+    "jaccard_sequences": "different sequences",
+    "jaccard_halves": "the two halves of a sequence",
+    "jaccard_generation": "a prompt and its generation",
+}
+
+
+def save_figures(folder: Path, samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> list[Path]:
+    """Draw all figures of a run as PNG and PDF.
+
+    Args:
+        folder: where to.
+        samples: the measured sequences, by index, with their arrays.
+        rows: as `flocking_measures.layer_table` gives them.
+        kept: share of the neurons in a top-k set.
+
+    Returns:
+        The PNG files.
+    """
+    with drawn_in(LIGHT):
+        figures = {f"jaccard_{name.removeprefix('jaccard_')}": jaccard_figure(rows, name, kept) for name in MEASURES}
+        figures["scores"] = score_figure(np.stack([sample["arrays"]["natural_scores"] for sample in samples]))
+        for layer in shown_layers(len(samples[0]["arrays"]["natural_scores"])):
+            for ordered in (False, True):
+                name = f"heatmap_layer{layer:02d}{'_sorted' if ordered else ''}"
+                figures[name] = heatmap_figure(samples, layer, ordered)
+        return [save(figure, folder / name) for name, figure in figures.items() if figure is not None]
+
+
+def shown_layers(layers: int) -> list[int]:
+    """Four layers, evenly from the first to the last."""
+    return sorted({round(part * (layers - 1) / 3) for part in range(4)})
+
+
+def panels(samples: Sequence[Sample]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The heatmaps that a run keeps, in words: two texts and the controls of the first. ([L, T, M], scores [L, D])."""
+    found = {}
+    for sample, letter in zip(samples, "AB", strict=False):
+        arrays = sample["arrays"]
+        for text, words in (
+            ("natural", f"text {letter}"),
+            ("permuted", f"text {letter}, permuted"),
+            ("random", "random tokens"),
+        ):
+            if f"{text}_heatmap" in arrays:
+                found[words] = (arrays[f"{text}_heatmap"], arrays[f"{text}_scores"])
+    order = ("text A", "text B", "text A, permuted", "random tokens")
+    return {words: found[words] for words in order if words in found}
+
+
+def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False) -> Figure | None:
+    """Relative activations of one layer, tokens down and neurons across: vertical lines are flocking.
+
+    Args:
+        samples: by index.
+        layer: which.
+        ordered: neurons by their score in text A, the same order in all panels; else as the model has them.
+    """
+    shown = panels(samples)
+    if not shown:
+        return None
+    first, scores_LD = shown["text A"] if "text A" in shown else next(iter(shown.values()))
+    neurons = first.shape[-1]
+    place_M = np.argsort(-scores_LD[layer][:neurons], kind="stable") if ordered else np.arange(neurons)
+    top = float(np.quantile(first[layer].astype(np.float32), 0.99)) or 1.0
+    figure, axes = new_figure(height=4.5, nrows=2, ncols=2, sharex=True, sharey=True, squeeze=False)
+    image = None
+    for axis, (words, (heat_LTM, _)) in zip(axes.flat, shown.items(), strict=False):
+        heat_TM = heat_LTM[layer].astype(np.float32)[:, place_M]
+        image = axis.imshow(heat_TM, aspect="auto", vmin=0, vmax=top, interpolation="nearest", rasterized=True)
+        axis.set_title(words)
+        axis.grid(False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    figure.supxlabel("neuron, by its score in text A" if ordered else "neuron", fontsize=9)
+    figure.supylabel("token", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("relative activation |z| / ‖z‖")
+    return figure
+
+
+def score_figure(scores_NLD: np.ndarray) -> Figure:
+    """GRIFFIN's scores in falling order, relative to each layer's largest, as the mean of the sequences."""
+    figure, axis = new_figure()
+    layers, width = scores_NLD.shape[1:]
+    curves_LD = (-np.sort(-scores_NLD, axis=-1) / scores_NLD.max(axis=-1, keepdims=True)).mean(axis=0)
+    share_D = 100 * (np.arange(width) + 1) / width
+    step = max(1, width // 400)
+    shades = sns.color_palette("flare", layers)
+    for layer in range(layers):
+        label = f"layer {layer}" if layer in shown_layers(layers) else None
+        axis.plot(share_D[::step], curves_LD[layer][::step], color=shades[layer], linewidth=1, label=label)
+    axis.set_xlabel("neurons, in falling order of score (%)")
+    axis.set_ylabel("score / largest score")
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 1)
+    axis.legend()
+    return figure
+
+
+def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) -> Figure | None:
+    """One measure by layer, a line for every kind of text, and what two random sets would have.
+
+    Args:
+        rows: layer, text, measure, value and stderr.
+        measure: one of `MEASURES`.
+        kept: share of the neurons in a top-k set.
+    """
+    rows = [row for row in rows if row["measure"] == measure]
+    if not rows:
+        return None
+    figure, axis = new_figure()
+    for text, (colour, marker) in _LOOKS.items():
+        mine = sorted((row for row in rows if row["text"] == text), key=lambda row: row["layer"])
+        if mine:
+            layers, values, errors = (
+                np.array([float(row[key]) for row in mine]) for key in ("layer", "value", "stderr")
+            )
+            axis.plot(layers, values, color=colour, marker=marker, markersize=3.5, label=text)
+            axis.fill_between(layers, values - errors, values + errors, color=colour, alpha=0.25, linewidth=0)
+    axis.axhline(chance(kept), color=NEUTRAL, linestyle="--", linewidth=1.2, label="random sets")
+    axis.set_xlabel("layer")
+    axis.set_ylabel(f"Jaccard similarity of the top {100 * kept:g}%")
+    axis.set_ylim(0, 1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(ncols=2, loc="best")
+    return figure
