@@ -55,9 +55,8 @@ def frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     # Axes without a word of their own (mode, or one that is new) are told only where two runs would share a cell.
     cells = [(*place, labels.amount(part)) for *place, part in zip(models, tasks, families, parts, strict=True)]
     families = _labelled(families, map(labels.unnamed, parts), names=cells)
-    families = _never_twice(
-        families, list(zip(models, tasks, families, map(labels.amount, parts), strict=True)), records
-    )
+    cells = list(zip(models, tasks, families, map(labels.amount, parts), strict=True))
+    families = _never_twice(families, cells, records)
     rows = [
         row
         for record, *words, part in zip(records, models, tasks, families, parts, strict=True)

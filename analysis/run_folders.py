@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ class Runs:
         records: of the finished runs, as in their record.json.
         problems: the runs that have no record to rely on.
         folders: run id -> where the run's files lie, where they lie on this machine.
+        layers: run id -> the measures by layer of a flocking run, where they were read from W&B.
     """
 
     records: list[Record]
     problems: list[Problem]
-    folders: dict[str, Path]
+    folders: dict[str, Path] = field(default_factory=dict)
+    layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def read_run_folders(paths: list[Path]) -> Runs:

@@ -127,8 +127,11 @@ def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) ->
             f"task.data_files={config.task.data_files}: the text has {len(ids)} tokens, expected at least {length}, "
             "which is task.sequence_length"
         )
-    for text in texts[: len(ids) // length]:
-        yield text, (bos + ids[text.index * length : (text.index + 1) * length])[:length]
+    # Evenly over the text, so that the sequences are about different things.
+    count = min(len(texts), len(ids) // length)
+    for text in texts[:count]:
+        start = text.index * (len(ids) // count)
+        yield text, (bos + ids[start : start + length])[:length]
 
 
 def _measure(loaded: LoadedModel, ids: list[int], config: RunConfig, index: int) -> Sample:
@@ -141,20 +144,20 @@ def _measure(loaded: LoadedModel, ids: list[int], config: RunConfig, index: int)
         steps = config.task.max_new_tokens if text == "natural" else 0
         seen = _run(loaded, tokens, config, steps, keep)
         prompts, generations = [calls[0] for calls in seen], [calls[1:] for calls in seen]
-        sets = np.stack([layer["set"] for layer in prompts])
-        sample["arrays"] |= {
-            f"{text}_sets": np.packbits(sets, axis=-1),
-            f"{text}_scores": np.stack([layer["scores"] for layer in prompts]),
-        }
-        if keep:
-            sample["arrays"][f"{text}_heatmap"] = np.stack([layer["heatmap"] for layer in prompts])
-        sample["jaccard_halves"][text] = _numbers(jaccard(*(np.stack([x[h] for x in prompts]) for h in ("one", "two"))))
-        for name in ("kept_energy", "token_energy"):
-            sample[name][text] = _numbers([layer[name] for layer in prompts])
+        sets = {part: np.stack([layer[part] for layer in prompts]) for part in ("whole", "first", "second")}
+        sample["jaccard_halves"][text] = _numbers(jaccard(sets["first"], sets["second"]))
         if steps:
             squares = [np.sum([call["squares"] for call in calls], axis=0) for calls in generations]
-            generated = np.stack([_top(torch.from_numpy(square), config.task.kept) for square in squares])
-            sample["jaccard_generation"][text] = _numbers(jaccard(sets, generated))
+            sets["generation"] = np.stack([_top(torch.from_numpy(square), config.task.kept) for square in squares])
+            sample["jaccard_generation"][text] = _numbers(jaccard(sets["whole"], sets["generation"]))
+        for name in ("kept_energy", "token_energy"):
+            sample[name][text] = _numbers([layer[name] for layer in prompts])
+        arrays = sample["arrays"]
+        for part, set_LD in sets.items():
+            arrays[f"{text}_sets" + (f"_{part}" if part != "whole" else "")] = np.packbits(set_LD, axis=-1)
+        arrays[f"{text}_scores"] = np.stack([layer["scores"] for layer in prompts])
+        if keep:
+            arrays[f"{text}_heatmap"] = np.stack([layer["heatmap"] for layer in prompts])
     return sample
 
 
@@ -176,10 +179,10 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
         count = int(kept_D.sum())
         crop_TM = relative_SD[: task.heatmap_tokens, : task.heatmap_neurons]
         return {
-            "set": kept_D,
+            "whole": kept_D,
             "scores": total_D.sqrt().cpu().numpy(),
-            "one": _top(squares_SD[:half].sum(dim=0), task.kept),
-            "two": _top(squares_SD[half:].sum(dim=0), task.kept),
+            "first": _top(squares_SD[:half].sum(dim=0), task.kept),
+            "second": _top(squares_SD[half:].sum(dim=0), task.kept),
             "kept_energy": float(squares_SD[:, torch.from_numpy(kept_D).to(z_SD.device)].sum() / len(z_SD)),
             "token_energy": float(squares_SD.topk(count, dim=-1).values.sum() / len(z_SD)),
             **({"heatmap": crop_TM.cpu().numpy().astype(np.float16)} if heatmap else {}),

@@ -18,10 +18,11 @@ from pipelines.flocking_measures import chance
 from pipelines.records import Sample
 
 _LOOKS = {"natural": (COLOURS[2], "o"), "permuted": (COLOURS[3], "s"), "random": (COLOURS[4], "D")}
+# measure: (in words, what it is to be seen against)
 MEASURES = {
-    "jaccard_sequences": "different sequences",
-    "jaccard_halves": "the two halves of a sequence",
-    "jaccard_generation": "a prompt and its generation",
+    "jaccard_sequences": ("different sequences", None),
+    "jaccard_halves": ("the two halves of a sequence", "jaccard_other_halves"),
+    "jaccard_generation": ("a prompt and its generation", "jaccard_other_generation"),
 }
 
 
@@ -83,7 +84,7 @@ def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False)
     neurons = first.shape[-1]
     place_M = np.argsort(-scores_LD[layer][:neurons], kind="stable") if ordered else np.arange(neurons)
     top = float(np.quantile(first[layer].astype(np.float32), 0.99)) or 1.0
-    figure, axes = new_figure(height=4.5, nrows=2, ncols=2, sharex=True, sharey=True, squeeze=False)
+    figure, axes = new_figure(height=5.2, nrows=2, ncols=2, sharex=True, sharey=True, squeeze=False)
     image = None
     for axis, (words, (heat_LTM, _)) in zip(axes.flat, shown.items(), strict=False):
         heat_TM = heat_LTM[layer].astype(np.float32)[:, place_M]
@@ -92,9 +93,12 @@ def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False)
         axis.grid(False)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
-    figure.supxlabel("neuron, by its score in text A" if ordered else "neuron", fontsize=9)
-    figure.supylabel("token", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
+    for axis in axes[-1]:
+        axis.set_xlabel("neuron, by score in text A" if ordered else "neuron")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("token")
+    figure.suptitle(f"layer {layer}", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("relative activation |z| / ‖z‖")
     return figure
@@ -120,29 +124,33 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
 
 
 def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) -> Figure | None:
-    """One measure by layer, a line for every kind of text, and what two random sets would have.
+    """One measure by layer, a line for every kind of text, dotted what it is to be seen against, and random sets.
 
     Args:
         rows: layer, text, measure, value and stderr.
         measure: one of `MEASURES`.
         kept: share of the neurons in a top-k set.
     """
-    rows = [row for row in rows if row["measure"] == measure]
-    if not rows:
+    words, against = MEASURES[measure]
+    if not any(row["measure"] == measure for row in rows):
         return None
-    figure, axis = new_figure()
+    figure, axis = new_figure(height=3.5)
     for text, (colour, marker) in _LOOKS.items():
-        mine = sorted((row for row in rows if row["text"] == text), key=lambda row: row["layer"])
-        if mine:
-            layers, values, errors = (
-                np.array([float(row[key]) for row in mine]) for key in ("layer", "value", "stderr")
-            )
-            axis.plot(layers, values, color=colour, marker=marker, markersize=3.5, label=text)
-            axis.fill_between(layers, values - errors, values + errors, color=colour, alpha=0.25, linewidth=0)
+        for name, looks in ((measure, {"marker": marker, "label": text}), (against, {"linestyle": ":"})):
+            mine = [row for row in rows if row["measure"] == name and row["text"] == text]
+            if mine:
+                mine.sort(key=lambda row: row["layer"])
+                keys = ("layer", "value", "stderr")
+                layers, values, errors = (np.array([float(row[key]) for row in mine]) for key in keys)
+                axis.plot(layers, values, color=colour, markersize=3.5, **looks)
+                axis.fill_between(layers, values - errors, values + errors, color=colour, alpha=0.25, linewidth=0)
+    if against:
+        axis.plot([], [], color=NEUTRAL, linestyle=":", label="of different sequences")
     axis.axhline(chance(kept), color=NEUTRAL, linestyle="--", linewidth=1.2, label="random sets")
+    axis.set_title(words)
     axis.set_xlabel("layer")
     axis.set_ylabel(f"Jaccard similarity of the top {100 * kept:g}%")
     axis.set_ylim(0, 1)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(ncols=2, loc="best")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -16,8 +16,22 @@ from pipelines.records import Sample, mean_and_stderr
 
 # A text as it is; the same tokens in random order; tokens drawn at random.
 TEXTS = ("natural", "permuted", "random")
-# What is compared: different sequences; the two halves of one; a prompt and what the model continues it with.
-MEASURES = ("jaccard_sequences", "jaccard_halves", "jaccard_generation", "kept_energy", "token_energy")
+# What is compared, per text. A half has half the tokens, and a generation has few, so each is also compared with
+# those of the other sequences: what they share beyond that is the sequence's own.
+MEASURES = (
+    "jaccard_sequences",  # different sequences
+    "jaccard_halves",  # the halves of one sequence
+    "jaccard_other_halves",  # the first half of one, the second of another
+    "jaccard_generation",  # a prompt and what the dense model continues it with
+    "jaccard_other_generation",  # a prompt and what another is continued with
+    "kept_energy",  # share of the squared relative activations that the sequence's top-k set holds
+    "token_energy",  # the same of every token's own top-k set
+)
+_PAIRS = {
+    "jaccard_sequences": ("", ""),
+    "jaccard_other_halves": ("_first", "_second"),
+    "jaccard_other_generation": ("", "_generation"),
+}
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -31,31 +45,35 @@ def chance(kept: float) -> float:
     return kept / (2 - kept)
 
 
-def between_sequences(sets_NLD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per layer, and last the mean of all layers: the mean over all pairs of sequences, and its standard error.
+def between_sequences(one_NLD: np.ndarray, other_NLD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Jaccard similarity of one sequence's set and another's: the mean over all pairs, and its standard error.
 
     Pairs share sequences, so the error is the jackknife's: from the means without each sequence in turn.
 
     Args:
-        sets_NLD: boolean, N of 2 or more.
+        one_NLD: boolean, N of 2 or more.
+        other_NLD: boolean; a pair is a row of `one_NLD` and another row of this.
 
     Returns:
-        Means and errors, [L + 1] each; errors are 0 for two sequences.
+        Means and errors of each layer and, last, of the mean of all layers: [L + 1]; errors are 0 for two sequences.
     """
-    count = len(sets_NLD)
-    pairs = list(itertools.combinations(range(count), 2))
-    each_PL = np.array([jaccard(sets_NLD[i], sets_NLD[j]) for i, j in pairs])
-    each_PL = np.concatenate([each_PL, each_PL.mean(axis=1, keepdims=True)], axis=1)
-    means = each_PL.mean(axis=0)
+    count = len(one_NLD)
+    shared_LNN = np.einsum("nld,mld->lnm", one_NLD.astype(np.float32), other_NLD.astype(np.float32), optimize=True)
+    union_LNN = one_NLD.sum(axis=-1).T[:, :, None] + other_NLD.sum(axis=-1).T[:, None, :] - shared_LNN
+    each_LNN = np.where(union_LNN > 0, shared_LNN / np.maximum(union_LNN, 1), 1.0).astype(np.float64)
+    each_LNN = np.concatenate([each_LNN, each_LNN.mean(axis=0, keepdims=True)])
+    different = ~np.eye(count, dtype=bool)
+    means = each_LNN[:, different].mean(axis=1)
     if count < 3:
         return means, np.zeros_like(means)
-    without = np.array([each_PL[[index not in pair for pair in pairs]].mean(axis=0) for index in range(count)])
+    rest = np.array([different & (np.arange(count) != i) & (np.arange(count) != i)[:, None] for i in range(count)])
+    without = np.array([each_LNN[:, pairs].mean(axis=1) for pairs in rest])
     return means, np.sqrt((count - 1) / count * ((without - means) ** 2).sum(axis=0))
 
 
-def sets_of(samples: Sequence[Sample], text: str) -> np.ndarray:
-    """[N, L, D] boolean: the top-k sets of a run's sequences."""
-    packed = np.stack([sample["arrays"][f"{text}_sets"] for sample in samples])
+def sets_of(samples: Sequence[Sample], name: str) -> np.ndarray:
+    """[N, L, D] boolean: the sets of a run's sequences that have this name in their arrays."""
+    packed = np.stack([sample["arrays"][name] for sample in samples])
     return np.unpackbits(packed, axis=-1).astype(bool)
 
 
@@ -81,10 +99,11 @@ def overall(samples: Sequence[Sample]) -> dict[str, float]:
 
 def _by_layer(samples: Sequence[Sample], text: str, measure: str) -> list[tuple[float, float]]:
     """(value, standard error) of each layer, and last of the mean of all layers; empty where nothing was measured."""
-    if measure == "jaccard_sequences":
-        if len(samples) < 2:
+    if measure in _PAIRS:
+        names = [f"{text}_sets{part}" for part in _PAIRS[measure]]
+        if len(samples) < 2 or any(name not in samples[0]["arrays"] for name in names):
             return []
-        means, errors = between_sequences(sets_of(samples, text))
+        means, errors = between_sequences(*(sets_of(samples, name) for name in names))
         return [(float(mean), float(error)) for mean, error in zip(means, errors, strict=True)]
     lists = [sample[measure][text] for sample in samples if text in sample[measure]]
     if not lists:

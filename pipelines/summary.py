@@ -68,13 +68,14 @@ def latency_table(rows: Sequence[tuple[str, Record]]) -> str | None:
 
 
 def flocking_table(rows: Sequence[tuple[str, Record]]) -> str | None:
-    """Similarities of the top-k sets, averaged over layers: one line per run and kind of text."""
+    """Jaccard similarities of the top-k sets, averaged over layers: one line per run and kind of text."""
     names = {
-        "jaccard_sequences": "between sequences",
-        "jaccard_halves": "between halves",
-        "jaccard_generation": "prompt, generation",
+        "jaccard_sequences": "sequences",
+        "jaccard_halves": "own halves",
+        "jaccard_other_halves": "others' halves",
+        "jaccard_generation": "own generation",
+        "jaccard_other_generation": "others' generation",
         "kept_energy": "energy in top k",
-        "token_energy": "in each token's own",
     }
     lines = []
     for _, record in rows:

@@ -1,0 +1,69 @@
+"""What a report's figures have in common: a drawing that can be made in any theme, and one colour for one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from pipelines.figure_style import COLOURS, MARKERS, NEUTRAL
+
+# These have the same colour in every report; other methods take the next that is free, by name.
+_KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge", "griffin + mean")
+_COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # without the grey of dense
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, ready to be drawn.
+
+    Attributes:
+        name: of its files.
+        title: for people.
+        caption: what it shows, in a sentence or two.
+        run_ids: the runs whose numbers are in it.
+        draw: draws it in the theme that is on.
+    """
+
+    name: str
+    title: str
+    caption: str
+    run_ids: tuple[str, ...]
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Figures of one kind.
+
+    Attributes:
+        title: for people.
+        drawings: in order; empty where the runs have no data for any.
+        command: what would make the data.
+    """
+
+    title: str
+    drawings: list[Drawing]
+    command: str
+
+
+class Looks:
+    """Colour and marker of every method, the same in all figures of a report."""
+
+    def __init__(self, families: Iterable[str]) -> None:
+        others = sorted({*families} - {*_KNOWN, "dense"})
+        self._place = {family: place for place, family in enumerate((*_KNOWN, *others))}
+
+    def colour(self, family: str) -> str:
+        """As a hexadecimal code."""
+        return NEUTRAL if family == "dense" else _COLOURS[self._place[family] % len(_COLOURS)]
+
+    def marker(self, family: str) -> str:
+        """As matplotlib names it."""
+        return "*" if family == "dense" else MARKERS[self._place[family] % len(MARKERS)]
+
+
+def file_name(*words: str) -> str:
+    """Words as a file name."""
+    return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word).strip("_") for word in words)
