@@ -24,8 +24,10 @@ class Metric:
     @property
     def axis(self) -> str:
         """The label with its unit and direction, for an axis."""
-        arrow = {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
-        return ", ".join([f"{self.label} ({self.unit})" if self.unit else self.label, *([arrow] if arrow else [])])
+        direction = {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
+        name = f"{self.label} ({self.unit})" if self.unit else self.label
+        end = ", " if len(name) < 22 else ",\n"
+        return f"{name}{end}{direction}" if direction else name
 
     def text(self, value: float) -> str:
         """The value with this metric's digits."""

@@ -119,6 +119,7 @@ def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
     _dense_line(axis, dense)
     axis.set_xlabel("FF sparsity (%)")
     axis.set_ylabel(metric(runs["metric"].iloc[0]).axis)
+    _scale(axis, runs)
     axis.legend()
     return figure
 
@@ -142,8 +143,7 @@ def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
     axis.minorticks_off()
     axis.set_xlabel(f"{along.replace('_', ' ')} (tokens)")
     axis.set_ylabel(metric("perplexity").axis)
-    if runs["value"].max() > 10 * runs["value"].min():
-        axis.set_yscale("log")
+    _scale(axis, runs)
     axis.legend()
     return figure
 
@@ -179,6 +179,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
         axis.plot(1.0, value, marker="*", markersize=11, color=NEUTRAL, linestyle="none", label="dense")
     axis.set_xlabel("decode speed-up (x), higher is better")
     axis.set_ylabel(shown.axis)
+    _scale(axis, both)
     axis.margins(x=0.12)
     axis.legend()
     return figure
@@ -187,6 +188,12 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
 def _dominates(one: tuple[float, float], other: tuple[float, float], better: int) -> bool:
     """Whether a point is nowhere worse and somewhere better, in (speed, quality)."""
     return one != other and one[0] >= other[0] and better * one[1] >= better * other[1]
+
+
+def _scale(axis: Any, runs: pd.DataFrame) -> None:
+    """Perplexities that differ by orders of magnitude are read on a logarithmic axis."""
+    if runs["metric"].iloc[0] == "perplexity" and runs["value"].max() > 10 * runs["value"].min() > 0:
+        axis.set_yscale("log")
 
 
 def _dense_line(axis: Any, dense: pd.DataFrame) -> None:

@@ -61,8 +61,12 @@ class Cell:
 
     @property
     def percent(self) -> str:
-        """The change as printed, with its sign; empty where there is none."""
-        return "" if self.change is None else f"{100 * self.change:+.1f}%".replace("-", "\N{MINUS SIGN}")
+        """The change as printed, with its sign; from ten times dense on, as a factor; empty where there is none."""
+        if self.change is None:
+            return ""
+        if self.change >= 9:
+            return f"{1 + self.change:,.0f}x dense"
+        return f"{100 * self.change:+.1f}%".replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)
