@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from pipelines.figure_style import COLOURS, MARKERS, NEUTRAL
+from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 
 # These have the same colour in every report; other methods take the next that is free, by name.
 _KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge", "griffin + mean")
@@ -31,6 +32,13 @@ class Drawing:
     caption: str
     run_ids: tuple[str, ...]
     draw: Callable[[], Figure]
+
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it."""
+        out = io.BytesIO()
+        with drawn_in(LIGHT):
+            self.draw().savefig(out, format="png", dpi=130)
+        return out.getvalue()
 
 
 @dataclass(frozen=True)
