@@ -109,7 +109,7 @@ class Table:
 def tables(runs: pd.DataFrame) -> list[Table]:
     """All tables that the runs give, those of quality first; none that would be empty."""
     made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
-    made += [_perplexity_by_length(runs), _latency(runs), _flocking(runs)]
+    made += [_perplexity_by_length(runs), _latency(runs), *_flocking(runs)]
     return [table for table in made if table.rows]
 
 
@@ -172,37 +172,44 @@ def _latency(runs: pd.DataFrame) -> Table:
         "Medians of repeats, dense and pruned in turn. The limit of the decode speed-up is bytes of weights read per "
         "token, dense over pruned. The break-even is missing where pruning does not pay."
     )
-    stubs = ("model", "task", "method", "prompt + generated tokens")
+    stubs = ("model and task", "method", "tokens")
     table = Table("latency", "Latency", note, stubs, [("", _heading(metric(name))) for name in names])
     keys = ["model", "task", "method", "prompt_length", "generation_length"]
     found = {(*(getattr(row, key) for key in keys), row.metric): row for row in runs.itertuples()}
     rows = runs[runs["prompt_length"].notna()].drop_duplicates(keys)
-    for row in sorted(rows.itertuples(), key=lambda row: (*_method_order(row), row.prompt_length)):
+    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *_method_order(row), row.prompt_length)):
         place = tuple(getattr(row, key) for key in keys)
         cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
         length = f"{row.prompt_length:g} + {row.generation_length:g}"
-        table.rows.append(((row.model, row.task, row.method, length), cells))
+        table.rows.append(((f"{row.model}, {row.task}", row.method, length), cells))
     return table
 
 
-def _flocking(runs: pd.DataFrame) -> Table:
-    """Models, tasks and kinds of text down, similarities across."""
+def _flocking(runs: pd.DataFrame) -> list[Table]:
+    """Models, tasks and kinds of text down, similarities across; generations, which only a text itself has, apart."""
     runs = select(runs, kind="flocking")
     note = (
-        "Means over sequences and layers ± standard error. Jaccard similarities of the sets of a layer's strongest "
-        "neurons; the share of the squared relative activations that a sequence's own set holds, and that each token's "
-        "own set would hold."
+        "Jaccard similarities of the sets of a layer's strongest neurons, means over sequences and layers ± standard "
+        "error. Energy: the share of the squared relative activations that the sequence's own set holds, and that each "
+        "token's own set would hold."
     )
-    table = Table(
-        "flocking", "Flocking", note, ("model", "task", "text"), [("", metric(name).label) for name in MEASURES]
-    )
-    for place in dict.fromkeys((row.model, row.task) for row in runs.itertuples()):
-        mine = {row.metric: row for row in select(runs, model=place[0], task=place[1]).itertuples()}
-        for text in TEXTS:
-            cells = [mine.get(f"{name}_{text}") for name in MEASURES]
-            shown = [cell and _cell(cell, None, [], metric(name)) for name, cell in zip(MEASURES, cells, strict=True)]
-            table.rows.append(((*place, text), shown))
-    return table
+    generation = [name for name in MEASURES if name.endswith("generation")]
+    others = [name for name in MEASURES if name not in generation]
+    made = []
+    for name, title, measures, texts in (
+        ("flocking", "Flocking", others, TEXTS),
+        ("flocking_generation", "Flocking: prompt and generation", generation, TEXTS[:1]),
+    ):
+        stubs = ("model and task", "text")
+        table = Table(name, title, note, stubs, [("", metric(measure).label) for measure in measures])
+        for model, task in dict.fromkeys((row.model, row.task) for row in runs.itertuples()):
+            mine = {row.metric: row for row in select(runs, model=model, task=task).itertuples()}
+            for text in texts:
+                found = [(measure, mine.get(f"{measure}_{text}")) for measure in measures]
+                cells = [row and _cell(row, None, [], metric(measure)) for measure, row in found]
+                table.rows.append(((f"{model}, {task}", text), cells))
+        made.append(table)
+    return made
 
 
 def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = None) -> Cell:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ from pipelines.flocking_measures import chance
 from pipelines.records import Sample
 
 _LOOKS = {"natural": (COLOURS[2], "o"), "permuted": (COLOURS[3], "s"), "random": (COLOURS[4], "D")}
+_SHADES = 16
+
 # measure: (in words, what it is to be seen against)
 MEASURES = {
     "jaccard_sequences": ("different sequences", None),
@@ -84,11 +87,13 @@ def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False)
     neurons = first.shape[-1]
     place_M = np.argsort(-scores_LD[layer][:neurons], kind="stable") if ordered else np.arange(neurons)
     top = float(np.quantile(first[layer].astype(np.float32), 0.99)) or 1.0
+    shades = mpl.colormaps[mpl.rcParams["image.cmap"]].resampled(_SHADES)
     figure, axes = new_figure(height=5.2, nrows=2, ncols=2, sharex=True, sharey=True, squeeze=False)
     image = None
     for axis, (words, (heat_LTM, _)) in zip(axes.flat, shown.items(), strict=False):
         heat_TM = heat_LTM[layer].astype(np.float32)[:, place_M]
-        image = axis.imshow(heat_TM, aspect="auto", vmin=0, vmax=top, interpolation="nearest", rasterized=True)
+        # One pixel per number, also in SVG and PDF; few shades make small files.
+        image = axis.imshow(heat_TM, aspect="auto", cmap=shades, vmin=0, vmax=top, interpolation="none")
         axis.set_title(words)
         axis.grid(False)
     for axis in axes.flat[len(shown) :]:
@@ -108,7 +113,8 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     """GRIFFIN's scores in falling order, relative to each layer's largest, as the mean of the sequences."""
     figure, axis = new_figure()
     layers, width = scores_NLD.shape[1:]
-    curves_LD = (-np.sort(-scores_NLD, axis=-1) / scores_NLD.max(axis=-1, keepdims=True)).mean(axis=0)
+    largest_NL1 = np.maximum(scores_NLD.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    curves_LD = (-np.sort(-scores_NLD, axis=-1) / largest_NL1).mean(axis=0)
     share_D = 100 * (np.arange(width) + 1) / width
     step = max(1, width // 400)
     shades = sns.color_palette("flare", layers)
@@ -118,7 +124,7 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     axis.set_xlabel("neurons, in falling order of score (%)")
     axis.set_ylabel("score / largest score")
     axis.set_xlim(0, 100)
-    axis.set_ylim(0, 1)
+    axis.set_yscale("log")
     axis.legend()
     return figure
 

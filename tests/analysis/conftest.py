@@ -1,0 +1,100 @@
+"""What all tests of the analysis share: one set of real runs of a tiny model, logged online to a loopback server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from loopback import ENTITY, KEY, LoopbackWandb
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "tests" / "pipelines"))  # their helpers are ours too
+
+_SCRIPT = """
+import sys
+from pipelines import job, run
+for call in open(sys.argv[1]).read().splitlines():
+    job.finished.clear()
+    sys.argv = ["run.py", *call.split()]
+    run.main()
+    assert not job.failed
+"""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Finished runs.
+
+    Attributes:
+        root: an empty home, too.
+        out: the run folders.
+        server: has the same runs.
+        variables: the environment of a process that may write to the server.
+    """
+
+    root: Path
+    out: Path
+    server: LoopbackWandb
+    variables: dict[str, str]
+
+    @property
+    def project(self) -> str:
+        return f"wandb:{ENTITY}/griffin"
+
+    def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A process of its own."""
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command,
+            env=self.variables | variables,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+
+def plain_environment(home: Path) -> dict[str, str]:
+    """The environment without anybody's settings."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_", "HYDRA_", "XDG_"))}
+    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
+    return kept | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Every kind of table and figure has its runs here."""
+    root = tmp_path_factory.mktemp("lab")
+    text = root / "text.txt"
+    text.write_text("The ferry was late again, and two otters were seen in the harbour.\n" * 20, encoding="utf-8")
+    shared = f"model=random_tiny wandb.mode=online output_dir={root}/out"
+    calls = [
+        f"task=briefs limit=3 task.max_new_tokens=4 grid.statistic=[griffin,magnitude] grid.sparsity=[0,0.5] {shared}",
+        f"task=fidelity limit=3 task.max_new_tokens=4 grid.sparsity=[0,0.25,0.5] {shared}",
+        f"task=perplexity limit=3 task.data_files={text} task.prompt_lengths=[16,32] task.generation_lengths=[8,16] "
+        f"grid.sparsity=[0,0.5] {shared}",
+        f"task=latency task.repeats=2 task.prompt_lengths=[8] task.generation_lengths=[4] sparsity=0.5 {shared}",
+        f"task=flocking limit=3 task.sequence_length=64 task.max_new_tokens=4 {shared}",
+    ]
+    (root / "calls").write_text("\n".join(calls), encoding="utf-8")
+    with LoopbackWandb() as server:
+        variables = plain_environment(root) | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        lab = Lab(root, root / "out", server, variables)
+        ended = lab.python("-c", _SCRIPT, "calls")
+        assert ended.returncode == 0, ended.stderr
+        yield lab
+
+
+@pytest.fixture
+def runs(lab: Lab, tmp_path: Path) -> Path:
+    """A copy of the run folders, to be damaged."""
+    copy = tmp_path / "runs"
+    shutil.copytree(lab.out, copy, ignore=shutil.ignore_patterns("wandb"))
+    return copy
