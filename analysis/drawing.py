@@ -60,11 +60,15 @@ class Looks:
     """Colour and marker of every method, the same in all figures of a report."""
 
     def __init__(self, families: Iterable[str]) -> None:
-        others = sorted({*families} - {*_KNOWN, "dense"})
-        self._place = {family: place for place, family in enumerate((*_KNOWN, *others))}
+        present = {*families} - {"dense"}
+        self._place = {family: place for place, family in enumerate(_KNOWN) if family in present}
+        others = sorted(present - {*_KNOWN})
+        places = (*range(len(_COLOURS)), *range(len(_COLOURS), len(_COLOURS) + len(others)))
+        free = (place for place in places if place not in self._place.values())
+        self._place |= dict(zip(others, free, strict=False))
 
     def colour(self, family: str) -> str:
-        """As a hexadecimal code."""
+        """As a hexadecimal code; of more methods than there are colours, some differ in their markers alone."""
         return NEUTRAL if family == "dense" else _COLOURS[self._place[family] % len(_COLOURS)]
 
     def marker(self, family: str) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from analysis.drawing import Drawing, file_name
-from pipelines.figure_style import DARK, LIGHT, Theme, drawn_in
+from analysis.drawing import file_name
 
 if TYPE_CHECKING:
     from analysis.report import Report
@@ -18,12 +16,12 @@ if TYPE_CHECKING:
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform", "device")
 
 
-def page(report: Report, drawn: Callable[[], Any] = lambda: None) -> str:
+def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     """The page's HTML.
 
     Args:
         report: what it shows.
-        drawn: called once per figure, for a progress bar.
+        pictures: by the name of a drawing, its SVG in the light and in the dark theme.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis", "templates"),
@@ -35,11 +33,6 @@ def page(report: Report, drawn: Callable[[], Any] = lambda: None) -> str:
     words = {row.run_id: row for row in report.frame.drop_duplicates("run_id").itertuples()}
     runs = [_run(record, words.get(record["run_id"])) for record in report.runs.records]
 
-    def images(drawing: Drawing) -> dict[str, str]:
-        uris = {"light": _data_uri(drawing, LIGHT), "dark": _data_uri(drawing, DARK)}
-        drawn()
-        return uris
-
     return environment.get_template("report.html.j2").render(
         source=report.source,
         runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
@@ -47,7 +40,7 @@ def page(report: Report, drawn: Callable[[], Any] = lambda: None) -> str:
         notes=report.notes,
         tables=report.tables,
         groups=report.groups,
-        images=images,
+        images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
         anchor=file_name,
         commands=lambda run_ids: _commands(report, run_ids),
     )
@@ -74,8 +67,5 @@ def _commands(report: Report, run_ids: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(command for command in found if command))
 
 
-def _data_uri(drawing: Drawing, theme: Theme) -> str:
-    out = io.BytesIO()
-    with drawn_in(theme):
-        drawing.draw().savefig(out, format="svg", dpi=200, transparent=True, metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

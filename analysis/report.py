@@ -28,9 +28,8 @@ from analysis.page import page
 from analysis.run_folders import Problem, Runs
 from analysis.sources import WANDB, read_runs
 from analysis.tables import Table, tables
-from pipelines.config import WandbConfig
 from pipelines.errors import UserError
-from pipelines.figure_style import LIGHT, drawn_in, save
+from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
 from pipelines.tracking import Media, track
 
 _KEYS = {
@@ -115,12 +114,15 @@ def write_report(report: Report, out: Path) -> Path:
                 (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
         (out / "report.md").write_text(_markdown(report), encoding="utf-8")
         drawings = [drawing for group in report.groups for drawing in group.drawings]
-        with tqdm(total=2 * len(drawings), unit="figure", desc="report", disable=not sys.stderr.isatty()) as bar:
+        pictures = {}
+        for drawing in tqdm(drawings, unit="figure", desc="report", disable=not sys.stderr.isatty()):
             with drawn_in(LIGHT):
-                for drawing in drawings:
-                    save(drawing.draw(), out / "figures" / drawing.name)
-                    bar.update()
-            (out / "index.html").write_text(page(report, bar.update), encoding="utf-8")
+                figure = drawing.draw()
+                save(figure, out / "figures" / drawing.name)
+                light = as_svg(figure)
+            with drawn_in(DARK):
+                pictures[drawing.name] = light, as_svg(drawing.draw())
+        (out / "index.html").write_text(page(report, pictures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={out}: cannot write {error.filename or out}: {error.strerror}") from error
     return out / "index.html"
@@ -128,6 +130,8 @@ def write_report(report: Report, out: Path) -> Path:
 
 def log_report(report: Report, out: Path, entity: str | None, project: str) -> None:
     """Log tables and figures as a run of its own, job type `report`; its files stay below `out`."""
+    from pipelines.config import WandbConfig  # with all that a run needs, torch first; a report needs none of it
+
     images = [out / "figures" / f"{drawing.name}.png" for group in report.groups for drawing in group.drawings]
     rows: dict[str, list[dict[str, Any]]] = {
         "runs": report.frame.astype(object).where(report.frame.notna(), None).to_dict("records")

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipelines.config import WandbConfig
 from pipelines.records import Record, Sample
+
+if TYPE_CHECKING:
+    from pipelines.config import WandbConfig
 
 _CONNECT_SECONDS = 3
 

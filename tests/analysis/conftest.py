@@ -98,3 +98,21 @@ def runs(lab: Lab, tmp_path: Path) -> Path:
     copy = tmp_path / "runs"
     shutil.copytree(lab.out, copy, ignore=shutil.ignore_patterns("wandb"))
     return copy
+
+
+@pytest.fixture
+def few_runs(runs: Path) -> Path:
+    """Those of two tasks with a figure in all."""
+    for folder in runs.iterdir():
+        if not folder.name.startswith(("briefs-", "latency-")):
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    return runs
+
+
+@pytest.fixture(scope="session")
+def report(lab: Lab) -> Path:
+    """The report of all runs, written by the command; what it said is in a file."""
+    ended = lab.python("-m", "analysis.report", f"runs={lab.out}", f"out={lab.root / 'report'}")
+    assert ended.returncode == 0, ended.stderr
+    (lab.root / "said").write_text(ended.stdout)
+    return lab.root / "report"
