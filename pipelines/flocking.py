@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from griffin.feedforward import UnsupportedModelError, find_feedforward_blocks
 from griffin.recording import record_activations, relative_activations
 from griffin.selection import kept_neurons
 from pipelines.config import RunConfig
@@ -76,10 +77,14 @@ def evaluate(
     """Measure one sequence after another.
 
     Raises:
-        UserError: the text is too short, or the model's context is.
+        UserError: the text is too short, or the model's context is, or the model's blocks have no known layout.
     """
     task = config.task
     (method,) = methods
+    try:
+        find_feedforward_blocks(loaded.model)
+    except UnsupportedModelError as error:
+        raise UserError(f"model={config.model.name}: {error}") from error
     if task.sequence_length + task.max_new_tokens > loaded.context_length:
         raise UserError(
             f"task.sequence_length={task.sequence_length} with task.max_new_tokens={task.max_new_tokens}: "

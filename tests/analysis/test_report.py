@@ -50,7 +50,7 @@ def test_every_number_of_every_table_is_a_number_of_its_run(report: Path, lab: L
     page = (report / "index.html").read_text(encoding="utf-8")
     records = records_in(lab.out)
     measured = [row for row in cells_of(report) if row["status"] == "measured"]
-    assert len(measured) == 50
+    assert len(measured) >= 50
     for row in measured:
         numbers = {repr(float(value)) for value in records[row["run_id"]]["metrics"].values()}
         assert row["value"] in numbers
@@ -185,5 +185,5 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_report_needs_no_torch(lab: Lab) -> None:
-    script = "import sys, analysis.report; print([name for name in ('torch', 'transformers', 'wandb') if name in sys.modules])"
-    assert lab.python("-c", script).stdout == "[]\n"
+    script = "import sys, analysis.report; print({'torch', 'transformers', 'wandb'} & {*sys.modules})"
+    assert lab.python("-c", script).stdout == "set()\n"
