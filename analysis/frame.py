@@ -14,7 +14,7 @@
 | `value`, `stderr` | the numbers of the record; `stderr` is NaN where there is none |
 | `samples` | how many samples the value is of |
 | `seconds` | of the whole run |
-| `dtype`, `protocol`, `decoding`, `limit`, `seed`, `batch_size`, `mode`, `device` | from the record; NaN or None where its task has none |
+| `dtype`, `protocol`, `decoding`, `limit`, `offset`, `seed`, `batch_size`, `mode`, `device` | from the record; NaN or None where its task has none |
 | `griffin-pruning`, `torch`, `transformers`, `lm-eval` | versions |
 | `command` | what the run was started with |
 
@@ -39,10 +39,21 @@ STRINGS = ("run_id", "model", "kind", "task", "method", "family", "statistic", "
 COLUMNS = (
     *STRINGS,
     *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
-    *("dtype", "protocol", "decoding", "limit", "seed", "batch_size", "mode", "device"),
+    *("dtype", "protocol", "decoding", "limit", "offset", "seed", "batch_size", "mode", "device"),
     *("griffin-pruning", "torch", "transformers", "lm-eval", "command"),
 )
-NUMBERS = ("sparsity", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds", "limit", "seed")
+NUMBERS = (
+    "sparsity",
+    "prompt_length",
+    "generation_length",
+    "value",
+    "stderr",
+    "samples",
+    "seconds",
+    "limit",
+    "offset",
+    "seed",
+)
 
 
 def frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -52,7 +63,7 @@ def frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     tasks = _labelled([record["config"]["task"]["name"] for record in records], map(labels.task_part, records))
     parts = [labels.method_part(record) for record in records]
     families = [labels.family(part) for part in parts]
-    # Axes without a word of their own (mode, or one that is new) are told only where two runs would share a cell.
+    # What has no word of its own (the mode, sparsities by layer) is told only where two runs would share a cell.
     cells = [(*place, labels.amount(part)) for *place, part in zip(models, tasks, families, parts, strict=True)]
     families = _labelled(families, map(labels.unnamed, parts), names=cells)
     cells = list(zip(models, tasks, families, map(labels.amount, parts), strict=True))
@@ -109,10 +120,8 @@ def _rows(record: dict[str, Any], model: str, task: str, family: str, part: labe
         "task": task,
         "method": f"{family} {labels.amount(part)}".strip(),
         "family": family,
-        "statistic": part.get("statistic", "") if part else "",
-        "selection": part.get("selection", "topk") if part else "",
-        "compensation": part.get("compensation") or "none" if part else "",
-        "budget": part.get("budget") or "uniform" if part else "",
+        "statistic": part.get("statistic", ""),
+        **{name: part.get(name, "") for name in ("selection", "compensation", "budget")},
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
         "seconds": record["timing"].get("seconds"),
@@ -120,6 +129,7 @@ def _rows(record: dict[str, Any], model: str, task: str, family: str, part: labe
         "protocol": config["task"].get("protocol"),
         "decoding": config["task"].get("decoding"),
         "limit": config.get("limit"),
+        "offset": config.get("offset", 0),
         "seed": config.get("seed"),
         "batch_size": config.get("batch_size"),
         "mode": config.get("mode"),

@@ -13,12 +13,12 @@ from typing import Any
 
 Flat = dict[str, Any]
 
-# Root keys of a run's configuration that are no part of its method. All others are axes of the method, also those
-# that this module has never heard of.
-_NOT_METHOD = {"model", "task", "limit", "seed", "batch_size", "device", "output_dir", "tags", "wandb", "grid"}
-# Axes of the method that are named in words, and the values that mean that nothing is done there.
-_NAMED = ("statistic", "selection", "compensation", "budget", "sparsity", "shared_experts")
-_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "shared_experts": False}
+# What of a run's configuration says how it pruned. All else is how it was evaluated, also keys that this module has
+# never heard of; but for what changes no number.
+_METHOD = ("statistic", "selection", "compensation", "budget", "sparsity", "mode", "shared_experts")
+_IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid")
+# What a record from before a key was there would have had; of the method, what means that nothing is done there.
+_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "shared_experts": False, "offset": 0}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Flat:
@@ -38,7 +38,7 @@ def model_part(record: dict[str, Any]) -> Flat:
 
 
 def task_part(record: dict[str, Any]) -> Flat:
-    """What says how a run was evaluated: task, data, limit, seed, batch and device.
+    """What says how a run was evaluated: task, data, rows, seed, batch and device.
 
     Data files are told by their content where the record has it, as in a run's identity.
     """
@@ -52,7 +52,8 @@ def task_part(record: dict[str, Any]) -> Flat:
         task |= dict.fromkeys(("embedded_shots", "shots_file"))
     task |= {key: value for key, value in (environment.get("data") or {}).items() if task.get(key) is not None}
     part = flat({key: value for key, value in task.items() if key != "name"})
-    part |= {key: config.get(key) for key in ("limit", "seed", "batch_size")}
+    part |= {"offset": _PLAIN["offset"]}
+    part |= flat({key: value for key, value in config.items() if key not in (*_METHOD, *_IDLE)})
     part["device"] = environment.get("device")
     if task["kind"] == "latency":  # times are of one machine
         part |= {key: environment.get(key) for key in ("platform", "cpus")}
@@ -62,7 +63,8 @@ def task_part(record: dict[str, Any]) -> Flat:
 def method_part(record: dict[str, Any]) -> Flat:
     """What says how a run pruned; empty for dense."""
     config = record["config"]
-    part = flat({key: value for key, value in config.items() if key not in _NOT_METHOD})
+    part = _PLAIN | {key: config[key] for key in _METHOD if config.get(key) is not None}
+    del part["offset"]
     return {} if is_dense(part.get("sparsity")) else part
 
 
@@ -75,14 +77,10 @@ def family(part: Flat) -> str:
     """A method without its sparsity, in words: what has one colour in all figures."""
     if not part:
         return "dense"
-    words = [str(part.get("statistic", "?"))]
-    for key in ("selection", "compensation", "budget"):
-        value = part.get(key)
-        if value not in (None, _PLAIN[key]):
-            words.append(
-                f"+ {value}" if key == "compensation" else f"{value} budget" if key == "budget" else str(value)
-            )
-    return " ".join([*words, *(["shared"] if part.get("shared_experts") else [])])
+    statistic, compensation = str(part.get("statistic", "?")), part["compensation"]
+    words = [statistic if compensation == _PLAIN["compensation"] else f"{statistic} + {compensation}"]
+    words += [str(part[key]) for key in ("selection", "budget") if part[key] != _PLAIN[key]]
+    return " ".join([*words, *(["shared"] if part["shared_experts"] else [])])
 
 
 def amount(part: Flat) -> str:
@@ -94,8 +92,8 @@ def amount(part: Flat) -> str:
 
 
 def unnamed(part: Flat) -> Flat:
-    """The axes of a method that its words do not tell."""
-    return {key: value for key, value in part.items() if key not in _NAMED or isinstance(value, list)}
+    """What of a method its words do not tell."""
+    return {key: value for key, value in part.items() if key == "mode" or isinstance(value, list)}
 
 
 def told_apart(names: Sequence[Hashable], parts: Sequence[Flat]) -> list[str]:

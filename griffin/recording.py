@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from griffin.block_hooks import BlockHooks
 from griffin.feedforward import find_feedforward_blocks
+from griffin.gathering import unit_rows
 
 
 @contextmanager
@@ -57,5 +58,4 @@ def relative_activations(z_SD: Tensor) -> Tensor:
     Returns:
         [S, D] float32, 0 to 1; the column norms are GRIFFIN's scores.
     """
-    norms_S1 = torch.linalg.vector_norm(z_SD, dim=-1, keepdim=True)
-    return torch.where(norms_S1 > 0, z_SD.abs() / norms_S1, 0.0)
+    return unit_rows(z_SD).abs()

@@ -37,6 +37,7 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     "difference",
     [
         {"limit": 10},
+        {"offset": 5},
         {"seed": 1},
         {"batch_size": 8},
         {"task_decoding": "reference_sampling"},
@@ -85,6 +86,10 @@ def test_axes_that_a_record_does_not_have_mean_that_nothing_is_done() -> None:
     assert set(table["budget"]) == {"uniform"}
 
 
+def test_an_offset_of_none_is_no_offset() -> None:
+    assert frame([record("a"), record("b", sparsity=0, offset=0)])["task"].nunique() == 1
+
+
 def test_new_axes_are_methods_of_their_own() -> None:
     table = frame(
         [
@@ -97,16 +102,21 @@ def test_new_axes_are_methods_of_their_own() -> None:
         ]
     )
     assert set(table["method"]) == {
-        *("griffin 50%", "griffin + ridge 50%", "griffin global budget 50%", "griffin sample 50%"),
+        *("griffin 50%", "griffin + ridge 50%", "griffin global 50%", "griffin sample 50%"),
         *("griffin shared 50%", "impact + ridge 50%"),
     }
 
 
-def test_an_axis_that_nobody_has_named_is_told_where_two_runs_would_share_a_cell() -> None:
-    table = frame([record("a", sharpness=1), record("b", sharpness=2), record("c", sharpness=1, sparsity=0.25)])
-    assert set(table["method"]) == {"griffin [sharpness=1] 50%", "griffin [sharpness=2] 50%", "griffin 25%"}
-    table = frame([record("a", mode="masked"), record("b")])
-    assert set(table["family"]) == {"griffin [mode=masked]", "griffin [mode=compact]"}
+def test_a_key_that_nobody_has_heard_of_is_never_mixed() -> None:
+    table = frame(
+        [record("a", sharpness=1), record("b", sharpness=2, sparsity=0), record("c", sharpness=1, sparsity=0)]
+    )
+    assert set(table["task"]) == {"xsum [sharpness=1]", "xsum [sharpness=2]"}
+
+
+def test_modes_are_told_apart_where_two_runs_would_share_a_cell() -> None:
+    table = frame([record("a", mode="masked"), record("b"), record("c", mode="masked", sparsity=0.25)])
+    assert set(table["method"]) == {"griffin [mode=masked] 50%", "griffin [mode=compact] 50%", "griffin 25%"}
 
 
 def test_runs_that_nothing_tells_apart_are_told_by_their_ids() -> None:
