@@ -1,4 +1,3 @@
-
 """A W&B server on the loopback interface, for the real client: what it is told it keeps, and gives back.
 
 It speaks the part of the protocol that logging, syncing and reading runs need: the GraphQL operations below, the
