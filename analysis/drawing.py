@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
@@ -77,5 +78,17 @@ class Looks:
 
 
 def file_name(*words: str) -> str:
-    """Words as a file name."""
-    return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word).strip("_") for word in words)
+    """Words as a file name, which other words may have too."""
+    return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word).strip("_") for word in words)[:120]
+
+
+def named_apart(groups: Sequence[Group]) -> list[Group]:
+    """The same groups, with numbers at the ends of names that several drawings have."""
+    seen: Counter[str] = Counter()
+
+    def named(drawing: Drawing) -> Drawing:
+        seen[drawing.name] += 1
+        number = seen[drawing.name]
+        return drawing if number == 1 else replace(drawing, name=f"{drawing.name}_{number}")
+
+    return [replace(group, drawings=[named(drawing) for drawing in group.drawings]) for group in groups]

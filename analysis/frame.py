@@ -24,6 +24,7 @@ Rows may be compared, or one divided by the other, only within one `model` and o
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,8 +105,9 @@ def _labelled(words: Sequence[str], parts: Any, names: Sequence[Any] | None = No
 
 def _never_twice(families: list[str], cells: list[Any], records: Sequence[dict[str, Any]]) -> list[str]:
     """Runs that nothing in their records tells apart are told by their id, rather than taken for one."""
+    times = Counter(cells)
     return [
-        f"{family} [run {record['run_id'][-10:]}]" if cells.count(cell) > 1 else family
+        f"{family} [run {record['run_id'][-10:]}]" if times[cell] > 1 else family
         for family, cell, record in zip(families, cells, records, strict=True)
     ]
 

@@ -194,6 +194,8 @@ def _scale(axis: Any, runs: pd.DataFrame) -> None:
     """Perplexities that differ by orders of magnitude are read on a logarithmic axis."""
     if runs["metric"].iloc[0] == "perplexity" and runs["value"].max() > 10 * runs["value"].min() > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("")
 
 
 def _dense_line(axis: Any, dense: pd.DataFrame) -> None:

@@ -21,9 +21,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from analysis import latency_figures, quality_figures, render
-from analysis.drawing import Group, Looks
+from analysis.drawing import Group, Looks, named_apart
 from analysis.flocking_figures import flocking
-from analysis.frame import frame
+from analysis.frame import frame, select
 from analysis.page import page
 from analysis.run_folders import Problem, Runs
 from analysis.sources import WANDB, read_runs
@@ -37,6 +37,10 @@ _KEYS = {
     "out": "folder that the report is written into",
     "log": "none, or wandb: the report as a run of its own in the runs' project; wandb:entity/project names another",
 }
+
+_TEXTS = {"md": render.markdown, "tex": render.latex, "csv": render.comma_separated}
+_NOISE = 1.05  # times the limit of the decode speed-up: more cannot be
+_WRITTEN = ".written"  # the names of the tables and figures below the report's folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before comparing: versions that differ between the runs."""
+        """What a reader must know before comparing: versions that differ, and times that cannot be."""
         found = []
         for name in ("griffin-pruning", "torch", "transformers", "lm-eval"):
             versions = self.frame.drop_duplicates("run_id")[name].dropna().value_counts()
@@ -67,6 +71,12 @@ class Report:
                 found.append(
                     f"{name} differs: " + ", ".join(f"{key} ({count} runs)" for key, count in versions.items())
                 )
+        above = select(self.frame, metric="decode_fraction_of_limit")
+        for row in above[above["value"] > _NOISE].itertuples():
+            found.append(
+                f"{row.run_id}: decoding is {row.value:.2f} times as fast as its limit allows, so the machine was busy "
+                "with other things while dense was timed"
+            )
         return found
 
 
@@ -90,7 +100,7 @@ def make_report(source: str) -> Report:
         quality_figures.by_length(table, looks),
         flocking(runs, labels),
     ]
-    return Report(source, runs, table, tables(table), groups)
+    return Report(source, runs, table, tables(table), named_apart(groups))
 
 
 def write_report(report: Report, out: Path) -> Path:
@@ -102,18 +112,22 @@ def write_report(report: Report, out: Path) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
+    drawings = [drawing for group in report.groups for drawing in group.drawings]
+    names = [f"tables/{table.name}.{suffix}" for table in report.tables for suffix in _TEXTS]
+    names += [f"figures/{drawing.name}.{suffix}" for drawing in drawings for suffix in ("png", "pdf")]
     try:
-        for name in ("tables", "figures"):
-            (out / name).mkdir(parents=True, exist_ok=True)
-            for old in (out / name).iterdir():
-                if old.suffix in (".tex", ".csv", ".md", ".png", ".pdf"):
-                    old.unlink()  # of an earlier report: what has no run any more must not stay
+        for folder in ("tables", "figures"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        # What an earlier report has written and this one will not must not stay; other people's files must.
+        for line in (out / _WRITTEN).read_text(encoding="utf-8").splitlines() if (out / _WRITTEN).is_file() else ():
+            if re.fullmatch(r"(tables|figures)/[^/]+", line):
+                (out / line).unlink(missing_ok=True)
+        (out / _WRITTEN).write_text("\n".join(names) + "\n", encoding="utf-8")
         report.frame.to_csv(out / "runs.csv", index=False)
         for table in report.tables:
-            for suffix, text in (("md", render.markdown), ("tex", render.latex), ("csv", render.comma_separated)):
+            for suffix, text in _TEXTS.items():
                 (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
         (out / "report.md").write_text(_markdown(report), encoding="utf-8")
-        drawings = [drawing for group in report.groups for drawing in group.drawings]
         pictures = {}
         for drawing in tqdm(drawings, unit="figure", desc="report", disable=not sys.stderr.isatty()):
             with drawn_in(LIGHT):

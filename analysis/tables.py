@@ -6,6 +6,7 @@ is not the method, so runs under different protocols, limits or data never meet.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,7 @@ class Table:
 
     @property
     def missing(self) -> int:
-        """How many cells have no run."""
+        """How many cells have no number."""
         return sum(cell is None for _, cells in self.rows for cell in cells)
 
 
@@ -123,19 +124,17 @@ def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
     )
     table = Table(kind, title, note, ("model", "method"), [(task, _heading(metric(name))) for task, name in columns])
     found = {(row.model, row.method, row.task, row.metric): row for row in runs.itertuples()}
+    rivals: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for row in runs[runs["family"] != "dense"].itertuples():
+        rivals[row.model, row.task, row.metric, _amount(row)].append(metric(row.metric).text(row.value))
     rows = runs.drop_duplicates(["model", "method"])
     for row in sorted(rows.itertuples(), key=_method_order):
         cells: list[Cell | None] = []
         for task, name in columns:
             mine = found.get((row.model, row.method, task, name))
-            rivals = [
-                metric(name).text(other.value)
-                for other in found.values()
-                if (other.model, other.task, other.metric) == (row.model, task, name)
-                and other.family != "dense"
-                and (other.sparsity == row.sparsity or (pd.isna(other.sparsity) and pd.isna(row.sparsity)))
-            ]
-            cells.append(None if mine is None else _cell(mine, found.get((row.model, "dense", task, name)), rivals))
+            dense = found.get((row.model, "dense", task, name))
+            others = rivals[row.model, task, name, _amount(row)]
+            cells.append(None if mine is None else _cell(mine, dense, others))
         table.rows.append(((row.model, row.method), cells))
     return table
 
@@ -230,4 +229,9 @@ def _heading(shown: Metric) -> str:
 
 
 def _method_order(row: Any) -> tuple[Any, ...]:
-    return row.model, row.family != "dense", row.family, row.sparsity if pd.notna(row.sparsity) else 2.0
+    return row.model, row.family != "dense", row.family, _amount(row)
+
+
+def _amount(row: Any) -> float:
+    """The sparsity; above all numbers where it is one per layer."""
+    return float(row.sparsity) if pd.notna(row.sparsity) else 2.0

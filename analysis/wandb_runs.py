@@ -13,6 +13,7 @@ import wandb
 
 from analysis.run_folders import Problem, Record, Runs, fault
 from pipelines.errors import UserError
+from pipelines.tracking import check_server
 
 _FLOCKING_TABLE = "layers_table"
 
@@ -31,6 +32,7 @@ def read_wandb(path: str) -> Runs:
     entity, _, project = path.rpartition("/")
     if not project or "/" in entity:
         raise UserError(f"runs=wandb:{path}: expected wandb:entity/project")
+    check_server()
     records: list[Record] = []
     problems: list[Problem] = []
     layers: dict[str, list[dict[str, Any]]] = {}

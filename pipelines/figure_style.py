@@ -71,6 +71,7 @@ def drawn_in(theme: Theme) -> Iterator[None]:
         "grid.color": theme.grid,
         "image.cmap": theme.heat,
         "svg.hashsalt": "griffin",
+        "text.parse_math": False,  # a name may hold dollar signs
     }
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     with mpl.rc_context(options | dict.fromkeys(inked, theme.ink)):

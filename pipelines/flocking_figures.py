@@ -125,6 +125,8 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     axis.set_ylabel("score / largest score")
     axis.set_xlim(0, 100)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     axis.legend()
     return figure
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipelines.errors import UserError
 from pipelines.records import Record, Sample
 
 if TYPE_CHECKING:
@@ -157,6 +158,21 @@ def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
     except (OSError, wandb.Error) as error:
         _warn_offline(address, " ".join(str(error).split()), str(Path(arguments["dir"]).parent))
         return wandb.init(mode="offline", settings=quiet, **arguments)
+
+
+def check_server() -> None:
+    """Whether the W&B server of the user's settings can be reached, without wandb's minutes of attempts.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import wandb
+
+    address = wandb.setup().settings.base_url
+    try:
+        _check_reachable(address)
+    except OSError as error:
+        raise UserError(f"{address} cannot be reached ({error}); is WANDB_BASE_URL right?") from error
 
 
 @cache

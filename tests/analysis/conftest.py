@@ -2,68 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from loopback import ENTITY, KEY, LoopbackWandb
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "tests" / "pipelines"))  # their helpers are ours too
-
-_SCRIPT = """
-import sys
-from pipelines import run
-for call in open(sys.argv[1]).read().splitlines():
-    sys.argv = ["run.py", *call.split()]
-    run.main()  # ends the process if a run fails
-"""
-
-
-@dataclass(frozen=True)
-class Lab:
-    """Finished runs.
-
-    Attributes:
-        root: an empty home, too.
-        out: the run folders.
-        server: has the same runs.
-        variables: the environment of a process that may write to the server.
-    """
-
-    root: Path
-    out: Path
-    server: LoopbackWandb
-    variables: dict[str, str]
-
-    @property
-    def project(self) -> str:
-        return f"wandb:{ENTITY}/griffin"
-
-    def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A process of its own."""
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command,
-            env=self.variables | variables,
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-
-
-def plain_environment(home: Path) -> dict[str, str]:
-    """The environment without anybody's settings."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_", "HYDRA_", "XDG_"))}
-    kept = {key: value for key, value in kept.items() if not key.lower().endswith("_proxy")}
-    return kept | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+from lab import SCRIPT, Lab, plain_environment
+from loopback import KEY, LoopbackWandb
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +30,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with LoopbackWandb() as server:
         variables = plain_environment(root) | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         lab = Lab(root, root / "out", server, variables)
-        ended = lab.python("-c", _SCRIPT, "calls")
+        ended = lab.python("-c", SCRIPT, "calls")
         assert ended.returncode == 0, ended.stderr
         yield lab
 

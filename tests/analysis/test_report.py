@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lab
+from lab import Lab
+from matplotlib.figure import Figure
 
 from analysis import report as report_module
-from analysis.drawing import Looks
+from analysis.drawing import Drawing, Group, Looks, file_name, named_apart
 from analysis.report import main, make_report, write_report
 from pipelines.errors import UserError
 
@@ -37,7 +39,7 @@ def written(runs: Path, out: Path) -> str:
 def test_the_command_writes_everything_and_says_where(report: Path, lab: Lab) -> None:
     assert f"Report: {report}/index.html (10 runs, 7 tables, 19 figures)" in (lab.root / "said").read_text()
     names = {path.name for path in report.iterdir()}
-    assert names == {"index.html", "report.md", "runs.csv", "tables", "figures"}
+    assert names == {".written", "index.html", "report.md", "runs.csv", "tables", "figures"}
     for folder, suffixes in (("tables", {".md", ".tex", ".csv"}), ("figures", {".png", ".pdf"})):
         found: dict[str, set[str]] = {}
         for path in (report / folder).iterdir():
@@ -99,12 +101,15 @@ def test_the_same_runs_make_the_same_page(few_runs: Path, tmp_path: Path) -> Non
     assert written(few_runs, tmp_path / "one") == written(few_runs, tmp_path / "other")
 
 
-def test_nothing_of_an_earlier_report_stays(few_runs: Path, tmp_path: Path) -> None:
+def test_nothing_of_an_earlier_report_stays_but_other_files_do(few_runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "own.png").touch()
     written(few_runs, tmp_path)
     for folder in few_runs.glob("latency-*"):
         (folder / "record.json").unlink()
     written(few_runs, tmp_path)
     assert [*tmp_path.glob("tables/latency*"), *tmp_path.glob("figures/latency*")] == []
+    assert (tmp_path / "figures" / "own.png").exists()
 
 
 def test_a_figure_without_data_says_what_would_make_it(few_runs: Path, tmp_path: Path) -> None:
@@ -127,6 +132,34 @@ def test_different_versions_are_told(runs: Path) -> None:
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     (note,) = make_report(str(runs)).notes
     assert note.startswith("torch differs:")
+
+
+def test_a_speed_beyond_its_limit_is_told(few_runs: Path) -> None:
+    (path,) = few_runs.glob("latency-*/record.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for value, told in ((0.9, 0), (1.5, 1)):
+        record["metrics"]["decode_fraction_of_limit"] = value
+        path.write_text(json.dumps(record), encoding="utf-8")
+        notes = make_report(str(few_runs)).notes
+        assert len([note for note in notes if "1.50 times as fast as its limit" in note]) == told
+
+
+def test_names_that_look_alike_as_files_are_told_apart() -> None:
+    drawings = [Drawing(file_name("a", name), name, "", (), Figure) for name in ("x y", "x_y", "x/y", "x" * 300)]
+    (group,) = named_apart([Group("title", drawings, "")])
+    names = [drawing.name for drawing in group.drawings]
+    assert names[:3] == ["a_x_y", "a_x_y_2", "a_x_y_3"]
+    assert len(names[3]) <= 120
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "<b>&amp;", "{{ 1 + 1 }}", "_x"])
+def test_any_name_of_a_model_is_shown_as_it_is(name: str, few_runs: Path, tmp_path: Path) -> None:
+    for path in few_runs.glob("*/record.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["config"]["model"]["name"] = name
+        path.write_text(json.dumps(record), encoding="utf-8")
+    page = written(few_runs, tmp_path)
+    assert html.escape(name) in page
 
 
 def test_one_method_has_one_colour_whatever_else_there_is() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Lab, plain_environment
+from lab import Lab, plain_environment
 from loopback import KEY, LoopbackWandb, StoredRun
 
 from analysis.frame import frame
