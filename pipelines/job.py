@@ -59,22 +59,15 @@ def job(cfg: DictConfig) -> None:
     global running
     running = True
     try:
-        call = HydraConfig.get()
-        command = shlex.join(["python", "-m", "pipelines.run", *call.overrides.task])
-        finished.extend(run(typed(cfg), call.runtime.choices.get("experiment"), command))
+        finished.extend(run(typed(cfg), HydraConfig.get().runtime.choices.get("experiment")))
     except UserError as error:
         failed.append(str(error))
         print(f"error: {error}", file=sys.stderr)
     running = False
 
 
-def run(config: RunConfig, experiment: str | None, command: str) -> list[tuple[str, Record]]:
+def run(config: RunConfig, experiment: str | None) -> list[tuple[str, Record]]:
     """Evaluate every method of a configuration, skipping those that have a record.
-
-    Args:
-        config: the checked configuration.
-        experiment: the preset it came from, if any.
-        command: the call in words, for the records.
 
     Returns:
         (method in words, record) of each method.
@@ -100,17 +93,12 @@ def run(config: RunConfig, experiment: str | None, command: str) -> list[tuple[s
             print(f"{folder.path}: finished before, skipped", file=sys.stderr)
     unfinished = {method: folder for method, folder in folders.items() if method not in records}
     if unfinished:
-        records |= _evaluate(config, kind, items, unfinished, experiment, command)
+        records |= _evaluate(config, kind, items, unfinished, experiment)
     return [(method.label, records[method]) for method in folders]
 
 
 def _evaluate(
-    config: RunConfig,
-    kind: ModuleType,
-    items: Any,
-    folders: dict[Method, RunFolder],
-    experiment: str | None,
-    command: str,
+    config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], experiment: str | None
 ) -> dict[Method, Record]:
     """Evaluate what is unfinished, and write each method's record when its last sample is there."""
     for method, folder in folders.items():
@@ -135,7 +123,7 @@ def _evaluate(
         }
         media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
-        origin = {"data": data_digests(config), "command": command}
+        origin = {"data": data_digests(config), "command": _command()}
         records[method] = folders[method].finish(
             run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
@@ -180,6 +168,11 @@ def _evaluate(
             if method not in records:
                 finish(method)
     return records
+
+
+def _command() -> str:
+    """The call of this job, as one would type it."""
+    return shlex.join(["python", "-m", "pipelines.run", *HydraConfig.get().overrides.task])
 
 
 def _told(batches: Batches, config: RunConfig, loaded: LoadedModel) -> Batches:
