@@ -112,7 +112,7 @@ def _read(folder: Path) -> Record | Problem:
         lines = 0
         if (folder / "samples.jsonl").is_file():
             lines = (folder / "samples.jsonl").read_bytes().count(b"\n")
-        return Problem(folder.name, "unfinished", f"no record.json, {lines} samples so far")
+        return Problem(folder.name, "unfinished", f"no record.json, {lines} samples so far{_failure(folder)}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -124,6 +124,15 @@ def _read(folder: Path) -> Record | Problem:
     if reason:
         return Problem(folder.name, "contradicted", reason)
     return dict(record)
+
+
+def _failure(folder: Path) -> str:
+    """Why a run failed, where its folder says so."""
+    try:
+        failed = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("failed")
+    except (OSError, ValueError, AttributeError):
+        failed = None
+    return f"; it failed: {failed}" if failed else ""
 
 
 def _contradiction(record: Record, path: Path) -> str | None:

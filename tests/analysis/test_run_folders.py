@@ -54,6 +54,15 @@ def test_a_missing_record_is_an_unfinished_run(runs: Path) -> None:
     assert folder.name not in [record["run_id"] for record in found.records]
 
 
+def test_an_unfinished_run_says_why_it_failed_if_that_is_known(runs: Path) -> None:
+    folder = folder_of(runs, "briefs-random_tiny-griffin-50")
+    (folder / "record.json").unlink()
+    for text, known in (('{"samples": 3, "failed": "out of memory"}', True), ("{", False), ('{"failed": null}', False)):
+        (folder / "state.json").write_text(text, encoding="utf-8")
+        (problem,) = read_run_folders([runs]).problems
+        assert problem.reason.endswith("it failed: out of memory") == known
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "running"}', "\udcff"])
 def test_a_damaged_record_is_told(text: str, runs: Path) -> None:
     folder = folder_of(runs, "briefs-random_tiny-griffin-50")
