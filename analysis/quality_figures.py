@@ -25,7 +25,7 @@ def against_sparsity(runs: pd.DataFrame, looks: Looks) -> Group:
         if pruned.empty:
             continue
         shown = metric(mine["metric"].iloc[0])
-        caption = f"{shown.label} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
+        caption = f"{shown.label[0].upper()}{shown.label[1:]} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
         if mine["sparsity"].isna().any():
             caption += " Runs with one sparsity per layer are in the tables only."
         drawings.append(
@@ -171,9 +171,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
         )
         for row in mine.itertuples():
             text = "per layer" if pd.isna(row.sparsity) else f"{100 * row.sparsity:g}"
-            axis.annotate(
-                text, (row.value_speed, row.value), (4, 4), textcoords="offset points", fontsize=8, color=colour
-            )
+            axis.annotate(text, (row.value_speed, row.value), (4, 4), textcoords="offset points", fontsize=8)
     if not dense.empty:
         value = dense["value"].iloc[0]
         axis.plot(1.0, value, marker="*", markersize=11, color=NEUTRAL, linestyle="none", label="dense")
