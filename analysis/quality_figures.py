@@ -25,7 +25,8 @@ def against_sparsity(runs: pd.DataFrame, looks: Looks) -> Group:
         if pruned.empty:
             continue
         shown = metric(mine["metric"].iloc[0])
-        caption = f"{shown.label[0].upper()}{shown.label[1:]} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
+        name = shown.label[0].upper() + shown.label[1:]
+        caption = f"{name} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
         if mine["sparsity"].isna().any():
             caption += " Runs with one sparsity per layer are in the tables only."
         drawings.append(
