@@ -17,8 +17,9 @@ Flat = dict[str, Any]
 # never heard of; but for what changes no number.
 _METHOD = ("statistic", "selection", "compensation", "budget", "sparsity", "mode", "shared_experts")
 _IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid")
-# What a record from before a key was there would have had; of the method, what means that nothing is done there.
-_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "shared_experts": False, "offset": 0}
+# What means that nothing is done there, and what a record from before a key was there would have had.
+_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "shared_experts": False}
+_LATER = {"offset": 0, "compile": False}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Flat:
@@ -52,8 +53,7 @@ def task_part(record: dict[str, Any]) -> Flat:
         task |= dict.fromkeys(("embedded_shots", "shots_file"))
     task |= {key: value for key, value in (environment.get("data") or {}).items() if task.get(key) is not None}
     part = flat({key: value for key, value in task.items() if key != "name"})
-    part |= {"offset": _PLAIN["offset"]}
-    part |= flat({key: value for key, value in config.items() if key not in (*_METHOD, *_IDLE)})
+    part |= _LATER | flat({key: value for key, value in config.items() if key not in (*_METHOD, *_IDLE)})
     part["device"] = environment.get("device")
     if task["kind"] == "latency":  # times are of one machine
         part |= {key: environment.get(key) for key in ("platform", "cpus")}
@@ -64,7 +64,6 @@ def method_part(record: dict[str, Any]) -> Flat:
     """What says how a run pruned; empty for dense."""
     config = record["config"]
     part = _PLAIN | {key: config[key] for key in _METHOD if config.get(key) is not None}
-    del part["offset"]
     return {} if is_dense(part.get("sparsity")) else part
 
 
