@@ -26,6 +26,21 @@ def options(out: Path, *more: str) -> list[str]:
     return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", *more]
 
 
+_finished: list[Path] = []
+
+
+@pytest.fixture
+def whole(call: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run, to be read and not to be changed."""
+    if not _finished:
+        out = tmp_path_factory.mktemp("flocking") / "out"
+        ended = call(*options(out))
+        assert ended.code == 0, ended.err
+        assert "others' halves" in ended.out
+        _finished.append(run_folder(out))
+    return _finished[0]
+
+
 def test_jaccard_is_shared_over_all() -> None:
     one, other = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 0], bool)
     assert jaccard(one, other) == pytest.approx(1 / 3)
@@ -61,12 +76,9 @@ def test_pairs_of_two_kinds_never_match_a_sequence_with_itself() -> None:
     assert between_sequences(one[:2], one[:2])[1] == pytest.approx([0.0, 0.0])
 
 
-def test_a_run_measures_the_models_own_experts(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    ended = call(*options(tmp_path / "out"))
-    assert ended.code == 0, ended.err
-    assert "others' halves" in ended.out
-    folder = run_folder(tmp_path / "out")
-    config = composed(*options(tmp_path / "out"))
+def test_a_run_measures_the_models_own_experts(whole: Path) -> None:
+    folder = whole
+    config = composed(*options(whole.parent))
     loaded = load(config.model, "cpu", 0)
     for sample, text in zip(read_samples(folder), read(config), strict=True):
         arrays = read_arrays(folder / sample["arrays"])
@@ -87,13 +99,11 @@ def test_a_run_measures_the_models_own_experts(call: Callable[..., Outcome], tmp
                 assert sample["token_energy"][name][layer] >= sample["kept_energy"][name][layer]
 
 
-def test_the_generation_is_the_dense_models_own(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*options(tmp_path / "out", "limit=1"))
-    folder = run_folder(tmp_path / "out")
-    (sample,) = read_samples(folder)
-    arrays = read_arrays(folder / "arrays" / "0.npz")
+def test_the_generation_is_the_dense_models_own(whole: Path) -> None:
+    sample = read_samples(whole)[0]
+    arrays = read_arrays(whole / "arrays" / "0.npz")
     assert arrays is not None
-    config = composed(*options(tmp_path / "out"))
+    config = composed(*options(whole.parent))
     loaded = load(config.model, "cpu", 0)
     ids = torch.tensor([loaded.encode(read(config)[0].text)[:48]])
     text = loaded.model.generate(
@@ -114,9 +124,8 @@ def test_the_generation_is_the_dense_models_own(call: Callable[..., Outcome], tm
     assert "permuted_sets_generation" not in arrays
 
 
-def test_the_record_is_the_mean_of_what_the_samples_say(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*options(tmp_path / "out"))
-    folder = run_folder(tmp_path / "out")
+def test_the_record_is_the_mean_of_what_the_samples_say(whole: Path) -> None:
+    folder = whole
     record, samples = read_record(folder), read_samples(folder)
     metrics = record["metrics"]
     assert record["config"]["sparsity"] == 0.0
@@ -131,9 +140,8 @@ def test_the_record_is_the_mean_of_what_the_samples_say(call: Callable[..., Outc
     assert not any(isinstance(value, float) and math.isnan(value) for value in metrics.values())
 
 
-def test_what_is_to_be_looked_at_is_in_the_run_folder(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*options(tmp_path / "out"))
-    folder = run_folder(tmp_path / "out")
+def test_what_is_to_be_looked_at_is_in_the_run_folder(whole: Path) -> None:
+    folder = whole
     names = {path.stem for path in (folder / "figures").glob("*.png")}
     assert names == {path.stem for path in (folder / "figures").glob("*.pdf")}
     assert {"jaccard_sequences", "jaccard_halves", "jaccard_generation", "scores"} < names
@@ -172,10 +180,7 @@ def test_a_bos_token_stays_in_front() -> None:
         assert loaded.tokenizer.bos_token_id not in control[1:]
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*options(tmp_path / "whole"))
-    whole = run_folder(tmp_path / "whole")
-
+def test_a_resumed_run_equals_an_undisturbed_one(whole: Path, call: Callable[..., Outcome], tmp_path: Path) -> None:
     def cut_off(folder: Path) -> None:
         text = (folder / "samples.jsonl").read_text(encoding="utf-8")
         (folder / "samples.jsonl").write_text(text[: len(text) // 2], encoding="utf-8")
@@ -219,11 +224,10 @@ def test_json_lines_give_a_sequence_a_row_and_short_ones_are_skipped(
     assert "jaccard_sequences_natural" not in metrics  # takes two
 
 
-def test_the_method_counts_for_nothing(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*options(tmp_path / "out"))
-    ended = call(*options(tmp_path / "out", "grid.statistic=[magnitude,random]", "grid.sparsity=[0.5,0.75]"))
+def test_the_method_counts_for_nothing(whole: Path, call: Callable[..., Outcome]) -> None:
+    ended = call(*options(whole.parent, "grid.statistic=[magnitude,random]", "grid.sparsity=[0.5,0.75]"))
     assert ended.code == 0
-    assert len(ended.lines(str(run_folder(tmp_path / "out")))) == 1  # finished before, skipped
+    assert len(ended.lines(str(whole))) == 1  # finished before, skipped
 
 
 @pytest.mark.parametrize(
