@@ -82,9 +82,11 @@ def evaluate(
     task = config.task
     (method,) = methods
     try:
-        find_feedforward_blocks(loaded.model)
+        widths = {block.width for block in find_feedforward_blocks(loaded.model)}
     except UnsupportedModelError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
+    if len(widths) > 1:
+        raise UserError(f"model={config.model.name}: layers of different widths {sorted(widths)}; flocking takes one")
     if task.sequence_length + task.max_new_tokens > loaded.context_length:
         raise UserError(
             f"task.sequence_length={task.sequence_length} with task.max_new_tokens={task.max_new_tokens}: "
@@ -109,14 +111,22 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
-    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B."""
+    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     measured = sorted((sample for sample in samples if "skipped" not in sample), key=lambda sample: sample["index"])
     if not measured:
         return Media()
     rows = layer_table(measured)
     lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
-    (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Media(save_figures(folder / "figures", measured, rows, config.task.kept), {"layers": rows})
+    try:
+        (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        figures = save_figures(folder / "figures", measured, rows, config.task.kept)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {error.filename or folder}: {error.strerror}") from error
+    return Media(figures, {"layers": rows})
 
 
 def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) -> Iterator[tuple[Text, list[int]]]:
