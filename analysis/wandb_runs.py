@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import requests
 import wandb
 
 from analysis.run_folders import Problem, Record, Runs, fault
@@ -47,7 +46,7 @@ def read_wandb(path: str) -> Runs:
             records.append(record)
             if record["config"]["task"]["kind"] == "flocking":
                 layers[run.id] = _layer_rows(run)
-    except (wandb.Error, requests.RequestException, ValueError, OSError) as error:
+    except (wandb.Error, ValueError, OSError) as error:  # those of its HTTP library are OSErrors
         reason = " ".join(str(error).split())
         raise UserError(f"runs=wandb:{path}: cannot be read ({reason})") from error
     if not found:
