@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import time
 import traceback
@@ -23,11 +24,11 @@ from tqdm import tqdm
 
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError, out_of_memory
-from pipelines.methods import Method, identity, methods, pruner_options, run_config
+from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
 from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
 from pipelines.points import Point
 from pipelines.records import Record, RunFolder, run_id
-from pipelines.tracking import Tracker, track
+from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 #   read(config) -> items                                        from data alone, before a model is loaded
 #   evaluate(loaded, items, config, methods, done) -> batches    (method, samples) as they come, without those done
 #   metrics(samples) -> {name: number}                           over all samples of one method
-# and may have versions(items) -> what else belongs into the record's environment.
+# and may have versions(items) -> what else belongs into the record's environment,
+# and media(folder, samples, config) -> Media, what there is to look at, drawn into the run folder.
 KINDS = {
     "generation": "pipelines.generation",
     "classification": "pipelines.harness",
@@ -44,6 +46,7 @@ KINDS = {
     "perplexity": "pipelines.perplexity",
     "fidelity": "pipelines.fidelity",
     "latency": "pipelines.latency",
+    "flocking": "pipelines.flocking",
 }
 
 # What became of the runs of each point of this call, for the summary at its end: a sweep or a single job puts it here.
@@ -167,11 +170,13 @@ def _evaluate(
             "load_seconds": load_seconds,
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
         }
+        media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
+        origin = {"data": data_digests(config), "command": _command()}
         records[method] = folders[method].finish(
-            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions
+            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
-        trackers[method].finish(records[method], samples[method])
+        trackers[method].finish(records[method], samples[method], media)
         if not records[method]["metrics"]["samples"]:
             reason = samples[method][0]["skipped"] if samples[method] else "no data"
             tqdm.write(f"warning: {folders[method].path}: no sample, all prompts skipped ({reason})", file=sys.stderr)
@@ -215,6 +220,11 @@ def _evaluate(
                 finish(method)
         for refusal in refusals.values():
             raise UserError(f"model={config.model.name}: {refusal}")  # the first: of one model they are alike
+
+
+def _command() -> str:
+    """The call of this job, as one would type it."""
+    return shlex.join(["python", "-m", "pipelines.run", *HydraConfig.get().overrides.task])
 
 
 def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:

@@ -16,6 +16,9 @@ from pipelines.data import EMBEDDED, digest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# A file named on the command line is read instead of what the task's file names.
+_INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -48,6 +51,8 @@ class Method:
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods of a call: its grid, or the root's one; all of sparsity 0 are the one dense run."""
+    if config.task.kind == "flocking":  # looks at the dense model
+        return [Method(config.statistic, config.selection, 0.0)]
     points: list[Method] = []
     for statistic, compensation, budget, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],
@@ -88,17 +93,10 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     """
     plain = run_config(config, method)
     task = plain["task"]
-    for local, unused_source in (("data_files", ("embedded", "hub")), ("shots_file", ("embedded_shots",))):
+    for local, unused in _INSTEAD_OF.items():
         if task.get(local) is not None:
-            task |= dict.fromkeys(unused_source)
-    for key, folder in (
-        ("data_files", Path()),
-        ("shots_file", Path()),
-        ("embedded", EMBEDDED),
-        ("embedded_shots", EMBEDDED),
-    ):
-        if task.get(key) is not None:
-            task[key] = digest(folder / task[key])
+            task |= dict.fromkeys(unused)
+    task |= data_digests(config)
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate",)),
@@ -108,6 +106,18 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
         for key in unused:
             where.pop(key, None)
     return plain | {"device": device, "sparsity": 0.0 if method.dense else plain["sparsity"]}
+
+
+def data_digests(config: RunConfig) -> dict[str, str]:
+    """The files that a run reads, by the keys that name them, as digests of their content."""
+    task = config.task
+    unread = {key for local, keys in _INSTEAD_OF.items() if getattr(task, local, None) is not None for key in keys}
+    folders = {"data_files": Path(), "shots_file": Path(), "embedded": EMBEDDED, "embedded_shots": EMBEDDED}
+    return {
+        key: digest(folder / getattr(task, key))
+        for key, folder in folders.items()
+        if key not in unread and getattr(task, key, None) is not None
+    }
 
 
 def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     <output_dir>/<run_id>/config.yaml     the resolved configuration, written first
                           samples.jsonl   one line per sample, appended as the run goes
                           state.json      until there is a record: how many samples it will be, and why it failed
+                          arrays/N.npz    the arrays of sample N, where its kind of task keeps any
                           record.json     written last and in one step: a run with a record is finished
                           .lock           locked by the process that writes here; gone with the record
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,11 +24,14 @@ import platform
 import re
 import secrets
 import statistics
+import zipfile
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
@@ -174,24 +179,40 @@ class RunFolder:
                 break
             if sample["index"] in samples:
                 break
+            if "arrays" in sample:
+                arrays = read_arrays(self.path / sample["arrays"])
+                if arrays is None:
+                    break
+                sample["arrays"] = arrays
             samples[sample["index"]] = sample
             whole += len(line)
         return list(samples.values()), whole
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """Append samples, and return once they are on disk.
+        """Append samples, and return once they are on disk; a sample's `arrays` go into a file of their own, first.
 
         Raises:
             UserError: the file cannot be written, for example because the disk is full.
         """
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         try:
+            written = [
+                sample | {"arrays": self._write_arrays(sample)} if "arrays" in sample else sample for sample in samples
+            ]
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in written)
             with self._samples.open("a", encoding="utf-8") as file:
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise _unwritable(self._samples, error) from error
+
+    def _write_arrays(self, sample: Sample) -> str:
+        name = f"arrays/{sample['index']}.npz"
+        (self.path / "arrays").mkdir(exist_ok=True)
+        content = io.BytesIO()
+        np.savez_compressed(content, **sample["arrays"])
+        write_in_one_step(self.path / name, content.getvalue())
+        return name
 
     def finish(
         self,
@@ -229,6 +250,15 @@ class RunFolder:
         return record
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of one sample; None where the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error (0 for a single value).
 
@@ -259,12 +289,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_in_one_step(path: Path, text: str) -> None:
+def write_in_one_step(path: Path, content: str | bytes) -> None:
     """Replace the file's content, so that whoever reads it meets the old or the new one, and never half of it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers are alike between nodes
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

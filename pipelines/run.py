@@ -17,9 +17,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from pipelines import config, job
 from pipelines.errors import UserError
 from pipelines.outcomes import FAILED, outcome_table
-from pipelines.summary import latency_table, perplexity_table, summary_table
+from pipelines.summary import flocking_table, latency_table, perplexity_table, summary_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+TABLES = (summary_table, perplexity_table, latency_table, flocking_table)
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     outcomes = [one for point in job.outcomes for one in point]
     rows = [(one.method, record) for one in outcomes if (record := one.record()) is not None]
     if rows:
-        tables = [table(rows) for table in (summary_table, perplexity_table, latency_table)]
+        tables = [table(rows) for table in TABLES]
         print("\n" + "\n\n".join(table for table in tables if table))
         print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in rows}))}")
     if len(job.outcomes) > 1:

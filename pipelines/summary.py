@@ -13,9 +13,10 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
     """One line per run: the method, every metric that has a standard error with it, and time.
 
     Args:
-        rows: (method in words, record) of each run; those of latency have a table of their own.
+        rows: (method in words, record) of each run; those of latency and flocking have a table of their own.
     """
-    rows = [(method, record) for method, record in rows if record["config"]["task"]["kind"] != "latency"]
+    own = ("latency", "flocking")
+    rows = [(method, record) for method, record in rows if record["config"]["task"]["kind"] not in own]
     if not rows:
         return None
     errors = dict.fromkeys(name for _, record in rows for name in record["metrics"] if name.endswith("_stderr"))
@@ -64,6 +65,30 @@ def latency_table(rows: Sequence[tuple[str, Record]]) -> str | None:
     if not lines:
         return None
     return tabulate(lines, headers=["model", "method", "tokens", *names.values()], disable_numparse=True)
+
+
+def flocking_table(rows: Sequence[tuple[str, Record]]) -> str | None:
+    """Jaccard similarities of the top-k sets, averaged over layers: one line per run and kind of text."""
+    names = {
+        "jaccard_sequences": "sequences",
+        "jaccard_halves": "own halves",
+        "jaccard_other_halves": "others' halves",
+        "jaccard_generation": "own generation",
+        "jaccard_other_generation": "others' generation",
+        "kept_energy": "energy in top k",
+    }
+    lines = []
+    for _, record in rows:
+        config, metrics = record["config"], record["metrics"]
+        if config["task"]["kind"] == "flocking":
+            for text in ("natural", "permuted", "random"):
+                cells = [_with_error(metrics, f"{name}_{text}") for name in names]
+                where = [config["model"]["name"], config["task"]["name"], f"{100 * config['task']['kept']:g}%", text]
+                lines.append([*where, *cells, metrics["samples"]])
+    if not lines:
+        return None
+    headers = ["model", "task", "top k", "text", *names.values(), "samples"]
+    return tabulate(lines, headers=headers, disable_numparse=True, tablefmt="simple")
 
 
 def _with_error(metrics: dict[str, float], name: str) -> str:

@@ -124,10 +124,39 @@ class LatencyTask:
         self.generation_lengths = self.generation_lengths or ([128, 2048] if gpu else [32])
 
 
+@dataclass
+class FlockingTask:
+    """How alike the relative activations of a text's tokens are: heatmaps, scores and Jaccard similarities of the
+    dense model, beside permuted and random tokens."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("which pipeline runs the task, and the job type in W&B", "flocking")
+    embedded: str | None = described("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = described("a text file, cut into sequences; or .jsonl, a sequence per row", None)
+    text_field: str = described("the field that holds the text, in JSON Lines", "text")
+    sequence_length: int = described("tokens of a sequence, at most", 256)
+    max_new_tokens: int = described("tokens that the model continues each sequence with", 32)
+    kept: float = described("share of a layer's neurons in its top-k set", 0.5)
+    heatmap_tokens: int = described("heatmaps show the first N tokens", 128)
+    heatmap_neurons: int = described("heatmaps show the first M neurons", 128)
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("flocking",))
+        is_file("task.data_files", self.data_files)
+        if not (self.embedded or self.data_files):
+            raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
+        at_least("task.sequence_length", self.sequence_length, 16)
+        for key in ("max_new_tokens", "heatmap_tokens", "heatmap_neurons"):
+            at_least(f"task.{key}", getattr(self, key), 1)
+        if not 0 < self.kept < 1:
+            raise UserError(f"task.kept={self.kept}: expected a share, 0 < kept < 1")
+
+
 # The schemas that the files in conf/task extend, by name.
 TASKS = {
     "generation_task": GenerationTask,
     "harness_task": HarnessTask,
     "perplexity_task": PerplexityTask,
     "latency_task": LatencyTask,
+    "flocking_task": FlockingTask,
 }

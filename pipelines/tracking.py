@@ -8,16 +8,32 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipelines.config import WandbConfig
 from pipelines.errors import UserError
 from pipelines.records import Record, Sample
 
+if TYPE_CHECKING:
+    from pipelines.config import WandbConfig
+
 _CONNECT_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Media:
+    """What is to be looked at of a run.
+
+    Attributes:
+        images: PNG files; their names without the suffix are their keys in W&B.
+        tables: name -> rows with the same keys.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 class Tracker:
@@ -32,18 +48,34 @@ class Tracker:
         if self._run is not None:
             self._run.log({"samples_done": done, **values}, step=done)
 
-    def finish(self, record: Record, samples: list[Sample]) -> None:
-        """The record's metrics and timing into the summary, the samples as a table; then the run is closed."""
+    def finish(self, record: Record, samples: list[Sample], media: Media) -> None:
+        """The record into the summary, samples and media as tables and images; then the run is closed.
+
+        Metrics and timing are keys of their own, for charts. The whole of the record beside them is what the analysis
+        reads back: the summary also keeps what was logged on the way.
+        """
+        rows = [{key: value for key, value in sample.items() if key != "arrays"} for sample in samples]
+        self.show(Media(media.images, {"samples": rows, **media.tables}))
+        if self._run is not None:
+            with _files_in(self._folder):
+                parts = ("metrics", "timing", "environment")
+                self._run.summary.update({**record["metrics"], **record["timing"]})
+                self._run.summary.update({"record": json.dumps({part: record[part] for part in parts})})
+            self.close(0)
+
+    def show(self, media: Media) -> None:
+        """Images and tables, under `<name>_image` and `<name>_table`: a number may have the name itself."""
         if self._run is None:
             return
         import wandb
 
-        columns = list(dict.fromkeys(key for sample in samples for key in sample))
-        table = wandb.Table(columns=columns, data=[[_cell(sample.get(key)) for key in columns] for sample in samples])
+        shown: dict[str, Any] = {f"{path.stem}_image": wandb.Image(str(path)) for path in media.images}
+        for name, rows in media.tables.items():
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+            shown[f"{name}_table"] = wandb.Table(columns=columns, data=cells)
         with _files_in(self._folder):
-            self._run.log({"samples_table": table})  # `samples` is a number in the summary
-            self._run.summary.update({**record["metrics"], **record["timing"]})
-        self.close(0)
+            self._run.log(shown)
 
     def close(self, exit_code: int) -> None:
         """Close the run, unless it is closed."""

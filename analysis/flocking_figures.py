@@ -1,0 +1,103 @@
+"""Figures of flocking, drawn anew from what the runs kept."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.drawing import Drawing, Group, file_name
+from analysis.run_folders import Runs
+from pipelines.flocking_figures import MEASURES, heatmap_figure, jaccard_figure, score_figure, shown_layers
+from pipelines.records import Sample, read_arrays
+
+_CAPTIONS = {
+    "jaccard_sequences": "How alike the top-k sets of different texts are, averaged over all pairs",
+    "jaccard_halves": "How alike the top-k sets of a text's first and second half are, and those of different texts",
+    "jaccard_generation": "How alike the top-k sets of a text and of what the dense model continues it with are, "
+    "and with what it continues other texts with",
+}
+
+
+def flocking(runs: Runs, labels: dict[str, tuple[str, str]]) -> Group:
+    """Jaccard curves, scores and heatmaps of every flocking run.
+
+    Args:
+        runs: with their folders; a run without one has curves only if its rows were read from W&B.
+        labels: run id -> (model, task) as the tables name them.
+    """
+    drawings: list[Drawing] = []
+    for record in runs.records:
+        if record["config"]["task"]["kind"] == "flocking":
+            drawings += _drawings(record, runs, labels[record["run_id"]])
+    return Group("Flocking", drawings, "python -m pipelines.run task=flocking")
+
+
+def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Iterator[Drawing]:
+    run_id, kept = record["run_id"], record["config"]["task"]["kept"]
+    model, task = label
+    rows = _layer_rows(runs, run_id)
+    for measure, (words, _) in MEASURES.items():
+        if any(row["measure"] == measure for row in rows):
+            yield Drawing(
+                file_name("flocking", measure, model, task),
+                f"{words[0].upper()}{words[1:]}, {model}",
+                f"{_CAPTIONS[measure]}; {task}, bands: ± standard error. Permuted: the same tokens in random order. "
+                "Random: tokens drawn from the vocabulary.",
+                (run_id,),
+                functools.partial(jaccard_figure, rows, measure, kept),
+            )
+    samples = _samples(runs.folders.get(run_id))
+    if not samples:
+        return
+    scores = np.stack([sample["arrays"]["natural_scores"] for sample in samples])
+    yield Drawing(
+        file_name("flocking_scores", model, task),
+        f"Scores, {model}",
+        f"GRIFFIN's scores of all neurons of a layer in falling order, the mean of {len(samples)} texts of {task}.",
+        (run_id,),
+        functools.partial(score_figure, scores),
+    )
+    if "natural_heatmap" not in samples[0]["arrays"]:
+        return
+    for layer in shown_layers(scores.shape[1]):
+        for ordered in (False, True):
+            order = ", neurons sorted by their score in text A" if ordered else ""
+            yield Drawing(
+                file_name("flocking_heatmap", model, task, f"layer{layer:02d}", *(["sorted"] if ordered else [])),
+                f"Relative activations, {model}, layer {layer}{order}",
+                f"First tokens and neurons, every token's row divided by its norm; {task}. Upright lines are "
+                "flocking: a neuron that is strong for token after token.",
+                (run_id,),
+                functools.partial(heatmap_figure, samples, layer, ordered),
+            )
+
+
+def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
+    """The measures by layer: read from W&B, or from the run folder's layers.csv."""
+    if run_id in runs.layers:
+        return runs.layers[run_id]
+    folder = runs.folders.get(run_id)
+    if folder is None or not (folder / "layers.csv").is_file():
+        return []
+    with (folder / "layers.csv").open(encoding="utf-8", newline="") as file:
+        found: list[dict[str, Any]] = list(csv.DictReader(file))
+    return [row | {key: float(row[key]) for key in ("layer", "value", "stderr")} for row in found]
+
+
+def _samples(folder: Path | None) -> list[Sample]:
+    """The samples of a run folder that have their arrays, by index."""
+    if folder is None or not (folder / "samples.jsonl").is_file():
+        return []
+    samples = []
+    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n"):
+        sample = json.loads(line) if line else {}
+        arrays = read_arrays(folder / sample["arrays"]) if "arrays" in sample else None
+        if arrays is not None:
+            samples.append(sample | {"arrays": arrays})
+    return sorted(samples, key=lambda sample: sample["index"])

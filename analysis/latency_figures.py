@@ -1,0 +1,56 @@
+"""Figures of latency: how fast decoding is, beside the limit that memory traffic sets."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.drawing import Drawing, Group, Looks, file_name
+from analysis.frame import select
+from pipelines.figure_style import NEUTRAL, new_figure
+
+
+def bars(runs: pd.DataFrame, looks: Looks) -> Group:
+    """One figure per model, latency task and pair of lengths."""
+    runs = select(runs, kind="latency")
+    runs = runs[runs["metric"].isin(["decode_speedup", "decode_limit"]) & runs["prompt_length"].notna()]
+    drawings = []
+    for (model, task, prompt, generation), mine in runs.groupby(
+        ["model", "task", "prompt_length", "generation_length"], sort=True
+    ):
+        drawings.append(
+            Drawing(
+                file_name("latency", model, task, f"p{prompt:g}_g{generation:g}"),
+                f"Decode speed-up, {model}",
+                f"{task}: {prompt:g} prompt and {generation:g} generated tokens, medians. The upright mark at a "
+                "bar's end is the limit of memory traffic: bytes of weights read per token, dense over pruned.",
+                tuple(dict.fromkeys(mine["run_id"])),
+                functools.partial(_figure, mine, looks),
+            )
+        )
+    command = "python -m pipelines.run task=latency 'grid.statistic=[griffin]' 'grid.sparsity=[0.25,0.5,0.75]'"
+    return Group("Decode speed and its limit", drawings, command)
+
+
+def _figure(runs: pd.DataFrame, looks: Looks) -> Figure:
+    table = runs.pivot(index=["family", "sparsity", "method"], columns="metric", values="value").reset_index()
+    table = table.sort_values(["family", "sparsity"], ascending=[True, True])
+    figure, axis = new_figure(height=1.1 + 0.34 * len(table))
+    places = np.arange(len(table))
+    axis.barh(places, table["decode_speedup"], height=0.62, color=[looks.colour(family) for family in table["family"]])
+    for place, row in zip(places, table.itertuples(), strict=True):
+        axis.text(0.03, place, f"{row.decode_speedup:.2f}", va="center", color="#0d1117", fontsize=8, fontweight="bold")
+        axis.plot(
+            [row.decode_limit] * 2, [place - 0.38, place + 0.38], color=axis.spines["left"].get_edgecolor(), lw=2.5
+        )
+    axis.plot([], [], color=axis.spines["left"].get_edgecolor(), lw=2.5, label="memory-traffic limit")
+    axis.axvline(1.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
+    axis.set_yticks(places, table["method"])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("decode speed-up over dense (x)")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure

@@ -1,0 +1,76 @@
+"""What the metrics of the records are called, measured in, and which way is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        label: in tables and on axes.
+        unit: empty for a plain ratio.
+        better: 1 where higher is better, -1 where lower is, 0 where neither is said.
+        digits: decimals printed, as in the summary that a run ends with.
+    """
+
+    label: str
+    unit: str = ""
+    better: int = 0
+    digits: int = 4
+
+    @property
+    def axis(self) -> str:
+        """The label with its unit and direction, for an axis."""
+        direction = {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
+        name = f"{self.label} ({self.unit})" if self.unit else self.label
+        end = ", " if len(name) < 22 else ",\n"
+        return f"{name}{end}{direction}" if direction else name
+
+    def text(self, value: float) -> str:
+        """The value with this metric's digits."""
+        return f"{value:.{self.digits}f}"
+
+
+# In the order in which tables show them; the first of a task is its headline.
+METRICS = {
+    "rouge1": Metric("ROUGE-1", "F x 100", 1, 2),
+    "rouge2": Metric("ROUGE-2", "F x 100", 1, 2),
+    "rougeL": Metric("ROUGE-L", "F x 100", 1, 2),
+    "acc": Metric("accuracy", "", 1),
+    "acc_norm": Metric("accuracy, length-normalised", "", 1),
+    "f1": Metric("F1", "", 1),
+    "em": Metric("exact match", "", 1),
+    "perplexity": Metric("perplexity", "", -1, 2),
+    "kl": Metric("KL(dense ‖ pruned)", "nats", -1),
+    "top1_agreement": Metric("top-1 agreement", "", 1),
+    "decode_speedup": Metric("decode speed-up", "x", 1, 2),
+    "decode_limit": Metric("memory-traffic limit", "x", 0, 2),
+    "decode_fraction_of_limit": Metric("share of the limit", "", 1, 2),
+    "total_speedup": Metric("total speed-up", "x", 1, 2),
+    "prompt_overhead": Metric("prompt overhead / dense prefill", "", -1, 3),
+    "compaction_vs_memcpy": Metric("compaction / memcpy", "", -1, 2),
+    "breakeven_tokens": Metric("break-even", "tokens", -1, 1),
+    "dense_decode_ms": Metric("dense decoding", "ms/token", 0, 2),
+    "pruned_decode_ms": Metric("pruned decoding", "ms/token", -1, 2),
+    "jaccard_sequences": Metric("Jaccard of different sequences"),
+    "jaccard_halves": Metric("of a sequence's halves"),
+    "jaccard_other_halves": Metric("of different sequences' halves"),
+    "jaccard_generation": Metric("of prompt and generation"),
+    "jaccard_other_generation": Metric("of prompt and another's generation"),
+    "kept_energy": Metric("energy in the sequence's top k"),
+    "token_energy": Metric("energy in each token's own top k"),
+}
+
+
+def metric(name: str) -> Metric:
+    """How a metric is shown; one that is not known is shown under its own name, without a direction."""
+    return METRICS.get(name, Metric(name))
+
+
+def order(name: str) -> tuple[int, str]:
+    """A key that sorts metrics as tables show them."""
+    names = list(METRICS)
+    return (names.index(name) if name in names else len(names), name)

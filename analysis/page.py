@@ -1,0 +1,71 @@
+"""The report as one HTML page: nothing to fetch, no script, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from analysis.drawing import file_name
+
+if TYPE_CHECKING:
+    from analysis.report import Report
+
+_VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform", "device")
+
+
+def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
+    """The page's HTML.
+
+    Args:
+        report: what it shows.
+        pictures: by the name of a drawing, its SVG in the light and in the dark theme.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    words = {row.run_id: row for row in report.frame.drop_duplicates("run_id").itertuples()}
+    runs = [_run(record, words.get(record["run_id"])) for record in report.runs.records]
+
+    return environment.get_template("report.html.j2").render(
+        source=report.source,
+        runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
+        problems=report.runs.problems,
+        notes=report.notes,
+        tables=report.tables,
+        groups=report.groups,
+        images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
+        anchor=file_name,
+        commands=lambda run_ids: _commands(report, run_ids),
+    )
+
+
+def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:
+    environment = record["environment"]
+    return {
+        "id": record["run_id"],
+        "model": row.model if row else record["config"]["model"]["name"],
+        "task": row.task if row else record["config"]["task"]["name"],
+        "method": row.method if row else "",
+        "command": environment.get("command"),
+        "versions": [(name, environment[name]) for name in _VERSIONS if environment.get(name) is not None],
+        "samples": record["metrics"].get("samples"),
+        "seconds": record["timing"].get("seconds"),
+    }
+
+
+def _commands(report: Report, run_ids: Sequence[str]) -> list[str]:
+    """What made some runs, each command once."""
+    wanted = {*run_ids}
+    found = (record["environment"].get("command") for record in report.runs.records if record["run_id"] in wanted)
+    return list(dict.fromkeys(command for command in found if command))
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

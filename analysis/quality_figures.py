@@ -1,0 +1,206 @@
+"""Figures of quality: against sparsity, by length, and against decode speed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.drawing import Drawing, Group, Looks, file_name
+from analysis.frame import select
+from analysis.metrics import metric, order
+from analysis.tables import QUALITY
+from pipelines.figure_style import NEUTRAL, new_figure
+
+_GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
+
+
+def against_sparsity(runs: pd.DataFrame, looks: Looks) -> Group:
+    """One figure per model and task: its headline metric against sparsity, a line for each method."""
+    drawings = []
+    for (model, task), mine in _headlines(runs):
+        pruned = mine[(mine["family"] != "dense") & mine["sparsity"].notna()]
+        if pruned.empty:
+            continue
+        shown = metric(mine["metric"].iloc[0])
+        name = shown.label[0].upper() + shown.label[1:]
+        caption = f"{name} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
+        if mine["sparsity"].isna().any():
+            caption += " Runs with one sparsity per layer are in the tables only."
+        drawings.append(
+            Drawing(
+                file_name("sparsity", model, task),
+                f"{task}, {model}",
+                caption,
+                _ids(mine),
+                functools.partial(_sparsity_figure, mine, looks),
+            )
+        )
+    return Group("Quality against sparsity", drawings, f"python -m pipelines.run task=fidelity {_GRID}")
+
+
+def by_length(runs: pd.DataFrame, looks: Looks) -> Group:
+    """Two figures per model and perplexity task: by prompt length, and by generation length."""
+    runs = select(runs, kind="perplexity", metric="perplexity")
+    runs = runs[runs["prompt_length"].notna()]
+    drawings = []
+    for (model, task), mine in runs.groupby(["model", "task"], sort=True):
+        for along, fixed, words in (
+            ("prompt_length", "generation_length", "generated"),
+            ("generation_length", "prompt_length", "prompt"),
+        ):
+            longest = mine[fixed].max()
+            rows = mine[mine[fixed] == longest]
+            if rows[along].nunique() > 1:
+                name = along.replace("_", " ")
+                drawings.append(
+                    Drawing(
+                        file_name("perplexity_by", along, model, task),
+                        f"Perplexity by {name}, {model}",
+                        f"{model} on {task}, with {longest:g} {words} tokens throughout; bars: ± standard error.",
+                        _ids(rows),
+                        functools.partial(_length_figure, rows, along, looks),
+                    )
+                )
+    command = "python -m pipelines.run experiment=paper_lengths limit=8"
+    return Group("Perplexity by prompt and generation length", drawings, command)
+
+
+def against_speed(runs: pd.DataFrame, looks: Looks) -> Group:
+    """One figure per model, task and latency task: quality against decode speed, for methods that have both."""
+    speeds = select(runs, kind="latency", metric="decode_speedup")
+    drawings = []
+    for (model, task), mine in _headlines(runs):
+        for timed, speed in speeds[speeds["model"] == model].groupby("task", sort=True):
+            longest = speed[["prompt_length", "generation_length"]].max()
+            speed = speed[(speed[["prompt_length", "generation_length"]] == longest).all(axis=1)]
+            both = mine.merge(speed[["method", "value", "run_id"]], on="method", suffixes=("", "_speed"))
+            if both.empty:
+                continue
+            prompt, generation = longest
+            drawings.append(
+                Drawing(
+                    file_name("pareto", model, task, str(timed)),
+                    f"{task} against speed, {model}",
+                    f"Decode speed-up of {timed} with {prompt:g} + {generation:g} tokens; numbers are sparsities "
+                    "in %. The grey line joins the methods that no other beats in both.",
+                    (*_ids(mine[mine["family"] == "dense"]), *_ids(both), *dict.fromkeys(both["run_id_speed"])),
+                    functools.partial(_pareto_figure, mine, both, looks),
+                )
+            )
+    command = f"python -m pipelines.run task=latency model=MODEL {_GRID.replace('[0,', '[')}"
+    return Group("Quality against decode speed", drawings, f"{command}, with MODEL as in the quality runs")
+
+
+def _headlines(runs: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """Per model and quality task, the rows of its first metric."""
+    runs = runs[runs["kind"].isin(QUALITY) & runs["stderr"].notna() & runs["prompt_length"].isna()]
+    found = []
+    for (model, task), mine in runs.groupby(["model", "task"], sort=True):
+        first = min(mine["metric"], key=order)
+        found.append(((str(model), str(task)), mine[mine["metric"] == first]))
+    return found
+
+
+def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
+    figure, axis = new_figure()
+    dense = runs[runs["family"] == "dense"]
+    for family, mine in runs[(runs["family"] != "dense") & runs["sparsity"].notna()].groupby("family", sort=True):
+        line = pd.concat([dense, mine]).sort_values("sparsity")
+        axis.errorbar(
+            *(100 * line["sparsity"], line["value"], line["stderr"]),
+            color=looks.colour(str(family)),
+            marker=looks.marker(str(family)),
+            capsize=2,
+            elinewidth=1,
+            label=family,
+        )
+    _dense_line(axis, dense)
+    axis.set_xlabel("FF sparsity (%)")
+    axis.set_ylabel(metric(runs["metric"].iloc[0]).axis)
+    _scale(axis, runs)
+    axis.legend()
+    return figure
+
+
+def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
+    figure, axis = new_figure()
+    for method, mine in runs.groupby("method", sort=False):
+        mine = mine.sort_values(along)
+        family = mine["family"].iloc[0]
+        axis.errorbar(
+            *(mine[along], mine["value"], mine["stderr"]),
+            color=looks.colour(family),
+            marker=looks.marker(family),
+            linestyle="--" if family == "dense" else "-",
+            capsize=2,
+            elinewidth=1,
+            label=method,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(runs[along].unique()), [f"{value:g}" for value in sorted(runs[along].unique())])
+    axis.minorticks_off()
+    axis.set_xlabel(f"{along.replace('_', ' ')} (tokens)")
+    axis.set_ylabel(metric("perplexity").axis)
+    _scale(axis, runs)
+    axis.legend()
+    return figure
+
+
+def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> Figure:
+    figure, axis = new_figure()
+    shown = metric(quality["metric"].iloc[0])
+    dense = quality[quality["family"] == "dense"]
+    points = [(1.0, float(value)) for value in dense["value"]]
+    points += list(zip(both["value_speed"], both["value"], strict=True))
+    if shown.better:
+        front = [one for one in points if not any(_dominates(other, one, shown.better) for other in points)]
+        axis.plot(*zip(*sorted(front), strict=True), color=NEUTRAL, linewidth=4, alpha=0.35, solid_capstyle="round")
+    for family, mine in both.groupby("family", sort=True):
+        mine = mine.sort_values("sparsity")
+        colour, marker = looks.colour(str(family)), looks.marker(str(family))
+        axis.errorbar(
+            *(mine["value_speed"], mine["value"], mine["stderr"]),
+            color=colour,
+            marker=marker,
+            linestyle=":",
+            capsize=2,
+            elinewidth=1,
+            label=family,
+        )
+        for row in mine.itertuples():
+            text = "per layer" if pd.isna(row.sparsity) else f"{100 * row.sparsity:g}"
+            axis.annotate(text, (row.value_speed, row.value), (4, 4), textcoords="offset points", fontsize=8)
+    if not dense.empty:
+        value = dense["value"].iloc[0]
+        axis.plot(1.0, value, marker="*", markersize=11, color=NEUTRAL, linestyle="none", label="dense")
+    axis.set_xlabel("decode speed-up (x), higher is better")
+    axis.set_ylabel(shown.axis)
+    _scale(axis, both)
+    axis.margins(x=0.12)
+    axis.legend()
+    return figure
+
+
+def _dominates(one: tuple[float, float], other: tuple[float, float], better: int) -> bool:
+    """Whether a point is nowhere worse and somewhere better, in (speed, quality)."""
+    return one != other and one[0] >= other[0] and better * one[1] >= better * other[1]
+
+
+def _scale(axis: Any, runs: pd.DataFrame) -> None:
+    """Perplexities that differ by orders of magnitude are read on a logarithmic axis."""
+    if runs["metric"].iloc[0] == "perplexity" and runs["value"].max() > 10 * runs["value"].min() > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("")
+
+
+def _dense_line(axis: Any, dense: pd.DataFrame) -> None:
+    for value in dense["value"]:
+        axis.axhline(value, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
+
+
+def _ids(runs: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(runs["run_id"]))

@@ -1,0 +1,123 @@
+"""Tables as text: Markdown, LaTeX (booktabs) and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from itertools import accumulate, pairwise
+
+from analysis.tables import Cell, Table
+
+MISSING = "missing"
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "‖": r"$\Vert$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "\N{MINUS SIGN}": "$-$",
+    "|": r"\textbar{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    '"': "''",
+}
+
+
+def markdown(table: Table) -> str:
+    """A pipe table, with the groups of its columns in their headers."""
+    headers = [*table.stubs, *(f"{group}: {label}" if group else label for group, label in table.columns)]
+    rows = [headers, ["---"] * len(headers)]
+    rows += [
+        [*(_pipes(name) for name in names), *(_markdown_cell(cell) for cell in cells)] for names, cells in table.rows
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def latex(table: Table) -> str:
+    """A table environment, for documents that use the package booktabs."""
+    stubs, count = len(table.stubs), len(table.columns)
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering\\small",
+        f"\\caption{{{_tex(table.title)}. {_tex(table.note)}}}",
+        f"\\label{{tab:{table.name.replace('_', '-')}}}",
+        f"\\begin{{tabular}}{{{'l' * stubs}{'r' * count}}}",
+        "\\toprule",
+    ]
+    if any(group for group, _ in table.groups):
+        spans = [f"\\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}" for group, width in table.groups]
+        ends = list(accumulate((width for _, width in table.groups), initial=stubs))
+        rules = [f"\\cmidrule(lr){{{begin + 1}-{end}}}" for begin, end in pairwise(ends)]
+        lines += [f"{'& ' * stubs}{' & '.join(spans)} \\\\", " ".join(rules)]
+    lines += [
+        " & ".join(_tex(text) for text in (*table.stubs, *(label for _, label in table.columns))) + " \\\\",
+        "\\midrule",
+    ]
+    before = None
+    for names, cells in table.rows:
+        if before is not None and names[0] != before:
+            lines.append("\\midrule")
+        shown = ("" if names[0] == before else names[0], *names[1:])
+        before = names[0]
+        lines.append(" & ".join([*(_tex(name) for name in shown), *(_latex_cell(cell) for cell in cells)]) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def comma_separated(table: Table) -> str:
+    """One line per cell, with full digits; a missing cell has the status `missing` and no value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [*table.stubs, "column", "metric", "value", "stderr", "change_from_dense", "best", "run_id", "status"]
+    )
+    for names, cells in table.rows:
+        for (group, label), cell in zip(table.columns, cells, strict=True):
+            if cell is None:
+                writer.writerow([*names, group, label, "", "", "", "", "", MISSING])
+            else:
+                numbers = [
+                    repr(float(value)) if value is not None else "" for value in (cell.value, cell.stderr, cell.change)
+                ]
+                writer.writerow([*names, group, label, *numbers, cell.best, cell.run_id, "measured"])
+    return out.getvalue()
+
+
+def plain(cell: Cell | None) -> str:
+    """A cell in words and no markup."""
+    return _markdown_cell(cell).replace("*", "")
+
+
+def _markdown_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return MISSING
+    number = f"**{cell.number}**" if cell.best else cell.number
+    return " ".join(
+        [number, *([f"± {cell.error}"] if cell.error else []), *([f"({cell.percent})"] if cell.percent else [])]
+    )
+
+
+def _latex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    number = f"\\textbf{{{cell.number}}}" if cell.best else cell.number
+    error = f" {{\\scriptsize$\\pm$ {cell.error}}}" if cell.error else ""
+    return number + error + (f" {{\\scriptsize({_tex(cell.percent)})}}" if cell.percent else "")
+
+
+def _pipes(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _tex(text: str) -> str:
+    """Text as LaTeX takes it, with any encoding and font: what has no Latin form becomes a question mark."""
+    characters = []
+    for character in text:
+        plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        characters.append(_LATEX.get(character, plain or "?"))
+    return "".join(characters)

@@ -1,0 +1,237 @@
+"""Tables of a DataFrame of runs: every number is one of a record, and what was not measured is missing.
+
+A cell belongs to one run. Its change is relative to the dense run of the same model and task, its task being all that
+is not the method, so runs under different protocols, limits or data never meet.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from analysis.frame import select
+from analysis.metrics import Metric, metric, order
+from pipelines.flocking_measures import MEASURES, TEXTS
+
+QUALITY = {
+    "generation": "Generation",
+    "classification": "Classification",
+    "question_answering": "Question answering",
+    "perplexity": "Perplexity",
+    "fidelity": "Fidelity to the dense model",
+}
+_LATENCY = (
+    *("decode_speedup", "decode_limit", "decode_fraction_of_limit", "prompt_overhead", "compaction_vs_memcpy"),
+    *("breakeven_tokens", "total_speedup", "dense_decode_ms", "pruned_decode_ms"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of one run.
+
+    Attributes:
+        value: as in the record.
+        metric: how it is shown.
+        run_id: whose it is.
+        stderr: its standard error; None where the record has none.
+        change: (value - dense) / dense; None for dense, without a dense run, and where dense is 0.
+        best: whether no other method of this model and sparsity is better, as printed, and there are others.
+    """
+
+    value: float
+    metric: Metric
+    run_id: str
+    stderr: float | None = None
+    change: float | None = None
+    best: bool = False
+
+    @property
+    def number(self) -> str:
+        """The value as printed."""
+        return self.metric.text(self.value)
+
+    @property
+    def error(self) -> str:
+        """The standard error as printed; empty where there is none."""
+        return "" if self.stderr is None else self.metric.text(self.stderr)
+
+    @property
+    def percent(self) -> str:
+        """The change as printed, with its sign; from ten times dense on, as a factor; empty where there is none."""
+        if self.change is None:
+            return ""
+        if self.change >= 9:
+            return f"{1 + self.change:,.0f}x dense"
+        return f"{100 * self.change:+.1f}%".replace("-", "\N{MINUS SIGN}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of cells.
+
+    Attributes:
+        name: of its files.
+        title: for people.
+        note: what is in it and how to read it.
+        stubs: the headers of the columns that name a row.
+        columns: (group, label) of each column of cells.
+        rows: the names of a row and its cells; None is missing.
+    """
+
+    name: str
+    title: str
+    note: str
+    stubs: tuple[str, ...]
+    columns: list[tuple[str, str]]
+    rows: list[tuple[tuple[str, ...], list[Cell | None]]] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """(group, number of its columns), in order."""
+        found: list[tuple[str, int]] = []
+        for group, _ in self.columns:
+            if found and found[-1][0] == group:
+                found[-1] = (group, found[-1][1] + 1)
+            else:
+                found.append((group, 1))
+        return found
+
+    @property
+    def missing(self) -> int:
+        """How many cells have no number."""
+        return sum(cell is None for _, cells in self.rows for cell in cells)
+
+
+def tables(runs: pd.DataFrame) -> list[Table]:
+    """All tables that the runs give, those of quality first; none that would be empty."""
+    made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
+    made += [_perplexity_by_length(runs), _latency(runs), *_flocking(runs)]
+    return [table for table in made if table.rows]
+
+
+def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
+    """Models and methods down, tasks and their metrics across."""
+    runs = runs[runs["stderr"].notna() & runs["prompt_length"].isna()]
+    columns = sorted({(row.task, row.metric) for row in runs.itertuples()}, key=lambda pair: (pair[0], order(pair[1])))
+    note = (
+        "Value ± standard error over samples, and the change relative to the dense model. Bold: the best method at a "
+        "sparsity, where several were run."
+    )
+    table = Table(kind, title, note, ("model", "method"), [(task, _heading(metric(name))) for task, name in columns])
+    found = {(row.model, row.method, row.task, row.metric): row for row in runs.itertuples()}
+    rivals: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for row in runs[runs["family"] != "dense"].itertuples():
+        rivals[row.model, row.task, row.metric, _amount(row)].append(metric(row.metric).text(row.value))
+    rows = runs.drop_duplicates(["model", "method"])
+    for row in sorted(rows.itertuples(), key=_method_order):
+        cells: list[Cell | None] = []
+        for task, name in columns:
+            mine = found.get((row.model, row.method, task, name))
+            dense = found.get((row.model, "dense", task, name))
+            others = rivals[row.model, task, name, _amount(row)]
+            cells.append(None if mine is None else _cell(mine, dense, others))
+        table.rows.append(((row.model, row.method), cells))
+    return table
+
+
+def _perplexity_by_length(runs: pd.DataFrame) -> Table:
+    """Models, methods and prompt lengths down, generation lengths across."""
+    runs = select(runs, kind="perplexity", metric="perplexity")
+    runs = runs[runs["prompt_length"].notna()]
+    columns = sorted({(row.task, row.generation_length) for row in runs.itertuples()})
+    note = "Perplexity ± standard error of the tokens that follow a prompt, and the change relative to dense."
+    labels = [(task, f"{length:g} generated tokens") for task, length in columns]
+    table = Table("perplexity_lengths", "Perplexity by length", note, ("model", "method", "prompt tokens"), labels)
+    found = {
+        (row.model, row.method, row.prompt_length, row.task, row.generation_length): row for row in runs.itertuples()
+    }
+    if len({key[2:] for key in found}) < 2:
+        return table  # a single pair of lengths is in the table above
+    rows = runs.drop_duplicates(["model", "method", "prompt_length"])
+    for row in sorted(rows.itertuples(), key=lambda row: (*_method_order(row), row.prompt_length)):
+        cells = []
+        for place in columns:
+            mine = found.get((row.model, row.method, row.prompt_length, *place))
+            dense = found.get((row.model, "dense", row.prompt_length, *place))
+            cells.append(None if mine is None else _cell(mine, dense, []))
+        table.rows.append(((row.model, row.method, f"{row.prompt_length:g}"), cells))
+    return table
+
+
+def _latency(runs: pd.DataFrame) -> Table:
+    """Models, methods and lengths down, ratios and times across."""
+    runs = select(runs, kind="latency")
+    names = [name for name in _LATENCY if (runs["metric"] == name).any()]
+    note = (
+        "Medians of repeats, dense and pruned in turn. The limit of the decode speed-up is bytes of weights read per "
+        "token, dense over pruned. The break-even is missing where pruning does not pay."
+    )
+    stubs = ("model and task", "method", "tokens")
+    table = Table("latency", "Latency", note, stubs, [("", _heading(metric(name))) for name in names])
+    keys = ["model", "task", "method", "prompt_length", "generation_length"]
+    found = {(*(getattr(row, key) for key in keys), row.metric): row for row in runs.itertuples()}
+    rows = runs[runs["prompt_length"].notna()].drop_duplicates(keys)
+    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *_method_order(row), row.prompt_length)):
+        place = tuple(getattr(row, key) for key in keys)
+        cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
+        length = f"{row.prompt_length:g} + {row.generation_length:g}"
+        table.rows.append(((f"{row.model}, {row.task}", row.method, length), cells))
+    return table
+
+
+def _flocking(runs: pd.DataFrame) -> list[Table]:
+    """Models, tasks and kinds of text down, similarities across; generations, which only a text itself has, apart."""
+    runs = select(runs, kind="flocking")
+    note = (
+        "Jaccard similarities of the sets of a layer's strongest neurons, means over sequences and layers ± standard "
+        "error. Energy: the share of the squared relative activations that the sequence's own set holds, and that each "
+        "token's own set would hold."
+    )
+    generation = [name for name in MEASURES if name.endswith("generation")]
+    others = [name for name in MEASURES if name not in generation]
+    made = []
+    for name, title, measures, texts in (
+        ("flocking", "Flocking", others, TEXTS),
+        ("flocking_generation", "Flocking: prompt and generation", generation, TEXTS[:1]),
+    ):
+        stubs = ("model and task", "text")
+        table = Table(name, title, note, stubs, [("", metric(measure).label) for measure in measures])
+        for model, task in dict.fromkeys((row.model, row.task) for row in runs.itertuples()):
+            mine = {row.metric: row for row in select(runs, model=model, task=task).itertuples()}
+            for text in texts:
+                found = [(measure, mine.get(f"{measure}_{text}")) for measure in measures]
+                cells = [row and _cell(row, None, [], metric(measure)) for measure, row in found]
+                table.rows.append(((f"{model}, {task}", text), cells))
+        made.append(table)
+    return made
+
+
+def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = None) -> Cell:
+    shown = shown or metric(row.metric)
+    change = None
+    if dense is not None and row.family != "dense" and dense.value:
+        change = (row.value - dense.value) / dense.value
+    best = False
+    if row.family != "dense" and shown.better and len(rivals) > 1:
+        numbers = [shown.better * float(text) for text in rivals]
+        best = shown.better * float(shown.text(row.value)) == max(numbers)
+    return Cell(row.value, shown, row.run_id, None if pd.isna(row.stderr) else row.stderr, change, best)
+
+
+def _heading(shown: Metric) -> str:
+    arrow = {1: " ↑", -1: " ↓", 0: ""}[shown.better]
+    return f"{shown.label} ({shown.unit}){arrow}" if shown.unit else shown.label + arrow
+
+
+def _method_order(row: Any) -> tuple[Any, ...]:
+    return row.model, row.family != "dense", row.family, _amount(row)
+
+
+def _amount(row: Any) -> float:
+    """The sparsity; above all numbers where it is one per layer."""
+    return float(row.sparsity) if pd.notna(row.sparsity) else 2.0

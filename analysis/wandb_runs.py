@@ -1,0 +1,81 @@
+"""Reading runs back from W&B. The only module of the analysis that imports wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from analysis.run_folders import Problem, Record, Runs, fault
+from pipelines.errors import UserError
+from pipelines.tracking import check_server
+
+_FLOCKING_TABLE = "layers_table"
+
+
+def read_wandb(path: str) -> Runs:
+    """The runs of a W&B project, as the records that they were logged from.
+
+    Runs of job type `report`, which `analysis.report` logs, are no results and passed over.
+
+    Args:
+        path: `entity/project`, or `project` of the account's default entity.
+
+    Raises:
+        UserError: the project cannot be read, or holds no run.
+    """
+    entity, _, project = path.rpartition("/")
+    if not project or "/" in entity:
+        raise UserError(f"runs=wandb:{path}: expected wandb:entity/project")
+    check_server()
+    records: list[Record] = []
+    problems: list[Problem] = []
+    layers: dict[str, list[dict[str, Any]]] = {}
+    try:
+        api = wandb.Api(overrides={"base_url": wandb.setup().settings.base_url}, timeout=30)
+        found = [run for run in api.runs(path, order="+created_at", lazy=False) if run.job_type != "report"]
+        for run in found:
+            record = _record(run)
+            if isinstance(record, Problem):
+                problems.append(record)
+                continue
+            records.append(record)
+            if record["config"]["task"]["kind"] == "flocking":
+                layers[run.id] = _layer_rows(run)
+    except (wandb.Error, ValueError, OSError) as error:  # those of its HTTP library are OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"runs=wandb:{path}: cannot be read ({reason})") from error
+    if not found:
+        raise UserError(f"runs=wandb:{path}: no run in this project")
+    return Runs(records, problems, layers=layers)
+
+
+def _record(run: Any) -> Record | Problem:
+    if run.state != "finished":
+        return Problem(run.id, "unfinished", f"its state in W&B is {run.state}")
+    logged = run.summary_metrics.get("record")
+    try:
+        parts = json.loads(logged) if isinstance(logged, str) else None
+    except ValueError:
+        parts = None
+    if not isinstance(parts, dict):
+        return Problem(run.id, "damaged", "its summary holds no record")
+    record = {"run_id": run.id, "status": "finished", "config": dict(run.config), **parts}
+    reason = fault(record, run.id)
+    return Problem(run.id, "damaged", f"its record {reason}") if reason else record
+
+
+def _layer_rows(run: Any) -> list[dict[str, Any]]:
+    """A flocking run's measures by layer, from the table that it logged; empty without one."""
+    table = run.summary_metrics.get(_FLOCKING_TABLE)
+    if not isinstance(table, dict) or "path" not in table:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        run.file(table["path"]).download(root=folder, replace=True)
+        content = json.loads((Path(folder) / table["path"]).read_text(encoding="utf-8"))
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    return [row for row in rows if not any(isinstance(value, float) and math.isnan(value) for value in row.values())]

@@ -1,0 +1,237 @@
+"""Flocking: within one text the same FF neurons are relatively strong, token after token (arXiv 2404.01365).
+
+Every sequence runs through the dense model three times: as it is, with its tokens permuted, and as many tokens drawn
+at random. GRIFFIN's statistic gives each its top-k set of neurons, layer by layer. How alike these sets are between
+sequences, between the halves of one, and between a prompt and what the model continues it with, is what pruning by
+the prompt lives on.
+
+Dimensions: S = tokens, D = FF width, L = layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from griffin.feedforward import UnsupportedModelError, find_feedforward_blocks
+from griffin.recording import record_activations, relative_activations
+from griffin.selection import kept_neurons
+from pipelines.config import RunConfig
+from pipelines.data import EMBEDDED, read_jsonl, read_text_file
+from pipelines.errors import UserError
+from pipelines.flocking_figures import save_figures
+from pipelines.flocking_measures import TEXTS, jaccard, layer_table, overall
+from pipelines.methods import Method
+from pipelines.models import LoadedModel
+from pipelines.records import Sample
+from pipelines.tracking import Media
+
+_SEQUENCES = 16  # without a limit
+_SHORTEST = 16  # tokens; the halves of less say nothing
+_HEATMAPS = 2  # sequences whose relative activations are kept
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sequence: a row of its own, or the stretch with this number of a long text."""
+
+    index: int
+    id: str
+    text: str
+    stretch: bool
+
+
+def read(config: RunConfig) -> list[Text]:
+    """`limit` sequences, or 16 at most.
+
+    Raises:
+        UserError: the data is missing or malformed.
+    """
+    task, count = config.task, config.limit or _SEQUENCES
+    if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
+        text = read_text_file(task.data_files)
+        return [Text(index, str(index), text, True) for index in range(count)]
+    path, key = (
+        (EMBEDDED / task.embedded, "task.embedded")
+        if task.data_files is None
+        else (Path(task.data_files), "task.data_files")
+    )
+    rows = read_jsonl(path, (task.text_field,), key, count)
+    return [Text(index, str(row.get("id", index)), row[task.text_field], False) for index, row in enumerate(rows)]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """Measure one sequence after another.
+
+    Raises:
+        UserError: the text is too short, or the model's context is, or the model's blocks have no known layout.
+    """
+    task = config.task
+    (method,) = methods
+    try:
+        widths = {block.width for block in find_feedforward_blocks(loaded.model)}
+    except UnsupportedModelError as error:
+        raise UserError(f"model={config.model.name}: {error}") from error
+    if len(widths) > 1:
+        raise UserError(f"model={config.model.name}: layers of different widths {sorted(widths)}; flocking takes one")
+    if task.sequence_length + task.max_new_tokens > loaded.context_length:
+        raise UserError(
+            f"task.sequence_length={task.sequence_length} with task.max_new_tokens={task.max_new_tokens}: "
+            f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
+        )
+    for text, ids in _tokenized(loaded, texts, config):
+        if text.index in done[method]:
+            continue
+        began = time.perf_counter()
+        sample: Sample = {"index": text.index, "id": text.id, "prompt_tokens": len(ids)}
+        if len(ids) < _SHORTEST:
+            yield method, [sample | {"skipped": f"shorter than {_SHORTEST} tokens"}]
+            continue
+        sample |= _measure(loaded, ids, config, text.index)
+        yield method, [sample | {"seconds": round(time.perf_counter() - began, 4)}]
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Means over layers, with standard errors: `jaccard_sequences_natural`, `jaccard_halves_permuted`, ..."""
+    measured = [sample for sample in samples if "skipped" not in sample]
+    return overall(measured) | {"samples": len(measured), "skipped_prompts": len(samples) - len(measured)}
+
+
+def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
+    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    measured = sorted((sample for sample in samples if "skipped" not in sample), key=lambda sample: sample["index"])
+    if not measured:
+        return Media()
+    rows = layer_table(measured)
+    lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
+    try:
+        (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        figures = save_figures(folder / "figures", measured, rows, config.task.kept)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {error.filename or folder}: {error.strerror}") from error
+    return Media(figures, {"layers": rows})
+
+
+def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) -> Iterator[tuple[Text, list[int]]]:
+    length = config.task.sequence_length
+    if not texts[0].stretch:
+        for text in texts:
+            yield text, loaded.encode(text.text)[:length]
+        return
+    ids = loaded.tokenizer(texts[0].text, add_special_tokens=False)["input_ids"]
+    bos = [loaded.tokenizer.bos_token_id] if loaded.add_bos_token else []
+    if len(ids) < length:
+        raise UserError(
+            f"task.data_files={config.task.data_files}: the text has {len(ids)} tokens, expected at least {length}, "
+            "which is task.sequence_length"
+        )
+    # Evenly over the text, so that the sequences are about different things.
+    count = min(len(texts), len(ids) // length)
+    for text in texts[:count]:
+        start = text.index * (len(ids) // count)
+        yield text, (bos + ids[start : start + length])[:length]
+
+
+def _measure(loaded: LoadedModel, ids: list[int], config: RunConfig, index: int) -> Sample:
+    """One sequence and its controls; every list has one number per layer."""
+    sample: Sample = {"arrays": {}} | {
+        name: {} for name in ("jaccard_halves", "jaccard_generation", "kept_energy", "token_energy")
+    }
+    for text, tokens in zip(TEXTS, (ids, *_controls(loaded, ids, config.seed, index)), strict=True):
+        keep = index < (_HEATMAPS if text == "natural" else 1)
+        steps = config.task.max_new_tokens if text == "natural" else 0
+        seen = _run(loaded, tokens, config, steps, keep)
+        prompts, generations = [calls[0] for calls in seen], [calls[1:] for calls in seen]
+        sets = {part: np.stack([layer[part] for layer in prompts]) for part in ("whole", "first", "second")}
+        sample["jaccard_halves"][text] = _numbers(jaccard(sets["first"], sets["second"]))
+        if steps:
+            squares = [np.sum([call["squares"] for call in calls], axis=0) for calls in generations]
+            sets["generation"] = np.stack([_top(torch.from_numpy(square), config.task.kept) for square in squares])
+            sample["jaccard_generation"][text] = _numbers(jaccard(sets["whole"], sets["generation"]))
+        for name in ("kept_energy", "token_energy"):
+            sample[name][text] = _numbers([layer[name] for layer in prompts])
+        arrays = sample["arrays"]
+        for part, set_LD in sets.items():
+            arrays[f"{text}_sets" + (f"_{part}" if part != "whole" else "")] = np.packbits(set_LD, axis=-1)
+        arrays[f"{text}_scores"] = np.stack([layer["scores"] for layer in prompts])
+        if keep:
+            arrays[f"{text}_heatmap"] = np.stack([layer["heatmap"] for layer in prompts])
+    return sample
+
+
+@torch.no_grad()
+def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, heatmap: bool) -> list[list[Any]]:
+    """What was seen of the prompt, then of each of `steps` tokens that the dense model continues it with greedily.
+
+    End tokens are not taken, so that every generation has the same length.
+    """
+    model, device, task = loaded.model, loaded.model.device, config.task
+
+    def look(layer: int, z_SD: Tensor) -> dict[str, Any]:
+        relative_SD = relative_activations(z_SD)
+        squares_SD = relative_SD.square()
+        if len(z_SD) == 1:
+            return {"squares": squares_SD[0].cpu().numpy()}
+        total_D, half = squares_SD.sum(dim=0), len(z_SD) // 2
+        kept_D = _top(total_D, task.kept)
+        count = int(kept_D.sum())
+        crop_TM = relative_SD[: task.heatmap_tokens, : task.heatmap_neurons]
+        return {
+            "whole": kept_D,
+            "scores": total_D.sqrt().cpu().numpy(),
+            "first": _top(squares_SD[:half].sum(dim=0), task.kept),
+            "second": _top(squares_SD[half:].sum(dim=0), task.kept),
+            "kept_energy": float(squares_SD[:, torch.from_numpy(kept_D).to(z_SD.device)].sum() / len(z_SD)),
+            "token_energy": float(squares_SD.topk(count, dim=-1).values.sum() / len(z_SD)),
+            **({"heatmap": crop_TM.cpu().numpy().astype(np.float16)} if heatmap else {}),
+        }
+
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    with record_activations(model, look) as seen:
+        output = model(torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1)
+        for _ in range(steps):
+            logits = output.logits[0, -1]
+            logits[ends] = -torch.inf
+            output = model(logits.argmax().reshape(1, 1), past_key_values=output.past_key_values, use_cache=True)
+    return seen
+
+
+def _controls(loaded: LoadedModel, ids: list[int], seed: int, index: int) -> tuple[list[int], list[int]]:
+    """The same tokens in random order, and tokens drawn at random; a BOS token stays in front."""
+    numbers = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    bos, rest = (ids[:1], ids[1:]) if loaded.add_bos_token else ([], ids)
+    permuted = [rest[place] for place in torch.randperm(len(rest), generator=numbers).tolist()]
+    special = set(loaded.tokenizer.all_special_ids)
+    vocabulary = min(len(loaded.tokenizer), loaded.model.get_input_embeddings().weight.shape[0])
+    allowed = torch.tensor([token for token in range(vocabulary) if token not in special])
+    drawn = allowed[torch.randint(0, len(allowed), (len(rest),), generator=numbers)].tolist()
+    return bos + permuted, bos + drawn
+
+
+def _top(squares_D: Tensor, kept: float) -> np.ndarray:
+    """[D] boolean: the top-k set; squares order neurons as scores do."""
+    chosen = torch.zeros(len(squares_D), dtype=torch.bool)
+    chosen[squares_D.topk(kept_neurons(len(squares_D), 1 - kept)).indices.cpu()] = True
+    return chosen.numpy()
+
+
+def _numbers(values: Any) -> list[float]:
+    return [round(float(value), 6) for value in values]

@@ -1,0 +1,256 @@
+"""Flocking: the measures by their formulas, the runs by the model's own activations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calling import ARTICLES, Outcome, composed, read_record, read_samples, run_folder, write_rows
+
+import griffin
+from pipelines.flocking import _controls, read
+from pipelines.flocking_measures import TEXTS, between_sequences, chance, jaccard, sets_of
+from pipelines.models import load
+from pipelines.records import read_arrays
+
+
+def options(out: Path, *more: str) -> list[str]:
+    plain = ["model=random_tiny", "task=flocking", "limit=3", f"output_dir={out}", "wandb.mode=disabled"]
+    return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", *more]
+
+
+_finished: list[Path] = []
+
+
+@pytest.fixture
+def whole(call: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run, to be read and not to be changed."""
+    if not _finished:
+        out = tmp_path_factory.mktemp("flocking") / "out"
+        ended = call(*options(out))
+        assert ended.code == 0, ended.err
+        assert "others' halves" in ended.out
+        _finished.append(run_folder(out))
+    return _finished[0]
+
+
+def test_jaccard_is_shared_over_all() -> None:
+    one, other = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 0], bool)
+    assert jaccard(one, other) == pytest.approx(1 / 3)
+    assert jaccard(one, one) == 1.0
+    assert jaccard(one, ~one) == 0.0
+    assert jaccard(np.zeros(4, bool), np.zeros(4, bool)) == 1.0
+
+
+def test_chance_is_what_random_sets_have() -> None:
+    numbers = np.random.default_rng(0)
+    drawn = numbers.random((200, 4000)).argsort(axis=1) < 1000
+    assert jaccard(drawn[::2], drawn[1::2]).mean() == pytest.approx(chance(0.25), rel=0.01)
+
+
+def test_between_sequences_is_the_mean_over_pairs_with_the_jackknifes_error() -> None:
+    sets_NLD = np.random.default_rng(0).random((5, 3, 40)) < 0.4
+    means, errors = between_sequences(sets_NLD, sets_NLD)
+
+    def mean(rows: list[int]) -> np.ndarray:
+        pairs = [jaccard(sets_NLD[i], sets_NLD[j]) for i, j in itertools.combinations(rows, 2)]
+        return np.array([*np.mean(pairs, axis=0), np.mean(pairs)])
+
+    assert means == pytest.approx(mean([0, 1, 2, 3, 4]))
+    without = np.array([mean([row for row in range(5) if row != left]) for left in range(5)])
+    assert errors == pytest.approx(np.sqrt(4 / 5 * ((without - means) ** 2).sum(axis=0)))
+
+
+def test_pairs_of_two_kinds_never_match_a_sequence_with_itself() -> None:
+    one = np.eye(3, 6, dtype=bool)[:, None]
+    other = np.roll(one, 1, axis=0)  # every set is another sequence's
+    assert between_sequences(one, one)[0] == pytest.approx([0.0, 0.0])
+    assert between_sequences(one, other)[0] == pytest.approx([0.5, 0.5])
+    assert between_sequences(one[:2], one[:2])[1] == pytest.approx([0.0, 0.0])
+
+
+def test_a_run_measures_the_models_own_experts(whole: Path) -> None:
+    folder = whole
+    config = composed(*options(whole.parent))
+    loaded = load(config.model, "cpu", 0)
+    for sample, text in zip(read_samples(folder), read(config), strict=True):
+        arrays = read_arrays(folder / sample["arrays"])
+        assert arrays is not None
+        ids = loaded.encode(text.text)[:48]
+        assert sample["prompt_tokens"] == len(ids)
+        prompts = dict(zip(TEXTS, (ids, *_controls(loaded, ids, config.seed, text.index)), strict=True))
+        for name, tokens in prompts.items():
+            with griffin.prune(loaded.model, 0.5, mode="masked") as pruner, torch.no_grad():
+                loaded.model(torch.tensor([tokens]))
+                experts, scores = pruner.experts, pruner.scores
+            sets = np.unpackbits(arrays[f"{name}_sets"], axis=-1).astype(bool)
+            for layer, expert_1K in enumerate(experts):
+                assert np.flatnonzero(sets[layer]).tolist() == expert_1K[0].tolist()
+                assert arrays[f"{name}_scores"][layer] == pytest.approx(scores[layer][0].numpy(), rel=1e-5)
+                energy = scores[layer][0].square()[expert_1K[0]].sum() / len(tokens)
+                assert sample["kept_energy"][name][layer] == pytest.approx(float(energy), rel=1e-4)
+                assert sample["token_energy"][name][layer] >= sample["kept_energy"][name][layer]
+
+
+def test_the_generation_is_the_dense_models_own(whole: Path) -> None:
+    sample = read_samples(whole)[0]
+    arrays = read_arrays(whole / "arrays" / "0.npz")
+    assert arrays is not None
+    config = composed(*options(whole.parent))
+    loaded = load(config.model, "cpu", 0)
+    ids = torch.tensor([loaded.encode(read(config)[0].text)[:48]])
+    text = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, suppress_tokens=[1]
+    )
+    seen: list[torch.Tensor] = []
+    blocks = griffin.find_feedforward_blocks(loaded.model)
+    hook = blocks[1].output.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        loaded.model(text[:, : 48 + 5])
+    hook.remove()
+    z_SD = seen[0][48:]
+    scores_D = (z_SD / z_SD.norm(dim=-1, keepdim=True)).norm(dim=0)
+    generated = np.unpackbits(arrays["natural_sets_generation"], axis=-1).astype(bool)
+    assert set(np.flatnonzero(generated[1])) == set(scores_D.topk(80).indices.tolist())
+    whole = np.unpackbits(arrays["natural_sets"], axis=-1).astype(bool)
+    assert sample["jaccard_generation"]["natural"] == pytest.approx(jaccard(whole, generated), abs=1e-6)
+    assert "permuted_sets_generation" not in arrays
+
+
+def test_the_record_is_the_mean_of_what_the_samples_say(whole: Path) -> None:
+    folder = whole
+    record, samples = read_record(folder), read_samples(folder)
+    metrics = record["metrics"]
+    assert record["config"]["sparsity"] == 0.0
+    for text in TEXTS:
+        halves = [sum(sample["jaccard_halves"][text]) / 3 for sample in samples]
+        assert metrics[f"jaccard_halves_{text}"] == pytest.approx(sum(halves) / 3)
+        assert 0 < metrics[f"jaccard_sequences_{text}"] < 1
+        assert metrics[f"jaccard_other_halves_{text}_stderr"] > 0
+    loaded = [sample | {"arrays": read_arrays(folder / sample["arrays"])} for sample in samples]
+    means, _ = between_sequences(*[sets_of(loaded, "natural_sets")] * 2)
+    assert metrics["jaccard_sequences_natural"] == pytest.approx(means[-1])
+    assert not any(isinstance(value, float) and math.isnan(value) for value in metrics.values())
+
+
+def test_what_is_to_be_looked_at_is_in_the_run_folder(whole: Path) -> None:
+    folder = whole
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert names == {path.stem for path in (folder / "figures").glob("*.pdf")}
+    assert {"jaccard_sequences", "jaccard_halves", "jaccard_generation", "scores"} < names
+    assert {f"heatmap_layer0{layer}{order}" for layer in range(3) for order in ("", "_sorted")} < names
+    arrays = [read_arrays(folder / "arrays" / f"{index}.npz") or {} for index in range(3)]
+    heatmaps = [{name for name in one if "heatmap" in name} for one in arrays]
+    assert heatmaps == [{f"{text}_heatmap" for text in TEXTS}, {"natural_heatmap"}, set()]
+    heat_LTM = arrays[0]["natural_heatmap"]
+    assert heat_LTM.shape == (3, 48, 128)
+    assert heat_LTM.min() >= 0
+    squares = heat_LTM.astype(np.float64) ** 2
+    assert (squares.sum(axis=-1) <= 1.001).all()
+    rows = (folder / "layers.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "layer,text,measure,value,stderr"
+    assert len(rows) == 1 + 3 * (7 + 5 + 5)
+
+
+def test_controls_have_the_same_tokens_or_none_of_the_special_ones() -> None:
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    ids = loaded.encode(ARTICLES[1])
+    permuted, drawn = _controls(loaded, ids, 0, 3)
+    assert permuted != ids
+    assert sorted(permuted) == sorted(ids)
+    assert len(drawn) == len(ids)
+    assert not set(drawn) & set(loaded.tokenizer.all_special_ids)
+    assert (permuted, drawn) == _controls(loaded, ids, 0, 3)
+    assert (permuted, drawn) != _controls(loaded, ids, 0, 4)
+    assert (permuted, drawn) != _controls(loaded, ids, 1, 3)
+
+
+def test_a_bos_token_stays_in_front() -> None:
+    loaded = load(composed("model=random_tiny", "model.add_bos_token=true").model, "cpu", 0)
+    ids = loaded.encode(ARTICLES[1])
+    for control in _controls(loaded, ids, 0, 0):
+        assert control[0] == ids[0] == loaded.tokenizer.bos_token_id
+        assert loaded.tokenizer.bos_token_id not in control[1:]
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(whole: Path, call: Callable[..., Outcome], tmp_path: Path) -> None:
+    def cut_off(folder: Path) -> None:
+        text = (folder / "samples.jsonl").read_text(encoding="utf-8")
+        (folder / "samples.jsonl").write_text(text[: len(text) // 2], encoding="utf-8")
+
+    for number, damage in enumerate(
+        (
+            cut_off,
+            lambda folder: (folder / "arrays" / "1.npz").unlink(),
+            lambda folder: (folder / "arrays" / "0.npz").write_bytes(b"PK"),
+        )
+    ):
+        folder = tmp_path / str(number) / whole.name
+        shutil.copytree(whole, folder)
+        (folder / "record.json").unlink()
+        damage(folder)
+        assert call(*options(folder.parent)).code == 0
+        assert read_record(folder)["metrics"] == read_record(whole)["metrics"]
+        assert [sample["index"] for sample in read_samples(folder)] == [0, 1, 2]
+
+
+def test_a_text_file_is_cut_into_sequences_evenly(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    text = "".join(f"Sentence number {number} of the text. " for number in range(100))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    ended = call(*options(tmp_path / "out", f"task.data_files={tmp_path / 'text.txt'}"))
+    assert ended.code == 0, ended.err
+    samples = read_samples(run_folder(tmp_path / "out"))
+    assert [sample["prompt_tokens"] for sample in samples] == [48] * 3
+    sets = [json.dumps(sample["kept_energy"]["natural"]) for sample in samples]
+    assert len(set(sets)) == 3  # bytes are tokens here, so the stretches are all different
+
+
+def test_json_lines_give_a_sequence_a_row_and_short_ones_are_skipped(
+    call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"document": ARTICLES[0]}, {"document": "short"}])
+    ended = call(*options(tmp_path / "out", f"task.data_files={path}", "task.text_field=document"))
+    assert ended.code == 0, ended.err
+    metrics = read_record(run_folder(tmp_path / "out"))["metrics"]
+    assert (metrics["samples"], metrics["skipped_prompts"]) == (1, 1)
+    assert "jaccard_halves_natural" in metrics
+    assert "jaccard_sequences_natural" not in metrics  # takes two
+
+
+def test_the_method_counts_for_nothing(whole: Path, call: Callable[..., Outcome]) -> None:
+    ended = call(*options(whole.parent, "grid.statistic=[magnitude,random]", "grid.sparsity=[0.5,0.75]"))
+    assert ended.code == 0
+    assert len(ended.lines(str(whole))) == 1  # finished before, skipped
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.kept=1.0", "task.kept=1.0"),
+        ("task.sequence_length=4", "task.sequence_length=4"),
+        ("task.data_files=nowhere.txt", "task.data_files=nowhere.txt: no such file"),
+        ("task.sequence_length=5000", "the context of random_tiny"),
+        ("model.architecture.model_type=mixtral", "model=random_tiny"),
+    ],
+)
+def test_a_mistake_is_one_line(override: str, words: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = call(*options(tmp_path / "out", override))
+    assert ended.code == 1
+    (line,) = ended.lines("error: ")
+    assert words in line
+    assert "Traceback" not in ended.err
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_a_text_too_short_is_one_line(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("short", encoding="utf-8")
+    ended = call(*options(tmp_path / "out", f"task.data_files={tmp_path / 'text.txt'}"))
+    (line,) = ended.lines("error: ")
+    assert "the text has 5 tokens, expected at least 48" in line
