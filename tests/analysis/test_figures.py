@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
+import pytest
 from made import Record, record, score
+from matplotlib.colors import to_rgb
 
 from analysis import latency_figures, quality_figures
 from analysis.drawing import Drawing, Group, Looks
@@ -100,3 +103,30 @@ def test_axes_name_their_units() -> None:
         axis = only(quality_figures.against_sparsity(runs, Looks(runs["family"]))).draw().axes[0]
     assert axis.get_xlabel() == "FF sparsity (%)"
     assert axis.get_ylabel() == metric("rouge1").axis == "ROUGE-1 (F x 100), higher is better"
+
+
+# Full deuteranopia and protanopia, on linear RGB (Machado, Oliveira and Fernandes, IEEE TVCG 2009).
+_VISION = {
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}
+_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def seen(colour: str, vision: str) -> np.ndarray:
+    """The colour in CIELAB, as such eyes see it."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = _TO_XYZ @ np.clip(np.array(_VISION[vision]) @ linear, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", _VISION)
+def test_the_colour_blind_tell_methods_apart(vision: str) -> None:
+    families = ("dense", "griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge")
+    looks = Looks(families)
+    colours = [seen(looks.colour(family), vision) for family in families]
+    for one, other in itertools.combinations(colours, 2):
+        assert np.linalg.norm(one - other) > 10  # about 2 can just be told apart, side by side
+    assert len({looks.marker(family) for family in families}) == len(families)
