@@ -108,7 +108,7 @@ def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
     figure, axis = new_figure()
     dense = runs[runs["family"] == "dense"]
     for family, mine in runs[(runs["family"] != "dense") & runs["sparsity"].notna()].groupby("family", sort=True):
-        line = pd.concat([dense, mine]).sort_values("sparsity")
+        line = _with_gaps(pd.concat([dense, mine]), runs, "sparsity")
         axis.errorbar(
             *(100 * line["sparsity"], line["value"], line["stderr"]),
             color=looks.colour(str(family)),
@@ -128,8 +128,8 @@ def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
 def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
     figure, axis = new_figure()
     for method, mine in runs.groupby("method", sort=False):
-        mine = mine.sort_values(along)
         family = mine["family"].iloc[0]
+        mine = _with_gaps(mine, runs, along)
         axis.errorbar(
             *(mine[along], mine["value"], mine["stderr"]),
             color=looks.colour(family),
@@ -187,6 +187,12 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
 def _dominates(one: tuple[float, float], other: tuple[float, float], better: int) -> bool:
     """Whether a point is nowhere worse and somewhere better, in (speed, quality)."""
     return one != other and one[0] >= other[0] and better * one[1] >= better * other[1]
+
+
+def _with_gaps(line: pd.DataFrame, runs: pd.DataFrame, along: str) -> pd.DataFrame:
+    """The line's points in order, with nothing where other lines have a point: a missing one is not drawn over."""
+    everywhere = sorted(runs[along].dropna().unique())
+    return line.set_index(along).reindex(everywhere).reset_index()
 
 
 def _scale(axis: Any, runs: pd.DataFrame) -> None:
