@@ -14,7 +14,7 @@ from torch import Tensor
 
 from griffin.gathering import Places
 
-ROWS = 256
+ROWS = 512
 TOKENS_PER_ROW = 2
 
 
