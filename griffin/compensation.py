@@ -136,7 +136,7 @@ def _ridge(Z_TD: Tensor, weights_HD: Tensor, experts_K: Tensor) -> tuple[Tensor 
     return torch.where(usable, kept_TK, 0.0) if dual else None, torch.where(usable, solution, 0.0)
 
 
-# Of the ridge penalty, relative to the mean square of a kept activation; from 0.3 to 2 it hardly matters.
+# The ridge penalty relative to the mean energy of a kept neuron; smaller ones overfit (docs/selection.md).
 RIDGE = 1.0
 
 COMPENSATIONS: dict[str, Compensation | None] = {

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.gathering import Places
+from griffin.gathering import Places, unit_rows
 
-ROWS = 256
+ROWS = 512
 TOKENS_PER_ROW = 2
 
 
@@ -36,7 +36,7 @@ def latest(z_BSD: Tensor, places: Places) -> Tensor:
     flat = (prompts * length + row_BS[prompts, positions]).to(device)
     z = z_BSD[prompts.to(device), positions.to(device)]
     latest_BTD = z_BSD.new_zeros(len(z_BSD), length, z_BSD.shape[2])
-    latest_BTD.flatten(0, 1).index_add_(0, flat, torch.nn.functional.normalize(z, dim=1, eps=_TINY))
+    latest_BTD.flatten(0, 1).index_add_(0, flat, unit_rows(z))
     return latest_BTD
 
 
@@ -66,7 +66,3 @@ def _last_row(places: Places) -> Tensor:
 
 def _length(places: Places) -> int:
     return min(ROWS, max(1, int(_last_row(places).max()) + 1))
-
-
-# Below any norm that means something; a zero row stays zero.
-_TINY = 1e-30

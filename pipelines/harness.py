@@ -64,6 +64,8 @@ def read(config: RunConfig) -> list[Document]:
     stop = None if config.limit is None else config.offset + config.limit
     documents = list(task.doc_iterator(rank=0, limit=stop, world_size=1))
     made = []
+    if config.offset >= len(documents):
+        raise UserError(f"offset={config.offset}: expected less than {len(documents)}, the documents there are")
     for index, doc in documents[config.offset :]:
         context = task.fewshot_context(doc, num_fewshot=0)
         instances = task.construct_requests(doc=doc, ctx=context, metadata=(config.task.name, index, 1))

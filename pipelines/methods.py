@@ -43,7 +43,7 @@ class Method:
         if self.dense:
             return "dense"
         amount = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
-        words = [self.statistic] if self.compensation == "none" else [f"{self.statistic} + {self.compensation}"]
+        words = [self.statistic] if self.compensation == "none" else [f"{self.statistic}+{self.compensation}"]
         words += [] if self.selection == "topk" else [self.selection]
         words += [] if self.budget == "uniform" else [self.budget]
         return " ".join([*words, amount])

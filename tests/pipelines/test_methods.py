@@ -41,6 +41,19 @@ def test_half_a_grid_takes_the_other_half_from_the_root() -> None:
     assert points("grid.sparsity=[0.3,0.6]", "statistic=wanda") == [("wanda", 0.3), ("wanda", 0.6)]
 
 
+def test_a_grid_has_compensations_and_budgets_too() -> None:
+    config = composed(*BASE, "grid.compensation=[none,ridge]", "grid.budget=[uniform,late]", "statistic=joint")
+    assert [(method.statistic, method.compensation, method.budget) for method in methods(config)] == [
+        ("joint", compensation, budget) for compensation in ("none", "ridge") for budget in ("uniform", "late")
+    ]
+
+
+def test_runs_from_before_compensation_existed_are_the_same_runs() -> None:
+    # The identity of this call when statistic, selection and sparsity were all that a method had.
+    known = only_identity()
+    assert not {"compensation", "budget", "offset"} & set(known)
+
+
 def test_the_dense_run_is_one_and_comes_first() -> None:
     assert [sparsity for _, sparsity in points("grid.statistic=[griffin,wanda]", "grid.sparsity=[0.5,0]")] == [
         0,
@@ -60,6 +73,9 @@ def test_points_named_twice_are_run_once() -> None:
         (Method("wanda", "topk", 0.125), "wanda 12.5%"),
         (Method("griffin", "topk_sample", 0.75), "griffin topk_sample 75%"),
         (Method("griffin", "topk", (0.5, 0.25)), "griffin per layer"),
+        (Method("griffin", "topk", 0.5, "ridge"), "griffin+ridge 50%"),
+        (Method("griffin", "topk", 0.5, budget="late"), "griffin late 50%"),
+        (Method("joint", "sample", 0.5, "ridge", "late"), "joint+ridge sample late 50%"),
         (Method("griffin", "sample", 0.0), "dense"),
         (Method("griffin", "topk", (0.0, 0.0)), "dense"),
     ],
@@ -99,6 +115,9 @@ def test_what_changes_no_result_changes_no_identity(override: str) -> None:
         "sparsity=0.25",
         "sparsity=[0.5,0.5,0.5]",
         "statistic=wanda",
+        "compensation=ridge",
+        "budget=late",
+        "offset=1",
         "selection=sample",
         "model.dtype=bfloat16",
         "model.add_bos_token=true",
@@ -121,7 +140,10 @@ def test_the_device_is_part_of_the_identity() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["statistic=wanda", "selection=sample", "mode=masked", "shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"],
+    [
+        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "mode=masked"),
+        *("shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
+    ],
 )
 def test_a_dense_run_has_no_method(override: str) -> None:
     assert only_identity("sparsity=0", override) == only_identity("sparsity=0")

@@ -106,9 +106,9 @@ def test_dense_fidelity_is_perfect_and_a_grid_equals_separate_runs(
 def test_compare_against_the_formula() -> None:
     dense = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
     pruned = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]).log()
-    kl, agreement = compare(dense, pruned)
-    assert kl == pytest.approx((0.5 * math.log(2) - 0.25 * math.log(2)) / 2)
-    assert agreement == 0.5
+    kl_C, agreement_C = compare(dense, pruned)
+    assert kl_C.tolist() == pytest.approx([0.5 * math.log(2) - 0.25 * math.log(2), 0.0])
+    assert agreement_C.tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("task", ["fidelity", "briefs_choice", "briefs_qa"])
