@@ -25,6 +25,7 @@ TABLES = (summary_table, perplexity_table, latency_table, flocking_table)
 
 def main() -> None:
     """Compose, run, print the summary. Exit code 1 if any run failed, 128 + N where signal N ended it."""
+    job.outcomes.clear()
     compose_and_call(job.job)
     outcomes = [one for point in job.outcomes for one in point]
     rows = [(one.method, record) for one in outcomes if (record := one.record()) is not None]

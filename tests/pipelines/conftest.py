@@ -29,9 +29,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipeline keeps results and the model for as long as a process lives; every test is a new one."""
+    """The pipeline keeps the model for as long as a process lives; every test is a new one."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: this takes it back after the test
-    job.outcomes.clear()
     job._load.cache_clear()
 
 
@@ -40,7 +39,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """The entry, called in this process with overrides."""
 
     def entry(*overrides: str) -> Outcome:
-        job.outcomes.clear()
         return calling.main(overrides, monkeypatch, capfd)
 
     return entry
