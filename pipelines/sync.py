@@ -8,6 +8,7 @@ with the parts behind it.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ def main() -> None:
     runs = offline_runs(output_dir)
     if not runs:
         sys.exit(f"error: {output_dir}: no offline W&B runs here; expected an output_dir of pipelines.run")
+    logs = output_dir / ".sync"  # else the folder of the call and the home folder
+    try:
+        logs.mkdir(exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {output_dir}: cannot write {logs}: {error.strerror}")
+    os.environ |= dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"), str(logs.resolve()))
     try:
         states = sync(runs)
     except UserError as error:

@@ -70,6 +70,7 @@ def test_every_run_is_uploaded_once_and_whole(output_dir: Path, server: Loopback
     assert steps == sorted(set(steps)), "no step twice"
     assert steps[-1] == ROWS
     assert server.unknown == []
+    assert [path.name for path in output_dir.parent.iterdir()] == ["out"], "nor the home nor the folder of the call"
 
     before = list(server.operations)
     again = sync(output_dir, server.url)
