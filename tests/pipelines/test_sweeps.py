@@ -119,8 +119,13 @@ def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_pat
 
 
 def test_a_sweep_of_an_experiment_is_grouped_by_its_name(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call("-m", *tiny(tmp_path / "out", "seed=0,1", rows=1, tokens=2), "experiment=quickstart", "grid.sparsity=[0]")
-    assert group_of(tmp_path / "out") == {"quickstart"}
+    text = tmp_path / "text.txt"
+    text.write_text("Rain fell on the pass in June, and the ferry was late again.\n")
+    lengths = ["task.prompt_lengths=[16]", "task.generation_lengths=[8]"]
+    plain = ["model=random_tiny", "limit=1", "grid.sparsity=[0]", "seed=0,1", "wandb.mode=disabled"]
+    where = [f"task.data_files={text}", f"output_dir={tmp_path / 'out'}"]
+    assert call("-m", "experiment=paper_lengths", *plain, *lengths, *where).code == 0
+    assert group_of(tmp_path / "out") == {"paper_lengths"}
 
 
 def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: Path) -> None:
