@@ -20,7 +20,7 @@ run: install
 	$(BIN)/python -m pipelines.run experiment=quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: install
 	$(BIN)/ruff check .
