@@ -75,6 +75,16 @@ def test_after_generation(family: str, mode: str) -> None:
         generate(model, prompt(11))
 
 
+@pytest.mark.parametrize("compensation", ["mean", "ridge"])
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_after_compensated_generation(family: str, mode: str, compensation: str) -> None:
+    model = tiny(family)
+    with unchanged(model), griffin.prune(model, mode=mode, compensation=compensation):
+        generate(model, prompt(11))
+        generate(model, prompt(7))
+
+
 @pytest.mark.parametrize("mode", griffin.MODES)
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 def test_without_a_prompt(family: str, mode: str) -> None:
