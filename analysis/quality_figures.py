@@ -91,7 +91,7 @@ def against_speed(runs: pd.DataFrame, looks: Looks) -> Group:
                 )
             )
     command = f"python -m pipelines.run task=latency model=MODEL {_GRID.replace('[0,', '[')}"
-    return Group("Quality against decode speed", drawings, f"{command}, with MODEL as in the quality runs")
+    return Group("Quality against decode speed", drawings, command, "with MODEL as in the quality runs")
 
 
 def _headlines(runs: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:

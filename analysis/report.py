@@ -202,7 +202,7 @@ def _markdown(report: Report) -> str:
     for group in report.groups:
         lines += [f"### {group.title}", ""]
         if not group.drawings:
-            lines += [f"No data. `{group.command}`", ""]
+            lines += [f"No data. This makes it{', ' + group.hint if group.hint else ''}: `{group.command}`", ""]
         for drawing in group.drawings:
             lines += [f"![{drawing.title}](figures/{drawing.name}.png)", "", f"{drawing.title}. {drawing.caption}", ""]
     lines += ["## Runs", ""]

@@ -220,7 +220,9 @@ def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = No
     if row.family != "dense" and shown.better and len(rivals) > 1:
         numbers = [shown.better * float(text) for text in rivals]
         best = shown.better * float(shown.text(row.value)) == max(numbers)
-    return Cell(row.value, shown, row.run_id, None if pd.isna(row.stderr) else row.stderr, change, best)
+    return Cell(
+        row.value, shown, row.run_id, None if pd.isna(row.stderr) or row.samples == 1 else row.stderr, change, best
+    )
 
 
 def _heading(shown: Metric) -> str:

@@ -8,6 +8,7 @@ The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 
 import griffin
 from pipelines.config import RunConfig
+from pipelines.config_fields import one_of
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
@@ -32,7 +34,7 @@ from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.scoring import Request, score
 from pipelines.squad import provide_to_lm_eval
-from pipelines.task_config import HarnessTask
+from pipelines.task_config import PROTOCOLS, HarnessTask
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -131,6 +133,9 @@ class GriffinLM(HFLM):
         protocol: `paper` or `continuation`, for log-likelihoods.
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
+
+    Raises:
+        UserError: a value that is not allowed, before the model is loaded.
     """
 
     def __init__(
@@ -145,6 +150,17 @@ class GriffinLM(HFLM):
         seed: int = 0,
         **arguments: Any,
     ) -> None:
+        realisable = tuple(name for name, one in griffin.STATISTICS.items() if not one.hindsight)
+        for key, value, allowed in (
+            ("statistic", statistic, realisable),
+            ("selection", selection, griffin.SELECTIONS),
+            ("compensation", compensation, tuple(griffin.COMPENSATIONS)),
+            ("budget", budget, tuple(griffin.BUDGETS)),
+            ("protocol", protocol, PROTOCOLS),
+        ):
+            one_of(key, value, allowed)
+        if not 0 <= sparsity < 1:
+            raise UserError(f"sparsity={sparsity}: expected a number, 0 <= sparsity < 1")
         super().__init__(**arguments)
         self.method = Method(statistic, selection, float(sparsity), compensation, budget)
         self.protocol = protocol
@@ -283,4 +299,7 @@ def _sample(document: Document, answers: list[Any], seconds: float) -> Sample:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")

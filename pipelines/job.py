@@ -210,8 +210,9 @@ def _evaluate(
             samples[method] += batch
             metrics = kind.metrics(samples[method])
             bar.update(len(batch))
-            bar.set_description(f"{what} {method.label}")
-            bar.set_postfix_str(_headline(metrics))
+            # Shown when the bar is next drawn: a log file gets a line now and then.
+            bar.set_description(f"{what} {method.label}", refresh=False)
+            bar.set_postfix_str(_headline(metrics), refresh=False)
             trackers[method].log(len(samples[method]), metrics)
             if len(samples[method]) == len(items):
                 finish(method)

@@ -14,7 +14,7 @@ def output_dir_argument(command: str, description: str) -> Path:
         command: the module that was called.
         description: what it does, for --help.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description.split("\n\n")[0])
     parser.add_argument("output_dir", metavar="DIR", type=Path, help="an output_dir of pipelines.run")
     output_dir: Path = parser.parse_args().output_dir
     if not output_dir.is_dir():

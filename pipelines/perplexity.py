@@ -36,6 +36,9 @@ def read(config: RunConfig) -> list[Window]:
         UserError: the text is missing or unreachable.
     """
     text = read_text(config.task)
+    if not text.strip():
+        place = f"task.data_files={config.task.data_files}" if config.task.data_files else f"task={config.task.name}"
+        raise UserError(f"{place}: expected text, found none")
     return [Window(index, text) for index in range(config.offset, config.offset + (config.limit or 100))]
 
 

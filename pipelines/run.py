@@ -32,7 +32,7 @@ def main() -> None:
     if rows:
         tables = [table(rows) for table in TABLES]
         print("\n" + "\n\n".join(table for table in tables if table))
-        print(f"\nRecords: {', '.join(sorted({record['config']['output_dir'] for _, record in rows}))}")
+        print(f"\nRecords: {', '.join(sorted({str(one.folder.parent) for one in outcomes if one.folder}))}")
     if len(job.outcomes) > 1:
         print("\n" + outcome_table(outcomes))
     if any(one.state == FAILED for one in outcomes):

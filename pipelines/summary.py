@@ -96,7 +96,8 @@ def _with_error(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "-"
     digits = 2 if name.startswith(("rouge", "perplexity")) else 4
-    return f"{metrics[name]:.{digits}f} ± {metrics[f'{name}_stderr']:.{digits}f}"
+    error = f" ± {metrics[f'{name}_stderr']:.{digits}f}" if metrics["samples"] > 1 else ""  # of one sample: unknown
+    return f"{metrics[name]:.{digits}f}{error}"
 
 
 def perplexity_table(rows: Sequence[tuple[str, Record]]) -> str | None:

@@ -172,7 +172,8 @@ def check_server() -> None:
     try:
         _check_reachable(address)
     except OSError as error:
-        raise UserError(f"{address} cannot be reached ({error}); is WANDB_BASE_URL right?") from error
+        where = "WANDB_BASE_URL" if os.environ.get("WANDB_BASE_URL") else "wandb's settings"
+        raise UserError(f"the W&B server cannot be reached: {address}, from {where} ({error})") from error
 
 
 @cache

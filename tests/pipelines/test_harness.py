@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from pipelines import harness
 from pipelines.config import RunConfig
+from pipelines.errors import UserError
 from pipelines.models import load
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -132,6 +134,21 @@ def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
     )
     assert results["config"]["model"] == "griffin"
     assert 0 <= results["results"]["briefs_choice"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ({"statistic": "grifin"}, "statistic=grifin: expected one of griffin"),
+        ({"statistic": "oracle"}, "statistic=oracle: expected one of griffin"),
+        ({"sparsity": 50}, "sparsity=50: expected a number"),
+        ({"protocol": "foo"}, "protocol=foo: expected one of paper, continuation"),
+        ({"compensation": "foo"}, "compensation=foo: expected one of none"),
+    ],
+)
+def test_lm_eval_is_told_mistakes_before_it_loads_a_model(mistake: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        harness.GriffinLM(pretrained="no-such-model", **mistake)
 
 
 def test_data_of_another_layout_is_told_in_one_line(call: Callable[..., Outcome], tmp_path: Path) -> None:
