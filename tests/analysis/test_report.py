@@ -116,7 +116,7 @@ def test_a_figure_without_data_says_what_would_make_it(few_runs: Path, tmp_path:
     for folder in few_runs.glob("latency-*"):
         (folder / "record.json").unlink()
     page = written(few_runs, tmp_path)
-    assert page.count("No data. This makes it:") == 4
+    assert page.count("no data; this makes it") == 4
     assert "python -m pipelines.run task=flocking" in page
 
 

@@ -60,6 +60,7 @@ def _entry(overrides: list[str], output: Path, before: Callable[[], None] | None
 
     from pipelines import run
 
+    os.environ.pop("WANDB_SERVICE", None)  # else a kill would leave its W&B run open in the caller's service
     torch.set_num_threads(1)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)

@@ -94,6 +94,13 @@ def test_damaged_notes_are_passed_over(damage: str, all_states: Path) -> None:
     assert rows["xsum-tiny-griffin-75-3"] == "broken off"
 
 
+def test_a_damaged_record_is_told(all_states: Path) -> None:
+    (done,) = [row.run for row in status.read(all_states) if row.state == "done"]
+    (all_states / done / "record.json").write_text('{"run_id": ')
+    (row,) = [row for row in status.read(all_states) if row.run == done]
+    assert (row.state, "record.json cannot be read" in row.reason) == ("broken off", True)
+
+
 def test_a_sweep_is_done_when_all_its_points_are(call: Callable[..., Outcome], tmp_path: Path) -> None:
     call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
     rows = status.read(tmp_path / "out")
