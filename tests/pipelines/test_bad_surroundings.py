@@ -39,7 +39,7 @@ def test_a_hub_out_of_reach_is_told_within_seconds(overrides: list[str], named: 
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(home),
     )
-    assert time.monotonic() - start < 45  # of which importing takes most, on a busy machine
+    assert time.monotonic() - start < 20
     assert ended.code == 1
     assert "Traceback" not in ended.err
     (error,) = ended.lines("error: ")
