@@ -7,7 +7,7 @@
 | `kind`, `task` | the kind of task, and its name; with what tells it apart (limit, protocol, decoding, data, ...), as `xsum [limit=12]` |
 | `method` | in words: `dense`, `griffin 50%` |
 | `family` | the method without its sparsity: `griffin`; what has one colour in all figures |
-| `statistic`, `selection`, `compensation`, `budget` | the axes of the method; `none` and `uniform` where a record has no such axis, empty for dense |
+| `statistic`, `selection`, `compensation`, `budget`, `refresh` | the axes of the method; `none` and `uniform` where a record has no such axis, empty for dense |
 | `sparsity` | share of FF neurons dropped; NaN where it is one number per layer |
 | `metric` | its name in the record, without a length suffix |
 | `prompt_length`, `generation_length` | in tokens, of metrics that have a suffix `_pP_gG` or a single pair of lengths; else NaN |
@@ -36,7 +36,10 @@ from analysis.metrics import order
 _SUFFIX = re.compile(r"(?P<name>.+)_p(?P<prompt>\d+)_g(?P<generation>\d+)")
 _COUNTS = ("samples", "skipped_prompts", "prompt_tokens", "generated_tokens", "peak_memory_bytes")
 
-STRINGS = ("run_id", "model", "kind", "task", "method", "family", "statistic", "selection", "compensation", "budget")
+STRINGS = (
+    *("run_id", "model", "kind", "task", "method", "family"),
+    *("statistic", "selection", "compensation", "budget", "refresh"),
+)
 COLUMNS = (
     *STRINGS,
     *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
@@ -123,7 +126,7 @@ def _rows(record: dict[str, Any], model: str, task: str, family: str, part: labe
         "method": f"{family} {labels.amount(part)}".strip(),
         "family": family,
         "statistic": part.get("statistic", ""),
-        **{name: part.get(name, "") for name in ("selection", "compensation", "budget")},
+        **{name: part.get(name, "") for name in ("selection", "compensation", "budget", "refresh")},
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
         "seconds": record["timing"].get("seconds"),

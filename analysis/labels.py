@@ -15,10 +15,10 @@ Flat = dict[str, Any]
 
 # What of a run's configuration says how it pruned. All else is how it was evaluated, also keys that this module has
 # never heard of; but for what changes no number.
-_METHOD = ("statistic", "selection", "compensation", "budget", "sparsity", "mode", "shared_experts")
+_METHOD = ("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts")
 _IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid")
 # What means that nothing is done there, and what a record from before a key was there would have had.
-_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "shared_experts": False}
+_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "refresh": "none", "shared_experts": False}
 _LATER = {"offset": 0, "compile": False}
 
 
@@ -79,6 +79,7 @@ def family(part: Flat) -> str:
     statistic, compensation = str(part.get("statistic", "?")), part["compensation"]
     words = [statistic if compensation == _PLAIN["compensation"] else f"{statistic} + {compensation}"]
     words += [str(part[key]) for key in ("selection", "budget") if part[key] != _PLAIN[key]]
+    words += [f"refresh={part['refresh']}"] if part["refresh"] != _PLAIN["refresh"] else []
     return " ".join([*words, *(["shared"] if part["shared_experts"] else [])])
 
 

@@ -8,9 +8,11 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
 
 from griffin.budgets import BUDGETS, kept_per_layer
 from griffin.compensation import COMPENSATIONS, Compensation
+from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
 from griffin.pruner import Pruner, prune
+from griffin.refresh import REFRESHES, Reader
 from griffin.selection import SELECTIONS, kept_neurons, select
 from griffin.shared_prompt import SharedPrompt
 from griffin.statistics import STATISTICS, Statistic, aggregate
@@ -21,11 +23,14 @@ __all__ = [
     "BUDGETS",
     "COMPENSATIONS",
     "MODES",
+    "REFRESHES",
     "SELECTIONS",
     "STATISTICS",
     "Compensation",
+    "Correction",
     "FeedForwardBlock",
     "Pruner",
+    "Reader",
     "SharedPrompt",
     "Statistic",
     "UnsupportedModelError",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin.compensation import Correction
+from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, weight_out_in
 
 
@@ -59,7 +59,7 @@ class CompactProjection:
         self._compact = dict(self._parameters)  # without the correction of an earlier prompt
 
     def correct(self, correction: Correction) -> None:
-        """Change what the neurons that were gathered last write; the next `gather` begins from the weights again."""
+        """Change what the neurons that were gathered last write, on top of earlier changes; `gather` begins anew."""
         change_1KH = correction.change()
         if change_1KH is not None:
             self._rows_KH.add_(change_1KH[0].to(self._rows_KH.device))
@@ -111,6 +111,10 @@ class CompactBlock:
         """
         for projection in self.projections:
             projection.gather(experts_K)
+        self.reinstall(correction)
+
+    def reinstall(self, correction: Correction | None) -> None:
+        """Compute with the neurons that were gathered last, corrected once more."""
         if correction is not None:
             self.projections[-1].correct(correction)
         for projection in self.projections:
@@ -149,8 +153,18 @@ class Compaction:
                     compact = self._compact[layer] = CompactBlock(self._blocks[layer])
             compact.install(experts_1K[0], correction)
 
-    def detach(self) -> None:
-        """Compute with all neurons."""
+    def pause(self) -> None:
+        """Compute with all neurons, until `resume`."""
         for compact in self._compact:
             if compact is not None:
                 compact.uninstall()
+
+    def resume(self, added: Sequence[Correction | None]) -> None:
+        """Compute with the same experts again, and these corrections on top of what was corrected before."""
+        for compact, correction in zip(self._compact, added, strict=True):
+            if compact is not None:
+                compact.reinstall(correction)
+
+    def detach(self) -> None:
+        """Compute with all neurons."""
+        self.pause()

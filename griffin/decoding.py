@@ -17,7 +17,7 @@ _DECODINGS = {
 }
 
 
-def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
+def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
     """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
 
     `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
@@ -26,6 +26,7 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
         default: the model's generation config.
         given: the one passed to `generate`, or None.
         kwargs: the other arguments of `generate`.
+        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
 
     Raises:
         ValueError: names the option.
@@ -42,6 +43,9 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate is not supported: its forward calls are unknown")
+    for name in ("num_beams", "num_return_sequences"):
+        if one_text and (getattr(merged, name) or 1) > 1:
+            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
     decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
     if decoding not in _DECODINGS:
         allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))

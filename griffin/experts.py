@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from griffin.compensation import Compensation, Correction
+from griffin.compensation import Compensation
+from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.gathering import Gatherer
 from griffin.selection import select
@@ -68,6 +70,8 @@ def corrections(
     compensation: Compensation | None,
     experts: Sequence[Tensor],
     prompts: int | None = None,
+    *,
+    fits: bool = False,
 ) -> Iterator[Correction | None]:
     """What a compensation adds to each block for these experts; one by one, since they may be large.
 
@@ -78,6 +82,7 @@ def corrections(
         experts: per layer [B, K], or [1, K] where static or shared.
         prompts: where the prompts share one expert set, and so one correction, their number; fewer than the rows
             where several rows (beams) continue one prompt.
+        fits: keep what is needed to go on learning.
 
     Yields:
         Per layer, the correction for each row, or the one of all; None where nothing is added or dropped.
@@ -89,7 +94,8 @@ def corrections(
             continue
         if prompts is not None:
             total = compensation.share(total[:: max(1, len(total) // prompts)])
-        yield compensation.correct(total, block, experts_BK.expand(len(total), -1))
+        correction = compensation.correct(total, block, experts_BK.expand(len(total), -1))
+        yield correction if fits else replace(correction, fits=())
 
 
 def prompt_digests(ids_BS: Tensor, counted_BS: Tensor | None, before: Sequence[int]) -> list[int]:

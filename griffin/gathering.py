@@ -27,11 +27,13 @@ class Places:
         counted_BS: bool, False where a position is padding.
         before_B: tokens of each row's prompt before this stretch.
         padded: False where it is known that every position counts.
+        weight: how many tokens each of these counts as, beside those of other stretches.
     """
 
     counted_BS: Tensor
     before_B: Tensor
     padded: bool = True
+    weight: float = 1.0
 
     @cached_property
     def count_B(self) -> Tensor:
@@ -60,6 +62,10 @@ class Stretch:
     def relative_BSD(self) -> Tensor:
         """z[b, t, :] / ||z[b, t, :]||_2, a zero row staying zero (arXiv 2404.01365)."""
         return unit_rows(self.z_BSD)
+
+    def sum(self, values_BSD: Tensor) -> Tensor:
+        """[B, ..]: the sum over tokens, each counting as often as the stretch says."""
+        return self.places.weight * values_BSD.sum(dim=1)
 
 
 def unit_rows(z_BSD: Tensor) -> Tensor:
@@ -111,15 +117,22 @@ class Gatherer:
         """Gather no more; what has been gathered stays."""
         self._hooks.detach()
 
-    def expect(self, rows: int, positions: int, counted_BS: Tensor | None, device: torch.device | str = "cpu") -> None:
-        """Announce the next forward call's shape, and which of its positions count (None: all)."""
+    def expect(
+        self,
+        rows: int,
+        positions: int,
+        counted_BS: Tensor | None,
+        device: torch.device | str = "cpu",
+        weight: float = 1.0,
+    ) -> None:
+        """Announce the next forward call's shape, which of its positions count (None: all), and as how many tokens."""
         padded = counted_BS is not None
         if counted_BS is None:
             counted_BS = torch.ones(rows, positions, dtype=torch.bool, device=device)
         before_B = torch.zeros(rows, dtype=torch.int64, device=counted_BS.device)
         if self._places is not None:
             before_B = (self._places.before_B + self._places.count_B).to(counted_BS.device)
-        self._places = Places(counted_BS, before_B, padded)
+        self._places = Places(counted_BS, before_B, padded, weight)
 
     def reset(self) -> None:
         """Begin a new prompt."""
@@ -130,6 +143,12 @@ class Gatherer:
     def total(self, gathering: Gathering | None, layer: int) -> Tensor | None:
         """What this gathering came to over the prompt, B first; None for None."""
         return None if gathering is None else self._totals[gathering][layer]
+
+    def fork(self) -> Gatherer:
+        """Another one that goes on from here by itself."""
+        forked = Gatherer(self._blocks, list(self._totals))
+        forked._totals, forked._places = self.totals(), self._places
+        return forked
 
     def totals(self) -> Totals:
         """Everything that was gathered of these prompts; `reset` leaves it alone."""

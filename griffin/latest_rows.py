@@ -26,8 +26,8 @@ def latest(z_BSD: Tensor, places: Places) -> Tensor:
         places: where the tokens stand in their prompts.
 
     Returns:
-        [B, T, D] sums of z / ||z|| over the tokens of a row, the last row last; T what the longest prompt has, but at
-        most `ROWS`. What is not in the stretch is zero.
+        [B, T, D] sums of z / ||z|| over the tokens of a row, times the root of what a token counts as; the last row
+        last. T is what the longest prompt has, but at most `ROWS`. What is not in the stretch is zero.
     """
     device = z_BSD.device
     length = _length(places)
@@ -36,7 +36,7 @@ def latest(z_BSD: Tensor, places: Places) -> Tensor:
     flat = (prompts * length + row_BS[prompts, positions]).to(device)
     z = z_BSD[prompts.to(device), positions.to(device)]
     latest_BTD = z_BSD.new_zeros(len(z_BSD), length, z_BSD.shape[2])
-    latest_BTD.flatten(0, 1).index_add_(0, flat, unit_rows(z))
+    latest_BTD.flatten(0, 1).index_add_(0, flat, places.weight**0.5 * unit_rows(z))
     return latest_BTD
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from griffin.block_hooks import BlockHooks
-from griffin.compensation import Correction
+from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 
 
@@ -23,7 +23,7 @@ class Mask:
         self._hooks = BlockHooks(blocks, self._mask, self._correct)
         self._experts: Sequence[Tensor] = []
         self._dropped_B1D: list[Tensor] = []
-        self._corrections: Sequence[Correction | None] = []
+        self._corrections: list[list[Correction]] = []
 
     def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None:
         """Mask from the next forward call on.
@@ -40,7 +40,18 @@ class Mask:
             .unsqueeze(1)
             for block, experts_BK in zip(self._blocks, experts, strict=True)
         ]
-        self._corrections = [None] * len(experts) if corrections is None else list(corrections)
+        given: Iterable[Correction | None] = [None] * len(experts) if corrections is None else corrections
+        self._corrections = [[] if correction is None else [correction] for correction in given]
+        self._hooks.attach()
+
+    def pause(self) -> None:
+        """Mask no more, until `resume`."""
+        self._hooks.detach()
+
+    def resume(self, added: Sequence[Correction | None]) -> None:
+        """Mask again, with these corrections on top of those that there are."""
+        for corrections, correction in zip(self._corrections, added, strict=True):
+            corrections += [] if correction is None else [correction]
         self._hooks.attach()
 
     def detach(self) -> None:
@@ -54,10 +65,12 @@ class Mask:
         return z_BSD.masked_fill(dropped_B1D, 0.0).reshape(z.shape)
 
     def _correct(self, layer: int, z: Tensor, output: Tensor) -> Tensor | None:
-        correction = self._corrections[layer]
-        if correction is None:
+        corrections = self._corrections[layer]
+        if not corrections:
             return None
-        z_BSD = z.reshape(correction.prompts, -1, z.shape[-1])
+        z_BSD = z.reshape(corrections[0].prompts, -1, z.shape[-1])
         experts_BSK = self._experts[layer].unsqueeze(1).expand(*z_BSD.shape[:2], -1)
         kept_BSK = z_BSD.gather(2, experts_BSK).float()
-        return output + correction.output(kept_BSK).reshape(output.shape).to(output.dtype)
+        for correction in corrections:
+            output = output + correction.output(kept_BSK).reshape(output.shape).to(output.dtype)
+        return output

@@ -27,6 +27,8 @@ from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_fe
 from griffin.gathering import Gatherer
 from griffin.modes import MODES
 from griffin.own_text import gathered_over_own_text
+from griffin.refit import Refit
+from griffin.refresh import REFRESHES, WEIGHT, Rereading
 from griffin.selection import SELECTIONS
 from griffin.statistics import STATISTICS
 
@@ -56,12 +58,14 @@ class Pruner:
         seed: int,
         compensation: str,
         budget: str,
+        refresh: str,
     ) -> None:
         for key, value, allowed in (
             ("statistic", statistic, STATISTICS),
             ("selection", selection, SELECTIONS),
             ("mode", mode, MODES),
             ("compensation", compensation, COMPENSATIONS),
+            ("refresh", refresh, REFRESHES),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
@@ -72,6 +76,12 @@ class Pruner:
         if self.statistic.hindsight:
             raise ValueError(f"statistic={statistic!r} knows what comes after the prompt: it cannot generate")
         self.compensation = COMPENSATIONS[compensation]
+        if refresh == "compensation" and (self.compensation is None or self.compensation.learn is None):
+            learning = [name for name, one in COMPENSATIONS.items() if one is not None and one.learn is not None]
+            raise ValueError(
+                f"refresh={refresh!r} with compensation={compensation!r}, which cannot go on learning: expected "
+                f"compensation={', '.join(learning)}"
+            )
         self.selection = selection
         self.mode = mode
         self.shared_experts = shared_experts
@@ -87,6 +97,12 @@ class Pruner:
         )
         self._own_text: list[Tensor] | None = None
         self._work = MODES[mode](self.blocks)
+        # Where nothing is dropped there is nothing to refresh, and decoding stays dense to the bit.
+        dropping = any(kept < block.width for kept, block in zip(self.kept, self.blocks, strict=True))
+        self._refreshes = refresh != "none" and dropping
+        self._learns = refresh == "compensation" and dropping
+        self._rereading = Rereading(model, self)
+        self._refit: Refit | None = None
         self._signature = inspect.signature(model.forward)
         self._root_hooks: list[Any] = []
         self._generation: _Generation | None = None
@@ -111,6 +127,8 @@ class Pruner:
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(after),
         ]
+        if self._refreshes:
+            self._rereading.attach()
         self._own_generate = vars(self.model).get("generate")
         if hasattr(self.model, "generate"):  # a decoder without its language modelling head has none
             self._dense_generate = self.model.generate
@@ -121,6 +139,8 @@ class Pruner:
         self._work.detach()
         self._work = MODES[self.mode](self.blocks)  # what the old one holds can go
         self._gatherer.detach()
+        self._rereading.detach()
+        self.stop()
         for hook in self._root_hooks:
             hook.remove()
         vars(self.model).pop("generate", None)  # uncovers the class's own
@@ -178,7 +198,7 @@ class Pruner:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        refuse_decoding(self.model.generation_config, given, kwargs)
+        refuse_decoding(self.model.generation_config, given, kwargs, one_text=self._refreshes)
         inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -210,6 +230,7 @@ class Pruner:
         else:
             in_prompt = cached == 0 or self._in_prefill
         if in_prompt:
+            self._rereading.end()
             known = self._cache is None or self._cache() is cache
             if cached == 0 or cached != self._positions or not known:
                 self._begin_prompt(rows)  # a cache filled elsewhere begins a new prompt too
@@ -226,6 +247,7 @@ class Pruner:
         self._phase = "none"
         self._rows = 0
         self._rows_per_prompt = 1  # beams, or several returned sequences
+        self._refit = None
         self._lengths_B: Tensor | None = None
         self._digests: list[int] = []
         self._gatherer.reset()
@@ -244,11 +266,13 @@ class Pruner:
         self._rows_per_prompt = rows // prompts
         self._digests = [0] * rows
 
-    def _continue_prompt(self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None) -> None:
+    def _continue_prompt(
+        self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None, weight: float = 1.0
+    ) -> None:
         if rows != self._rows:
             raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
         self._work.detach()
-        self._gatherer.expect(rows, positions, valid_BS, self.model.device)
+        self._gatherer.expect(rows, positions, valid_BS, self.model.device, weight)
         self._gatherer.attach()
         self._phase = "prompt"
         self._scores = self._experts = None
@@ -269,11 +293,33 @@ class Pruner:
         self._gatherer.detach()
         shared = self.shared_experts or self.mode == "compact"
         prompts = self._rows // self._rows_per_prompt if shared else None
-        added = corrections(self.blocks, self._gatherer, self.compensation, self._experts, prompts)
+        added = corrections(self.blocks, self._gatherer, self.compensation, self._experts, prompts, fits=self._learns)
         if not shared and rows != self._rows:
             raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
+        if self._learns and self.compensation is not None:
+            added = iter(kept := list(added))
+            self._refit = Refit(self.blocks, self._work, self.compensation, self._experts, kept, shared=shared)
         self._work.attach(self._experts, added)
         self._phase = "generation"
+        if self._refreshes and not self._rereading.active:
+            self._rereading.begin()
+
+    def read(self, ids_BN: Tensor, counted_BN: Tensor | None) -> None:
+        """For `Rereading`: the coming call is dense, and reads what was generated."""
+        if self._refit is not None:
+            self._refit.read(ids_BN, counted_BN)
+        else:
+            self._continue_prompt(ids_BN.shape[0], ids_BN.shape[1], ids_BN, counted_BN, WEIGHT)
+
+    def renew(self) -> None:
+        """For `Rereading`: it has been read. New experts are chosen by the next generation call, as after a prompt."""
+        if self._refit is not None:
+            self._refit.renew()
+
+    def stop(self) -> None:
+        """For `Rereading`: read no more."""
+        if self._refit is not None:
+            self._refit.stop()
 
     def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
         """[B, S] bool, False where this call's tokens are padding; None where there is none."""
@@ -326,6 +372,7 @@ def prune(
     seed: int = 0,
     compensation: str = "none",
     budget: str = "uniform",
+    refresh: str = "none",
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -349,6 +396,7 @@ def prune(
         seed: of random statistics and selections; a prompt draws the same in any batch.
         compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`; not in the paper.
         budget: how the layers share what is kept, one of `BUDGETS`; not in the paper.
+        refresh: what follows the text that is generated, one of `REFRESHES`; not in the paper.
 
     Returns:
         The context manager; entering it gives itself.
@@ -361,4 +409,4 @@ def prune(
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget)
+    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget, refresh)

@@ -14,8 +14,10 @@ V = vocabulary, D = FF width, K = kept neurons.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,13 +26,19 @@ from transformers import DynamicCache, StaticCache
 
 from griffin.budgets import kept_per_layer
 from griffin.caches import roomy, static
-from griffin.compensation import COMPENSATIONS, Correction
+from griffin.compensation import COMPENSATIONS
+from griffin.correction import Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
-from griffin.modes import MODES
+from griffin.modes import MODES, Work
 from griffin.own_text import gathered_over_own_text
+from griffin.refit import Refit
+from griffin.refresh import WEIGHT, Reader, next_reading, reading
 from griffin.statistics import STATISTICS
+
+# Per layer, experts and what a compensation adds with them.
+Chosen = tuple[list[Tensor], list[Correction | None]]
 
 
 class SharedPrompt:
@@ -171,7 +179,7 @@ class SharedPrompt:
         return experts
 
     def corrections(
-        self, compensation: str, experts: Sequence[Tensor], *, shared_experts: bool = False
+        self, compensation: str, experts: Sequence[Tensor], *, shared_experts: bool = False, fits: bool = False
     ) -> list[Correction | None]:
         """Per layer, what a compensation adds to the block's output for these experts; None: nothing.
 
@@ -179,9 +187,11 @@ class SharedPrompt:
             compensation: one of those named at construction, or `none`.
             experts: what `experts` returned for these prompts.
             shared_experts: as it was when `experts` returned them.
+            fits: keep what is needed to go on learning.
         """
         prompts = len(self._prompts_B) if shared_experts else None
-        return list(corrections(self._blocks, self._gatherer, COMPENSATIONS[compensation], experts, prompts))
+        compensating = COMPENSATIONS[compensation]
+        return list(corrections(self._blocks, self._gatherer, compensating, experts, prompts, fits=fits))
 
     @torch.no_grad()
     def continued(
@@ -190,6 +200,7 @@ class SharedPrompt:
         lengths_B: Tensor,
         experts: Sequence[Tensor] | None,
         corrections: Sequence[Correction | None] | None = None,
+        reader: Reader | None = None,
     ) -> Tensor:
         """The prompts' continuation, with these experts in every position of it, or dense.
 
@@ -198,34 +209,45 @@ class SharedPrompt:
             lengths_B: tokens of each continuation, 0 to C.
             experts: per layer [B, K] or [1, K]; None: dense.
             corrections: per layer, what a compensation adds with these experts; None: nothing.
+            reader: as in `pruned`. It reads after as many tokens as it would if they were generated.
 
         Returns:
             Logits [B, C, V] of the tokens after each continuation token; meaningless behind a row's length.
         """
         steps = ids_BC.shape[1]
         steps_C = torch.arange(steps, device=ids_BC.device)
-        mask_BPC = torch.cat([self._valid_BP, steps_C < lengths_B.unsqueeze(1)], dim=1)
-        positions = {"position_ids": self._prompts_B.unsqueeze(1) + steps_C} if self._takes_positions else {}
+        counted_BC = steps_C < lengths_B.unsqueeze(1)
+        mask_BPC = torch.cat([self._valid_BP, counted_BC], dim=1).long()
+        positions_BC = self._prompts_B.unsqueeze(1) + steps_C
         if experts is None:
             self._following.reset()
-            self._following.expect(len(ids_BC), steps, steps_C < lengths_B.unsqueeze(1))
+            self._following.expect(len(ids_BC), steps, counted_BC)
             self._following.attach()
+        cache, logits = self.fork(steps), []
         try:
-            with self.pruned(experts, corrections, "masked"):
-                logits: Tensor = self._model(
-                    ids_BC,
-                    attention_mask=mask_BPC.long(),
-                    past_key_values=self.fork(steps),
-                    use_cache=True,
-                    **positions,
-                ).logits
+            with self.pruned(experts, corrections, "masked", reader):
+                for begin, end in pairwise(_calls(steps) if reader is not None else [0, steps]):
+                    positions = {"position_ids": positions_BC[:, begin:end]} if self._takes_positions else {}
+                    logits.append(
+                        self._model(
+                            ids_BC[:, begin:end],
+                            attention_mask=mask_BPC[:, : self._valid_BP.shape[1] + end],
+                            past_key_values=cache,
+                            use_cache=True,
+                            **positions,
+                        ).logits
+                    )
         finally:
             self._following.detach()
-        return logits
+        return torch.cat(logits, dim=1)
 
     @contextlib.contextmanager
     def pruned(
-        self, experts: Sequence[Tensor] | None, corrections: Sequence[Correction | None] | None, mode: str
+        self,
+        experts: Sequence[Tensor] | None,
+        corrections: Sequence[Correction | None] | None,
+        mode: str,
+        reader: Reader | None = None,
     ) -> Iterator[None]:
         """Forward calls of the model in this context use these experts.
 
@@ -234,15 +256,49 @@ class SharedPrompt:
                 dense.
             corrections: per layer, what a compensation adds with these experts; None: nothing.
             mode: one of `MODES`. The buffers of `compact` last from prompt to prompt.
+            reader: what is to follow the text, from `renewal` or `refit`, for this mode; None: nothing.
         """
         if experts is None:
             yield
             return
-        self._work[mode].attach(experts, corrections)
+        work = self._work[mode]
+        work.attach(experts, corrections)
         try:
-            yield
+            with contextlib.nullcontext() if reader is None else reading(self._model, reader):
+                yield
         finally:
-            self._work[mode].detach()
+            work.detach()
+
+    def renewal(self, mode: str, choose: Callable[[SharedPrompt], Chosen]) -> Reader:
+        """For `pruned`: what is generated joins the prompts, and experts are chosen again.
+
+        Args:
+            mode: one of `MODES`.
+            choose: gives the experts and corrections of the prompts of what it is called with.
+        """
+        return _Renewal(self, self._work[mode], choose)
+
+    def refit(
+        self,
+        mode: str,
+        compensation: str,
+        experts: Sequence[Tensor],
+        corrections: Sequence[Correction | None],
+        *,
+        shared_experts: bool = False,
+    ) -> Reader:
+        """For `pruned`: the compensation goes on learning from what is generated.
+
+        Args:
+            mode: one of `MODES`.
+            compensation: one that can learn.
+            experts: those that are put to work.
+            corrections: those that are put to work, with their fits.
+            shared_experts: as it was when `experts` returned them.
+        """
+        compensating = COMPENSATIONS[compensation]
+        assert compensating is not None
+        return Refit(self._blocks, self._work[mode], compensating, experts, corrections, shared=shared_experts)
 
     def fork(self, room: int) -> DynamicCache:
         """A copy of the prompts' KV cache, with room in place for so many more tokens."""
@@ -270,3 +326,38 @@ class SharedPrompt:
             else:
                 layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
         self._cache = cache
+
+
+class _Renewal:
+    """Chooses experts again from the prompts and what has been generated. The prompts themselves stay as they are."""
+
+    def __init__(self, shared: SharedPrompt, work: Work, choose: Callable[[SharedPrompt], Chosen]) -> None:
+        self._longer = copy.copy(shared)
+        self._longer._gatherer = shared._gatherer.fork()
+        self._work = work
+        self._choose = choose
+
+    def read(self, ids_BN: Tensor, counted_BN: Tensor | None) -> None:
+        longer = self._longer
+        self._work.detach()
+        longer._digests = prompt_digests(ids_BN, counted_BN, longer._digests)
+        longer._prompts_B = longer._prompts_B + (ids_BN.shape[1] if counted_BN is None else counted_BN.sum(dim=1))
+        rows, positions = ids_BN.shape
+        longer._gatherer.expect(rows, positions, counted_BN, ids_BN.device, WEIGHT)
+        longer._gatherer.attach()
+
+    def renew(self) -> None:
+        self.stop()
+        self._work.attach(*self._choose(self._longer))
+
+    def stop(self) -> None:
+        self._longer._gatherer.detach()
+
+
+def _calls(steps: int) -> list[int]:
+    """Where the forward calls end that read a given text as if it were generated: one token is read with a reading."""
+    ends, reading_at = [0], next_reading(0)
+    while reading_at < steps:
+        ends += [reading_at, reading_at + 1]
+        reading_at = next_reading(reading_at)
+    return sorted({*ends, steps})

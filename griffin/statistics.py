@@ -89,22 +89,22 @@ class Statistic:
 
 def squared_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
     """sum_t (z[b, t, j] / ||z[b, t, :]||)^2, a zero row counting as zero (arXiv 2404.01365)."""
-    return stretch.relative_BSD.square().sum(dim=1)
+    return stretch.sum(stretch.relative_BSD.square())
 
 
 def squared_relative_contributions(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
     """sum_t (c[b, t, j] / ||c[b, t, :]||)^2 with c = z * ||Wd[:, j]||_2, the length of what a neuron writes."""
-    return unit_rows(stretch.z_BSD * block.output_lengths.to(stretch.z_BSD.device)).square().sum(dim=1)
+    return stretch.sum(unit_rows(stretch.z_BSD * block.output_lengths.to(stretch.z_BSD.device)).square())
 
 
 def squares(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
     """sum_t z[b, t, j]^2."""
-    return stretch.z_BSD.square().sum(dim=1)
+    return stretch.sum(stretch.z_BSD.square())
 
 
 def magnitudes(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
     """sum_t |z[b, t, j]|."""
-    return stretch.z_BSD.abs().sum(dim=1)
+    return stretch.sum(stretch.z_BSD.abs())
 
 
 def largest(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
@@ -117,7 +117,7 @@ def recent_squared_relative_activations(stretch: Stretch, block: FeedForwardBloc
     places = stretch.places
     after_BS = places.before_B.unsqueeze(1) + places.count_B.unsqueeze(1) - 1 - places.positions_BS
     weights_BS = torch.exp2(-after_BS.to(stretch.z_BSD) / _HALF_LIFE)
-    return (stretch.relative_BSD.square() * weights_BS.unsqueeze(-1)).sum(dim=1)
+    return stretch.sum(stretch.relative_BSD.square() * weights_BS.unsqueeze(-1))
 
 
 # -- how stretches join, where they do not just add up ------------------------------------------------------------

@@ -28,6 +28,9 @@ STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 BUDGETS = tuple(griffin.BUDGETS)
+REFRESHES = tuple(griffin.REFRESHES)
+# Compensations that refresh=compensation can go on with.
+LEARNING = {name for name, one in griffin.COMPENSATIONS.items() if one is not None and one.learn is not None}
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
@@ -71,11 +74,12 @@ def _sparsity(key: str, value: Any) -> float | list[float]:
 
 @dataclass
 class GridConfig:
-    """Several points in one process: every combination of what is listed. Empty: the root's own."""
+    """Several points in one process: every possible combination of what is listed. Empty: the root's own."""
 
     statistic: list[str] = described("statistics", list)
     compensation: list[str] = described("compensations", list)
     budget: list[str] = described("budgets", list)
+    refresh: list[str] = described("what is refreshed", list)
     sparsity: list[float] = described("sparsities; all points with 0 are the one dense run", list)
 
 
@@ -106,8 +110,9 @@ class RunConfig:
         f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
     )
     budget: str = described(f"how the layers share what is kept, beyond the paper: {', '.join(BUDGETS)}", "uniform")
+    refresh: str = described(f"what follows the generated text, beyond the paper: {', '.join(REFRESHES)}", "none")
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
-    grid: GridConfig = described("many statistics, compensations, budgets and sparsities in one process", GridConfig)
+    grid: GridConfig = described("many of the above in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
@@ -125,6 +130,7 @@ class RunConfig:
         one_of("selection", self.selection, SELECTIONS)
         one_of("compensation", self.compensation, COMPENSATIONS)
         one_of("budget", self.budget, BUDGETS)
+        one_of("refresh", self.refresh, REFRESHES)
         one_of("mode", self.mode, MODES)
         self.sparsity = _sparsity("sparsity", self.sparsity)
         for value in self.grid.statistic:
@@ -135,6 +141,9 @@ class RunConfig:
             one_of("grid.compensation", value, COMPENSATIONS)
         for value in self.grid.budget:
             one_of("grid.budget", value, BUDGETS)
+        for value in self.grid.refresh:
+            one_of("grid.refresh", value, REFRESHES)
+        self._can_refresh()
         for value in self.grid.sparsity:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
@@ -178,6 +187,17 @@ class RunConfig:
             self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
         if self.compile and self.mode != "compact":
             raise UserError(f"compile=true with mode={self.mode}: expected compact, whose weights keep their shapes")
+
+    def _can_refresh(self) -> None:
+        key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])
+        compensations = self.grid.compensation or [self.compensation]
+        if "compensation" in refreshes and not LEARNING & {*compensations}:
+            raise UserError(
+                f"{key}=compensation with compensation={', '.join(compensations)}, which cannot go on learning: "
+                f"expected compensation={', '.join(sorted(LEARNING))}"
+            )
+        if self.compile and refreshes != ["none"]:
+            raise UserError(f"compile=true with {key}={', '.join(refreshes)}: expected refresh=none, one static cache")
 
     def _realisable(self, key: str, statistic: str) -> None:
         if griffin.STATISTICS[statistic].hindsight and self.task.kind != "fidelity":

@@ -24,7 +24,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import griffin
-from pipelines.config import RunConfig
+from pipelines.config import LEARNING, RunConfig
 from pipelines.config_fields import one_of
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
@@ -130,6 +130,7 @@ class GriffinLM(HFLM):
         selection: one of `griffin.SELECTIONS`.
         compensation: one of `griffin.COMPENSATIONS`.
         budget: one of `griffin.BUDGETS`.
+        refresh: one of `griffin.REFRESHES`.
         protocol: `paper` or `continuation`, for log-likelihoods.
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
@@ -146,6 +147,7 @@ class GriffinLM(HFLM):
         selection: str = "topk",
         compensation: str = "none",
         budget: str = "uniform",
+        refresh: str = "none",
         protocol: str = "paper",
         seed: int = 0,
         **arguments: Any,
@@ -156,13 +158,16 @@ class GriffinLM(HFLM):
             ("selection", selection, griffin.SELECTIONS),
             ("compensation", compensation, tuple(griffin.COMPENSATIONS)),
             ("budget", budget, tuple(griffin.BUDGETS)),
+            ("refresh", refresh, tuple(griffin.REFRESHES)),
             ("protocol", protocol, PROTOCOLS),
         ):
             one_of(key, value, allowed)
         if not 0 <= sparsity < 1:
             raise UserError(f"sparsity={sparsity}: expected a number, 0 <= sparsity < 1")
+        if refresh == "compensation":
+            one_of("compensation", compensation, sorted(LEARNING))
         super().__init__(**arguments)
-        self.method = Method(statistic, selection, float(sparsity), compensation, budget)
+        self.method = Method(statistic, selection, float(sparsity), compensation, budget, refresh)
         self.protocol = protocol
         self.seed = int(seed)
 
@@ -203,6 +208,7 @@ class GriffinLM(HFLM):
             seed=self.seed,
             compensation=method.compensation,
             budget=method.budget,
+            refresh=method.refresh,
         ):
             return super().generate_until(requests, disable_tqdm)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import griffin
-from pipelines.config import RunConfig
+from pipelines.config import LEARNING, RunConfig
 from pipelines.data import EMBEDDED, digest
 
 if TYPE_CHECKING:
@@ -22,14 +22,15 @@ _INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune: how neurons are scored and chosen, how many, and how the kept ones make up for the others;
-    sparsity 0 is the dense model."""
+    """One way to prune: how neurons are scored and chosen, how many, how the kept ones make up for the others, and
+    what follows the text that is generated; sparsity 0 is the dense model."""
 
     statistic: str
     selection: str
     sparsity: float | tuple[float, ...]
     compensation: str = "none"
     budget: str = "uniform"
+    refresh: str = "none"
 
     @property
     def dense(self) -> bool:
@@ -46,6 +47,7 @@ class Method:
         words = [self.statistic] if self.compensation == "none" else [f"{self.statistic}+{self.compensation}"]
         words += [] if self.selection == "topk" else [self.selection]
         words += [] if self.budget == "uniform" else [self.budget]
+        words += [] if self.refresh == "none" else [f"refresh={self.refresh}"]
         return " ".join([*words, amount])
 
 
@@ -54,14 +56,17 @@ def methods(config: RunConfig) -> list[Method]:
     if config.task.kind == "flocking":  # looks at the dense model
         return [Method(config.statistic, config.selection, 0.0)]
     points: list[Method] = []
-    for statistic, compensation, budget, sparsity in itertools.product(
+    for statistic, compensation, budget, refresh, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],
         config.grid.compensation or [config.compensation],
         config.grid.budget or [config.budget],
+        config.grid.refresh or [config.refresh],
         config.grid.sparsity or [config.sparsity],
     ):
+        if refresh == "compensation" and compensation not in LEARNING:
+            continue
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
-        method = Method(statistic, config.selection, amount, compensation, budget)
+        method = Method(statistic, config.selection, amount, compensation, budget, refresh)
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
@@ -78,11 +83,15 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
         "sparsity": sparsity,
         "compensation": method.compensation,
         "budget": method.budget,
+        "refresh": method.refresh,
     }
 
 
+# What means nothing where nothing is pruned.
+_PRUNING = ("statistic", "selection", "mode", "shared_experts", "compensation", "budget", "refresh")
+
 # Keys that were added when runs had been recorded already, with the values that change nothing.
-_LATER = {"compensation": "none", "budget": "uniform", "offset": 0, "compile": False}
+_LATER = {"compensation": "none", "budget": "uniform", "refresh": "none", "offset": 0, "compile": False}
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate", "install")),
-        (plain, ("statistic", "selection", "mode", "shared_experts", "compensation", "budget") if method.dense else ()),
+        (plain, _PRUNING if method.dense else ()),
         (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):
         for key in unused:
@@ -132,6 +141,7 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
         "seed": config.seed,
         "compensation": method.compensation,
         "budget": method.budget,
+        "refresh": method.refresh,
     }
 
 
@@ -149,14 +159,35 @@ def pruned(shared: griffin.SharedPrompt, method: Method, config: RunConfig) -> A
     """The model on a method's experts for the shared prompts, in the mode of the configuration."""
     if method.dense:
         return nullcontext()
-    alike = {"shared_experts": config.shared_experts}
-    experts = shared.experts(method.statistic, method.selection, method.sparsity, config.seed, method.budget, **alike)
-    return shared.pruned(experts, shared.corrections(method.compensation, experts, **alike), config.mode)
+    experts, corrections, reader = _chosen(shared, method, config.seed, config.mode, config.shared_experts)
+    return shared.pruned(experts, corrections, config.mode, reader)
 
 
 def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, lengths_B: Tensor, seed: int) -> Tensor:
     """The logits [B, C, V] of a given continuation of the shared prompts under one method."""
     if method.dense:
         return shared.continued(ids_BC, lengths_B, None)
-    experts = shared.experts(method.statistic, method.selection, method.sparsity, seed, method.budget)
-    return shared.continued(ids_BC, lengths_B, experts, shared.corrections(method.compensation, experts))
+    experts, corrections, reader = _chosen(shared, method, seed, "masked", False)
+    return shared.continued(ids_BC, lengths_B, experts, corrections, reader)
+
+
+def _chosen(
+    shared: griffin.SharedPrompt, method: Method, seed: int, mode: str, shared_experts: bool
+) -> tuple[list[Tensor], list[griffin.Correction | None], griffin.Reader | None]:
+    """A method's experts for the shared prompts, what it adds with them, and what is to follow the text."""
+    learns = method.refresh == "compensation"
+
+    def choose(prompts: griffin.SharedPrompt) -> tuple[list[Tensor], list[griffin.Correction | None]]:
+        experts = prompts.experts(
+            method.statistic, method.selection, method.sparsity, seed, method.budget, shared_experts=shared_experts
+        )
+        added = prompts.corrections(method.compensation, experts, shared_experts=shared_experts, fits=learns)
+        return experts, added
+
+    experts, corrections = choose(shared)
+    reader: griffin.Reader | None = None
+    if method.refresh == "experts":
+        reader = shared.renewal(mode, choose)
+    elif learns:
+        reader = shared.refit(mode, method.compensation, experts, corrections, shared_experts=shared_experts)
+    return experts, corrections, reader

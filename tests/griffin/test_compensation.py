@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import griffin
 from griffin import latest_rows
-from griffin.compensation import COMPENSATIONS, RIDGE
+from griffin.compensation import COMPENSATIONS
+from griffin.ridge import RIDGE
 
 NAMES = ["mean", "ridge"]
 

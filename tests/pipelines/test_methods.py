@@ -48,10 +48,21 @@ def test_a_grid_has_compensations_and_budgets_too() -> None:
     ]
 
 
+def test_a_grid_leaves_out_what_cannot_learn() -> None:
+    config = composed(*BASE, "grid.compensation=[none,ridge]", "grid.refresh=[none,experts,compensation]")
+    assert [(method.compensation, method.refresh) for method in methods(config)] == [
+        ("none", "none"),
+        ("none", "experts"),
+        ("ridge", "none"),
+        ("ridge", "experts"),
+        ("ridge", "compensation"),
+    ]
+
+
 def test_runs_from_before_compensation_existed_are_the_same_runs() -> None:
     # The identity of this call when statistic, selection and sparsity were all that a method had.
     known = only_identity()
-    assert not {"compensation", "budget", "offset"} & set(known)
+    assert not {"compensation", "budget", "refresh", "offset"} & set(known)
 
 
 def test_the_dense_run_is_one_and_comes_first() -> None:
@@ -76,6 +87,7 @@ def test_points_named_twice_are_run_once() -> None:
         (Method("griffin", "topk", 0.5, "ridge"), "griffin+ridge 50%"),
         (Method("griffin", "topk", 0.5, budget="late"), "griffin late 50%"),
         (Method("joint", "sample", 0.5, "ridge", "late"), "joint+ridge sample late 50%"),
+        (Method("joint", "topk", 0.5, "ridge", refresh="experts"), "joint+ridge refresh=experts 50%"),
         (Method("griffin", "sample", 0.0), "dense"),
         (Method("griffin", "topk", (0.0, 0.0)), "dense"),
     ],
@@ -117,6 +129,7 @@ def test_what_changes_no_result_changes_no_identity(override: str) -> None:
         "statistic=wanda",
         "compensation=ridge",
         "budget=late",
+        "refresh=experts",
         "offset=1",
         "selection=sample",
         "model.dtype=bfloat16",
@@ -141,7 +154,7 @@ def test_the_device_is_part_of_the_identity() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "mode=masked"),
+        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "refresh=experts", "mode=masked"),
         *("shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
     ],
 )
