@@ -1,9 +1,10 @@
 """Refresh: what was chosen from the prompt follows the text that is being generated.
 
 A prompt tells which neurons matter for the prompt; what is generated moves away from it. So a few steps of the
-generation, after 8, 32, 128, .. tokens, run dense and read again what has been generated since the last of them: the
+generation, after 8, 16, 32, .. tokens, run dense and read again what has been generated since the last of them: the
 KV cache then holds the dense model's entries of it, and its activations join the prompt's. Such a step costs little
-more than a dense one, and there are few: two in the first 128 tokens, four in 2,048.
+more than a dense one where decoding is bound by memory, and there are few: four in the first 128 tokens, eight in
+2,048.
 
 Not in the paper, whose experts are the prompt's until the end.
 
@@ -31,11 +32,11 @@ REFRESHES = {
 # A token that was generated counts as so many of the prompt: it says more of what comes next (docs/selection.md).
 WEIGHT = 4.0
 
-_FIRST, _FACTOR = 8, 4
+_FIRST, _FACTOR = 8, 2
 
 
 def next_reading(generated: int) -> int:
-    """After how many tokens the next reading comes when so many have been generated: 8, 32, 128, .."""
+    """After how many tokens the next reading comes when so many have been generated: 8, 16, 32, .."""
     after = _FIRST
     while after <= generated:
         after *= _FACTOR

@@ -47,7 +47,18 @@ def with_a_shared_prompt(model: PreTrainedModel, mode: str, compensation: str, w
         watch(number)
 
 
-@pytest.mark.parametrize("run", [with_the_pruner, with_a_shared_prompt])
+def with_refresh(model: PreTrainedModel, mode: str, compensation: str, watch: Callable[[int], None]) -> None:
+    refresh = "experts" if compensation == "none" else "compensation"
+    with griffin.prune(model, 0.5, mode=mode, compensation=compensation, refresh=refresh):
+        for number in range(PROMPTS):
+            cache = model(prompt(6 + number % 5), use_cache=True).past_key_values
+            for length in (8, 1, 1):  # the second is read with what came before it
+                model(prompt(length), past_key_values=cache, use_cache=True)
+            del cache
+            watch(number)
+
+
+@pytest.mark.parametrize("run", [with_the_pruner, with_a_shared_prompt, with_refresh])
 @pytest.mark.parametrize("compensation", ["none", "ridge"])
 @pytest.mark.parametrize("mode", griffin.MODES)
 @torch.no_grad()

@@ -29,8 +29,8 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_readings_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    readings = [refresh.next_reading(generated) for generated in (0, 7, 8, 9, 31, 32, 127, 128)]
-    assert readings == [8, 8, 32, 32, 32, 128, 128, 512]
+    readings = [refresh.next_reading(generated) for generated in (0, 7, 8, 9, 16, 31, 32, 127)]
+    assert readings == [8, 8, 16, 16, 32, 32, 64, 128]
 
 
 @torch.no_grad()

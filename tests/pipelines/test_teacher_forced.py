@@ -103,6 +103,30 @@ def test_dense_fidelity_is_perfect_and_a_grid_equals_separate_runs(
     assert read_record(dense)["metrics"]["top1_agreement"] == 1.0
 
 
+REFRESHING = ["compensation=ridge", "grid.refresh=[none,experts,compensation]"]
+
+
+@pytest.mark.parametrize("kind", ["fidelity", "generation"])
+def test_methods_that_follow_the_text_do_not_disturb_each_other(
+    kind: str, call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    options = [f"task.kind={kind}"]
+    call(*tiny(tmp_path / "grid", *options, *REFRESHING, tokens=14))
+    for refresh in ("none", "experts", "compensation"):
+        call(*tiny(tmp_path / "alone", *options, "compensation=ridge", f"refresh={refresh}", tokens=14))
+    together, alone = run_folders(tmp_path / "grid"), run_folders(tmp_path / "alone")
+    assert [one.name for one in together] == [other.name for other in alone]
+    metrics = [read_record(one)["metrics"] for one in together]
+    assert metrics == [read_record(other)["metrics"] for other in alone]
+    if kind == "fidelity":
+        assert len({one["kl"] for one in metrics}) == 3
+        by_token = [[sample["kl_by_token"] for sample in read_samples(one)] for one in together]
+        for none, *followed in zip(*by_token, strict=True):
+            for other in followed:
+                assert other[:8] == pytest.approx(none[:8], abs=2e-6)
+                assert other[8] == pytest.approx(0, abs=2e-6) != none[8]  # the reading is the dense model's
+
+
 def test_compare_against_the_formula() -> None:
     dense = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
     pruned = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]).log()
