@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, ONE_PER_LAYOUT, build, fresh, tiny
 from prompts import prompt
-from running import generate
+from running import TOKENS, generate
 from test_memory import held
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,13 +28,13 @@ def same(found: Any, expected: Any) -> bool:
     return torch.equal(found.sequences, expected.sequences) and all(torch.equal(*steps) for steps in pairs)
 
 
-def both(model: PreTrainedModel, *arguments: Any, ids: torch.Tensor = IDS, **options: Any) -> list[Any]:
+def both(model: PreTrainedModel, *arguments: Any, tokens: int = TOKENS, **options: Any) -> list[Any]:
     """A prompt that follows another one, pruned without offloading and with it."""
     outputs = []
     for offload_dense in (False, True):
         with griffin.prune(model, *arguments, offload_dense=offload_dense, **options):
             generate(model, prompt(7, 1))
-            outputs.append(generate(model, ids))
+            outputs.append(generate(model, IDS, max_new_tokens=tokens))
     return outputs
 
 
@@ -50,13 +50,14 @@ def test_generation_is_the_same_to_the_bit(family: str) -> None:
     "options",
     [
         *({"compensation": "mean"}, {"compensation": "ridge"}, {"statistic": "magnitude"}, {"statistic": "glass"}),
+        *({"refresh": "experts"}, {"refresh": "compensation", "compensation": "ridge"}),
         *({"statistic": "wanda", "selection": "sample"}, {"statistic": "random"}, {"sparsity": [0.5, 0.0, 0.75]}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 def test_so_is_every_part_of_a_method(family: str, options: dict[str, Any]) -> None:
-    kept, offloaded = both(tiny(family), **options)
+    kept, offloaded = both(tiny(family), tokens=12, **options)  # more than `refresh` waits for
     assert same(offloaded, kept)
 
 
