@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import griffin
-from pipelines.config_fields import at_least, described, one_of
+from pipelines.config_fields import at_least, count_or_auto, described, one_of
 from pipelines.errors import UserError
 from pipelines.task_config import TASKS, HubDataset, LatencyTask
 
@@ -196,14 +196,14 @@ class RunConfig:
             self._check_offload()
 
     def _check_batch_size(self) -> None:
-        size = self.batch_size
-        if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            shown = "null" if size is None else size
-            raise UserError(f"batch_size={shown}: expected a whole number, 1 or more, or auto")
-        if size == "auto" and self.shared_experts:
+        count_or_auto("batch_size", self.batch_size)
+        if self.batch_size != "auto":
+            return
+        if self.shared_experts:
             raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
+        # One row at a time is all that these can have, so that is what fits.
         alone = self.mode == "compact" or self.compile or self.offload_dense or self.task.kind not in BATCHED
-        if size == "auto" and (alone or getattr(self.task, "decoding", None) == "reference_sampling"):
+        if alone or getattr(self.task, "decoding", None) == "reference_sampling":
             self.batch_size = 1
 
     def _check_offload(self) -> None:
