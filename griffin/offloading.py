@@ -1,8 +1,9 @@
 """Offloading: the dense FF weights in host memory, on the device only while their block runs.
 
 In compact mode they are needed during the prompt alone. So every block's weights are copied into a staging slot just
-before the block runs, and compaction gathers the experts from there: both the prompt and its compaction bring all FF
-weights over the bus once. The slots are reused from block to block; on a GPU there are two, so that one block's copy
+before the block runs, and compaction gathers the experts from there. So all FF weights cross the bus twice per prompt:
+once for its dense pass, once for compaction. (Gathering on the host would move less, but at the speed of scattered
+reads, and would need a second, transposed copy of the output projections.) The slots are reused from block to block; on a GPU there are two, so that one block's copy
 runs beside the computing of the block before it, on a stream of its own from pinned memory. (Those lines have not
 been run: the project was made on a machine without a GPU.) Where the device is the CPU the copies are as real, and
 cost memory and time instead of saving any.
@@ -25,9 +26,8 @@ from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_fe
 class Offload:
     """A context in which a model's dense FF weights live in host memory. Dense forward calls work as ever, to the bit.
 
-    Weights are offloaded as they are entered from the device, or may have been in host memory all along
-    (`move_without_dense`); leaving gives them back to where they were, as the same `Parameter` objects. Within another
-    context of the same model it does nothing.
+    Entering moves them there, unless they have been there all along (`move_without_dense`); leaving puts them back to
+    where they were, as the same `Parameter` objects. Within another such context of the same model it does nothing.
 
     Args:
         model: a `transformers` causal language model with dense FF blocks.
@@ -58,7 +58,9 @@ class Offload:
             # Slots made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
                 for weights in self._weights:
-                    self._host.append([self._to_host(weight) for weight in weights])
+                    self._host.append([])
+                    for weight in weights:
+                        self._host[-1].append(self._to_host(weight))
                 self._make_slots()
         except BaseException:
             self._restore()
