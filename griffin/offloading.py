@@ -1,12 +1,14 @@
 """Offloading: the dense FF weights in host memory, on the device only while their block runs.
 
 In compact mode they are needed during the prompt alone. So every block's weights are copied into a staging slot just
-before the block runs, and compaction gathers the experts from there. So all FF weights cross the bus twice per prompt:
-once for its dense pass, once for compaction. (Gathering on the host would move less, but at the speed of scattered
-reads, and would need a second, transposed copy of the output projections.) The slots are reused from block to block; on a GPU there are two, so that one block's copy
-runs beside the computing of the block before it, on a stream of its own from pinned memory. (Those lines have not
-been run: the project was made on a machine without a GPU.) Where the device is the CPU the copies are as real, and
-cost memory and time instead of saving any.
+before the block runs, and compaction gathers the experts from there: all FF weights cross the bus twice per prompt,
+once for its dense pass and once for compaction. (Gathering on the host would move less, but at the speed of scattered
+reads, and would need a second, transposed copy of the output projections.)
+
+The slots are reused from block to block; on a GPU there are two, so that one block's copy runs beside the computing of
+the block before it, on a stream of its own from pinned memory. (Those lines have not been run: the project was made on
+a machine without a GPU.) Where the device is the CPU the copies are as real, and cost memory and time instead of saving
+any.
 """
 
 from __future__ import annotations
