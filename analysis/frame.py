@@ -34,7 +34,14 @@ from analysis import labels
 from analysis.metrics import order
 
 _SUFFIX = re.compile(r"(?P<name>.+)_p(?P<prompt>\d+)_g(?P<generation>\d+)")
-_COUNTS = ("samples", "skipped_prompts", "prompt_tokens", "generated_tokens", "peak_memory_bytes")
+_COUNTS = (
+    "samples",
+    "skipped_prompts",
+    "prompt_tokens",
+    "generated_tokens",
+    "peak_memory_bytes",
+    "dense_peak_memory_bytes",
+)
 
 STRINGS = (
     *("run_id", "model", "kind", "task", "method", "family"),
@@ -118,6 +125,7 @@ def _never_twice(families: list[str], cells: list[Any], records: Sequence[dict[s
 def _rows(record: dict[str, Any], model: str, task: str, family: str, part: labels.Flat) -> list[dict[str, Any]]:
     config, metrics, environment = record["config"], record["metrics"], record["environment"]
     sparsity = part.get("sparsity", 0.0)
+    batch_size = environment.get("batch_size", config.get("batch_size"))  # the environment has what auto came to
     shared = {
         "run_id": record["run_id"],
         "model": model,
@@ -136,7 +144,7 @@ def _rows(record: dict[str, Any], model: str, task: str, family: str, part: labe
         "limit": config.get("limit"),
         "offset": config.get("offset", 0),
         "seed": config.get("seed"),
-        "batch_size": config.get("batch_size"),
+        "batch_size": None if batch_size == "auto" else batch_size,
         "mode": config.get("mode"),
         "device": environment.get("device"),
         "command": environment.get("command"),

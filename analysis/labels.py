@@ -16,7 +16,7 @@ Flat = dict[str, Any]
 # What of a run's configuration says how it pruned. All else is how it was evaluated, also keys that this module has
 # never heard of; but for what changes no number.
 _METHOD = ("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts")
-_IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid")
+_IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid", "offload_dense")
 # What means that nothing is done there, and what a record from before a key was there would have had.
 _PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "refresh": "none", "shared_experts": False}
 _LATER = {"offset": 0, "compile": False}
@@ -57,6 +57,7 @@ def task_part(record: dict[str, Any]) -> Flat:
     part["device"] = environment.get("device")
     if task["kind"] == "latency":  # times are of one machine
         part |= {key: environment.get(key) for key in ("platform", "cpus")}
+        part["offload_dense"] = config.get("offload_dense", False)
     return part
 
 

@@ -11,6 +11,7 @@ from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
+from griffin.offloading import Offload, move_without_dense
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES, Reader
 from griffin.selection import SELECTIONS, kept_neurons, select
@@ -29,6 +30,7 @@ __all__ = [
     "Compensation",
     "Correction",
     "FeedForwardBlock",
+    "Offload",
     "Pruner",
     "Reader",
     "SharedPrompt",
@@ -38,6 +40,7 @@ __all__ = [
     "find_feedforward_blocks",
     "kept_neurons",
     "kept_per_layer",
+    "move_without_dense",
     "prune",
     "select",
 ]

@@ -6,6 +6,9 @@ models), a transposed copy is made once to gather from: gathering columns costs 
 mode holds, on top of the dense model, the kept share of all FF weights and one more copy of those that lie the wrong
 way round. Nothing here waits for the device.
 
+Where the dense weights are offloaded, a block's are brought to the device for gathering and no transposed copy is
+kept: the device holds the kept share alone.
+
 Dimensions: D = FF width, H = the other dimension of a projection, K = kept neurons.
 """
 
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from griffin.correction import Correction
-from griffin.feedforward import FeedForwardBlock, weight_out_in
+from griffin.feedforward import FeedForwardBlock
+from griffin.offloading import bring, unwatch, watch
 
 
 class CompactProjection:
@@ -29,31 +33,32 @@ class CompactProjection:
         module: the projection; its parameters are never written to.
         neurons_out: True where the neurons are the outputs (input projections), False where they are the inputs.
         parts: D-wide matrices stacked in the projection.
+        offloaded: True where the weight comes to the device now and then: it must be there for `__init__` and `gather`.
     """
 
-    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int) -> None:
+    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int, offloaded: bool) -> None:
         self.module = module
         self.parts = parts
         self._neurons_out = neurons_out
-        weight = weight_out_in(module).detach()
-        rows_DH = weight if neurons_out else weight.T
-        self._width = rows_DH.shape[0] // parts
-        self._source_DH = rows_DH.contiguous()  # the weight itself where it is row-major already
-        self._buffer_KH = self._source_DH.new_empty(0, rows_DH.shape[1])
-        self._bias_D = getattr(module, "bias", None) if neurons_out else None
-        self._kept = 0
         # What a Conv1D calls nf shapes its output; its weight does not.
         self._dense = {name: getattr(module, name) for name in ("weight", "bias", "nf") if hasattr(module, name)}
+        rows_DH = self._neurons()
+        self._width = rows_DH.shape[0] // parts
+        self._source_DH = None if offloaded else rows_DH.contiguous()  # the weight itself where it is row-major already
+        self._buffer_KH = rows_DH.new_empty(0, rows_DH.shape[1])
+        self._bias_D = getattr(module, "bias", None) if neurons_out else None
+        self._kept = 0
 
     def gather(self, experts_K: Tensor) -> None:
         """Copy the kept neurons' weights, and biases, into the buffers."""
         if len(experts_K) != self._kept:
             self._make_room(len(experts_K))
-        experts_K = experts_K.to(self._source_DH.device)
+        source_DH = self._neurons() if self._source_DH is None else self._source_DH
+        experts_K = experts_K.to(source_DH.device)
         rows = experts_K
         if self.parts > 1:
             rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
-        torch.index_select(self._source_DH, 0, rows, out=self._rows_KH)
+        torch.index_select(source_DH, 0, rows, out=self._rows_KH)
         if self._bias_D is not None:
             torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_K)
         self._compact = dict(self._parameters)  # without the correction of an earlier prompt
@@ -78,6 +83,11 @@ class CompactProjection:
         for name, value in self._dense.items():
             setattr(self.module, name, value)
 
+    def _neurons(self) -> Tensor:
+        """[parts * D, H], a view: the dense weights of the projection, a row for each neuron."""
+        weight: Tensor = self._dense["weight"].detach()
+        return weight.T if isinstance(self.module, Conv1D) == self._neurons_out else weight
+
     def _make_room(self, kept: int) -> None:
         """Parameters for K neurons, in the buffer that there is where it is large enough."""
         self._kept = kept
@@ -85,7 +95,7 @@ class CompactProjection:
         # Buffers made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             if rows > len(self._buffer_KH):
-                self._buffer_KH = self._source_DH.new_empty(rows, self._source_DH.shape[1])
+                self._buffer_KH = self._buffer_KH.new_empty(rows, self._buffer_KH.shape[1])
             self._rows_KH = self._buffer_KH[:rows]
             compact = self._rows_KH if self._neurons_out else self._rows_KH.T
             stored = compact.T if isinstance(self.module, Conv1D) else compact
@@ -100,9 +110,12 @@ class CompactProjection:
 class CompactBlock:
     """An FF block that can be switched to some of its neurons. The output bias stays whole."""
 
-    def __init__(self, block: FeedForwardBlock) -> None:
-        self.projections = [CompactProjection(module, neurons_out=True, parts=block.parts) for module in block.inputs]
-        self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1))
+    def __init__(self, block: FeedForwardBlock, *, offloaded: bool) -> None:
+        self.projections = [
+            CompactProjection(module, neurons_out=True, parts=block.parts, offloaded=offloaded)
+            for module in block.inputs
+        ]
+        self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1, offloaded=offloaded))
 
     def install(self, experts_K: Tensor, correction: Correction | None = None) -> None:
         """Gather the weights of these neurons [K], correct what they write, and compute with them.
@@ -136,6 +149,7 @@ class Compaction:
     def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
         self._blocks = blocks
         self._compact: list[CompactBlock | None] = [None] * len(blocks)
+        self._at_work: dict[int, CompactBlock] = {}  # by layer
 
     def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None:
         """Compute with these experts from the next forward call on.
@@ -145,26 +159,30 @@ class Compaction:
             corrections: per layer, what a compensation adds for these experts; None: nothing.
         """
         for layer, (experts_1K, correction) in enumerate(zip(experts, corrections or repeat(None), strict=False)):
-            if experts_1K.shape[1] == self._blocks[layer].width:
+            block, compact = self._blocks[layer], self._compact[layer]
+            if experts_1K.shape[1] == block.width:
                 continue
-            compact = self._compact[layer]
+            offloaded = bring(block)
             if compact is None:
                 with torch.inference_mode(False):
-                    compact = self._compact[layer] = CompactBlock(self._blocks[layer])
+                    compact = self._compact[layer] = CompactBlock(block, offloaded=offloaded)
+            self._at_work[layer] = compact
             compact.install(experts_1K[0], correction)
+            unwatch(block)
 
     def pause(self) -> None:
         """Compute with all neurons, until `resume`."""
-        for compact in self._compact:
-            if compact is not None:
-                compact.uninstall()
+        for layer, compact in self._at_work.items():
+            compact.uninstall()
+            watch(self._blocks[layer])
 
     def resume(self, added: Sequence[Correction | None]) -> None:
         """Compute with the same experts again, and these corrections on top of what was corrected before."""
-        for compact, correction in zip(self._compact, added, strict=True):
-            if compact is not None:
-                compact.reinstall(correction)
+        for layer, compact in self._at_work.items():
+            compact.reinstall(added[layer])
+            unwatch(self._blocks[layer])
 
     def detach(self) -> None:
         """Compute with all neurons."""
         self.pause()
+        self._at_work = {}

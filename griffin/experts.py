@@ -16,6 +16,7 @@ from griffin.compensation import Compensation
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.gathering import Gatherer
+from griffin.offloading import bring
 from griffin.selection import select
 from griffin.statistics import Evidence, Statistic, aggregate
 
@@ -94,7 +95,8 @@ def corrections(
             continue
         if prompts is not None:
             total = compensation.share(total[:: max(1, len(total) // prompts)])
-        correction = compensation.correct(total, block, experts_BK.expand(len(total), -1))
+        bring(block)
+        correction = compensation.correct(total, block, experts_BK.to(total.device).expand(len(total), -1))
         yield correction if fits else replace(correction, fits=())
 
 

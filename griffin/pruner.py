@@ -26,6 +26,7 @@ from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.gathering import Gatherer
 from griffin.modes import MODES
+from griffin.offloading import Offload
 from griffin.own_text import gathered_over_own_text
 from griffin.refit import Refit
 from griffin.refresh import REFRESHES, WEIGHT, Rereading
@@ -59,6 +60,7 @@ class Pruner:
         compensation: str,
         budget: str,
         refresh: str,
+        offload_dense: bool,
     ) -> None:
         for key, value, allowed in (
             ("statistic", statistic, STATISTICS),
@@ -70,6 +72,8 @@ class Pruner:
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
         self.model: Any = model
+        if offload_dense and mode != "compact":
+            raise ValueError(f"offload_dense=True with mode={mode!r}: it reads the dense weights for every token")
         self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
         self.kept: list[int] = kept_per_layer([block.width for block in self.blocks], sparsity, budget)
         self.statistic = STATISTICS[statistic]
@@ -96,6 +100,7 @@ class Pruner:
             self.blocks, [self.statistic.gathering, self.compensation.gathering if self.compensation else None]
         )
         self._own_text: list[Tensor] | None = None
+        self._offload = Offload(model) if offload_dense else None
         self._work = MODES[mode](self.blocks)
         # Where nothing is dropped there is nothing to refresh, and decoding stays dense to the bit.
         dropping = any(kept < block.width for kept, block in zip(self.kept, self.blocks, strict=True))
@@ -118,8 +123,12 @@ class Pruner:
     def __enter__(self) -> Pruner:
         if self.model in _pruned_models:
             raise RuntimeError("this model is being pruned already; leave that context first")
-        if self.statistic.own_text and self.statistic.gathering is not None:
-            self._own_text = gathered_over_own_text(self.model, self.blocks, self.statistic.gathering)
+        with contextlib.ExitStack() as entered:
+            if self._offload is not None:
+                entered.enter_context(self._offload)
+            if self.statistic.own_text and self.statistic.gathering is not None:
+                self._own_text = gathered_over_own_text(self.model, self.blocks, self.statistic.gathering)
+            self._entered = entered.pop_all()
         _pruned_models.add(self.model)
         uncompiled: Any = torch.compiler.disable  # a compiled model runs the hooks as they are
         before, after = uncompiled(self._before_forward), uncompiled(self._after_forward)
@@ -149,6 +158,7 @@ class Pruner:
         if self._phase == "generation":
             self._phase = "prompt"  # entered again, the next generation call puts the experts back to work
         _pruned_models.discard(self.model)
+        self._entered.close()
 
     @contextlib.contextmanager
     def prefill(self) -> Iterator[None]:
@@ -373,6 +383,7 @@ def prune(
     compensation: str = "none",
     budget: str = "uniform",
     refresh: str = "none",
+    offload_dense: bool = False,
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -397,6 +408,8 @@ def prune(
         compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`; not in the paper.
         budget: how the layers share what is kept, one of `BUDGETS`; not in the paper.
         refresh: what follows the text that is generated, one of `REFRESHES`; not in the paper.
+        offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
+            and their compaction; for `compact` only, and to the bit the same. See `Offload`.
 
     Returns:
         The context manager; entering it gives itself.
@@ -409,4 +422,6 @@ def prune(
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    return Pruner(model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget, refresh)
+    return Pruner(
+        model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget, refresh, offload_dense
+    )

@@ -15,6 +15,7 @@ from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.gathering import Gatherer, Gathering, Places, Stretch
 from griffin.modes import Work
+from griffin.offloading import bring
 from griffin.refresh import WEIGHT
 
 
@@ -87,6 +88,7 @@ class Refit:
             return None
         if self._shared:
             rows = self._compensation.share(rows)
-        block, experts_BK = self._blocks[layer], self._experts[layer].expand(len(rows), -1)
+        block, experts_BK = self._blocks[layer], self._experts[layer].to(rows.device).expand(len(rows), -1)
+        bring(block)
         before.append(self._compensation.learn(before, rows, block, experts_BK))
         return before[-1]

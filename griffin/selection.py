@@ -64,6 +64,7 @@ def select(scores_BD: Tensor, kept: int, selection: str = "topk", draw_BD: Tenso
     else:
         if draw_BD is None:
             raise ValueError(f"selection={selection!r} needs random numbers")
+        draw_BD = draw_BD.to(scores_BD.device)  # drawn beside the weights, which may be in host memory
         scores_BD = scores_BD.expand_as(draw_BD)
         keys_BD = scores_BD.log() - (-draw_BD.log()).log()
         if selection == "topk_sample":

@@ -262,8 +262,8 @@ class SharedPrompt:
             yield
             return
         work = self._work[mode]
-        work.attach(experts, corrections)
         try:
+            work.attach(experts, corrections)
             with contextlib.nullcontext() if reader is None else reading(self._model, reader):
                 yield
         finally:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import griffin
-from pipelines.config_fields import at_least, described, one_of
+from pipelines.config_fields import at_least, count_or_auto, described, one_of
 from pipelines.errors import UserError
 from pipelines.task_config import TASKS, HubDataset, LatencyTask
 
@@ -33,6 +33,7 @@ REFRESHES = tuple(griffin.REFRESHES)
 LEARNING = {name for name, one in griffin.COMPENSATIONS.items() if one is not None and one.learn is not None}
 MODES = ("auto", *griffin.MODES)
 DTYPES = ("float32", "bfloat16", "float16")
+BATCHED = ("generation", "classification", "question_answering")  # the kinds of task that run rows together
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 
@@ -116,7 +117,10 @@ class RunConfig:
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
-    batch_size: int = described("prompts run at once", 1)
+    offload_dense: bool = described(
+        "keep the dense FF weights in host memory, on the device block by block: generated text and latency", False
+    )
+    batch_size: Any = described("prompts run at once; auto: what a GPU's memory holds, up to 64, and 8 on a CPU", 1)
     limit: int | None = described("only the first N rows of the data", None)
     offset: int = described("rows of the data passed over before the first", 0)
     seed: int = described("of random statistics, selections and sampled decoding", 0)
@@ -153,7 +157,6 @@ class RunConfig:
                 raise UserError(f"{key}={', '.join(budgets)} with sparsity={self.sparsity}: expected one of the two")
         if not self.output_dir.strip():
             raise UserError("output_dir=: expected a folder")
-        at_least("batch_size", self.batch_size, 1)
         at_least("limit", self.limit, 1)
         at_least("offset", self.offset, 0)
         at_least("seed", self.seed, 0)
@@ -164,17 +167,19 @@ class RunConfig:
                 raise UserError(f"tags={tag}: expected 1 to 64 characters, which is what W&B takes")
         if not (self.device in ("auto", "cpu", "cuda", "mps") or self.device.removeprefix("cuda:").isdigit()):
             raise UserError(f"device={self.device}: expected auto, cpu, cuda, cuda:N or mps")
-        if self.mode == "compact" and self.batch_size > 1 and not self.shared_experts:
+        self._check_batch_size()
+        several = self.batch_size == "auto" or self.batch_size > 1
+        if self.mode == "compact" and several and not self.shared_experts:
             raise UserError(
                 f"mode=compact with batch_size={self.batch_size}: compact holds one expert set; "
                 "use mode=masked or shared_experts=true"
             )
-        if getattr(self.task, "decoding", None) == "reference_sampling" and self.batch_size > 1:
+        if getattr(self.task, "decoding", None) == "reference_sampling" and several:
             raise UserError(
                 f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
                 "on the batch; use batch_size=1 or task.decoding=greedy"
             )
-        if self.task.kind == "latency" and (self.mode == "masked" or (self.batch_size > 1 and not self.shared_experts)):
+        if self.task.kind == "latency" and (self.mode == "masked" or (several and not self.shared_experts)):
             raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
         if isinstance(self.task, LatencyTask):
             gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
@@ -184,9 +189,33 @@ class RunConfig:
         if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
             raise UserError(f"compile=true: expected a C++ compiler on this machine: {' or '.join(COMPILERS)}")
         if self.mode == "auto":
-            self.mode = "compact" if self.batch_size == 1 or self.shared_experts else "masked"
+            self.mode = "masked" if several and not self.shared_experts else "compact"
         if self.compile and self.mode != "compact":
             raise UserError(f"compile=true with mode={self.mode}: expected compact, whose weights keep their shapes")
+        if self.offload_dense:
+            self._check_offload()
+
+    def _check_batch_size(self) -> None:
+        count_or_auto("batch_size", self.batch_size)
+        if self.batch_size != "auto":
+            return
+        if self.shared_experts:
+            raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
+        # One row at a time is all that these can have, so that is what fits.
+        alone = self.mode == "compact" or self.compile or self.offload_dense or self.task.kind not in BATCHED
+        if alone or getattr(self.task, "decoding", None) == "reference_sampling":
+            self.batch_size = 1
+
+    def _check_offload(self) -> None:
+        if self.task.kind not in ("generation", "question_answering", "latency"):
+            raise UserError(
+                f"offload_dense=true with task={self.task.name}: expected a task that generates, or latency; others "
+                "need the dense weights for what follows a prompt too"
+            )
+        if self.mode != "compact":
+            raise UserError(f"offload_dense=true with mode={self.mode}: expected compact; masked reads all weights")
+        if self.compile:
+            raise UserError("offload_dense=true with compile=true: expected one of the two")
 
     def _can_refresh(self) -> None:
         key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])

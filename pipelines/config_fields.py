@@ -30,6 +30,12 @@ def at_least(key: str, value: float | None, least: int) -> None:
         raise UserError(f"{key}={value}: expected {least} or more")
 
 
+def count_or_auto(key: str, value: Any) -> None:
+    """Raises UserError unless the value is a whole number, 1 or more, or the word auto."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"{key}={'null' if value is None else value}: expected a whole number, 1 or more, or auto")
+
+
 def lengths(key: str, values: list[int]) -> None:
     """Raises UserError unless there is a length, and all are 1 or more."""
     if not values:

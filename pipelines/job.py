@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+import griffin
+from pipelines.batch_size import batch_size, evaluated
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
@@ -156,7 +158,8 @@ def _evaluate(
     done = {method: {sample["index"] for sample in found} for method, found in samples.items()}
     began = time.perf_counter()
     seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
-    loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed)
+    offloaded = config.offload_dense and config.task.kind != "latency"  # which times dense on the device
+    loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed, offloaded)
     load_seconds = time.perf_counter() - began
 
     records: dict[Method, Record] = {}
@@ -172,7 +175,7 @@ def _evaluate(
         }
         media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
-        origin = {"data": data_digests(config), "command": _command()}
+        origin = {"data": data_digests(config), "command": _command()} | batch_size(samples[method])
         records[method] = folders[method].finish(
             run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
@@ -205,7 +208,8 @@ def _evaluate(
         )
         refusals = {method: refusal for method in folders if (refusal := _refusal(loaded, config, method))}
         possible = [method for method in folders if method not in refusals]
-        for method, batch in kind.evaluate(loaded, items, config, possible, done) if possible else ():
+        stack.enter_context(griffin.Offload(loaded.model) if offloaded else nullcontext())
+        for method, batch in evaluated(kind, loaded, items, config, possible, done) if possible else ():
             folders[method].append(batch)
             samples[method] += batch
             metrics = kind.metrics(samples[method])
@@ -230,8 +234,6 @@ def _command() -> str:
 
 def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:
     """Why the model cannot be pruned by this method; None if it can."""
-    import griffin
-
     if not method.dense:
         try:
             griffin.prune(loaded.model, **pruner_options(config, method))
@@ -247,10 +249,10 @@ def _headline(metrics: dict[str, float]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load(model_yaml: str, device: str, seed: int) -> LoadedModel:
+def _load(model_yaml: str, device: str, seed: int, offload_dense: bool) -> LoadedModel:
     """The model, kept from one job of a sweep to the next that uses it too."""
     from pipelines.models import load
 
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(model_yaml)))
     assert isinstance(config, ModelConfig)
-    return load(config, device, seed)
+    return load(config, device, seed, offload_dense)

@@ -90,12 +90,16 @@ def evaluate(
             timed = partial(_timed, loaded, room=repeat.generation_length, compiled=config.compile)
             if config.compile:
                 timed(prompt, 2, None)  # compiles
+            _forget_peak(loaded.model.device)
             dense = timed(prompt, repeat.generation_length, None)
+            dense_peak = _peak_memory(loaded.model.device)
             with griffin.prune(loaded.model, **pruner_options(config, method)) as pruner:
+                _forget_peak(loaded.model.device)
                 # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
                 other = _prompt(loaded, repeat, config, shift=1)
                 timed(other, 2, pruner)
                 pruned = timed(prompt, repeat.generation_length, pruner)
+                peak = _peak_memory(loaded.model.device)
             yield (
                 method,
                 [
@@ -108,7 +112,8 @@ def evaluate(
                         "pruned": pruned,
                         "memcpy": _memcpy(loaded, kept),
                         "bytes": traffic,
-                        "peak_memory_bytes": _peak_memory(loaded.model.device),
+                        "dense_peak_memory_bytes": dense_peak,
+                        "peak_memory_bytes": peak,
                         "seconds": sum(dense.values()) + sum(pruned.values()),
                     }
                 ],
@@ -176,6 +181,7 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
         "choose_ms": 1e3 * choose,
         "compaction_ms": 1e3 * compaction,
         "memcpy_ms": 1e3 * memcpy,
+        "dense_peak_memory_bytes": max(sample["dense_peak_memory_bytes"] for sample in samples),
         "peak_memory_bytes": max(sample["peak_memory_bytes"] for sample in samples),
     }
     if dense > pruned:  # else no number of tokens pays for the preparation
@@ -275,8 +281,14 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _forget_peak(device: torch.device) -> None:
+    """On a GPU, count the most memory from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_memory(device: torch.device) -> int:
-    """On a GPU, the most its tensors have taken; elsewhere the most this process has taken."""
+    """On a GPU, the most its tensors have taken since `_forget_peak`; elsewhere the most this process ever has."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource  # not on Windows

@@ -91,7 +91,14 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
 _PRUNING = ("statistic", "selection", "mode", "shared_experts", "compensation", "budget", "refresh")
 
 # Keys that were added when runs had been recorded already, with the values that change nothing.
-_LATER = {"compensation": "none", "budget": "uniform", "refresh": "none", "offset": 0, "compile": False}
+_LATER = {
+    "compensation": "none",
+    "budget": "uniform",
+    "refresh": "none",
+    "offset": 0,
+    "compile": False,
+    "offload_dense": False,
+}
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
@@ -109,6 +116,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     for where, unused in (
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate", "install")),
+        (plain, ("offload_dense",) if config.task.kind != "latency" else ()),  # changes times alone
         (plain, _PRUNING if method.dense else ()),
         (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):
@@ -142,6 +150,7 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
         "compensation": method.compensation,
         "budget": method.budget,
         "refresh": method.refresh,
+        "offload_dense": config.offload_dense,
     }
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import griffin
 from pipelines.config import ModelConfig
 from pipelines.errors import UserError, out_of_memory
 from pipelines.hub import prepare_hub
@@ -62,23 +63,30 @@ def device_kind(device: str) -> str:
     return kind
 
 
-def load(config: ModelConfig, device: str, seed: int) -> LoadedModel:
+def load(config: ModelConfig, device: str, seed: int, offload_dense: bool = False) -> LoadedModel:
     """Load a model for evaluation.
 
     Args:
         config: which model.
         device: as `RunConfig.device`; `auto` with GPUs spreads the layers over them.
         seed: of random weights.
+        offload_dense: leave the FF weights in host memory; the model then runs within `griffin.Offload`, on one GPU.
 
     Raises:
-        UserError: the model cannot be had: no connection, no licence, no package, no such device.
+        UserError: the model cannot be had: no connection, no licence, no package, no such device; or not offloaded.
     """
     kind = device_kind(device)
+    one_device = kind if device == "auto" else device
     if config.source == "random":
-        model, tokenizer = _random(config, kind if device == "auto" else device, seed)
+        model, tokenizer = _random(config, one_device, seed)
     else:
-        place: Any = "auto" if device == "auto" and kind == "cuda" else kind if device == "auto" else device
-        model, tokenizer = _pretrained(config, place)
+        spread = device == "auto" and kind == "cuda"
+        model, tokenizer = _pretrained(config, "cpu" if offload_dense else "auto" if spread else one_device)
+    if offload_dense:
+        try:
+            griffin.move_without_dense(model, one_device)
+        except griffin.UnsupportedModelError as reason:
+            raise UserError(f"model={config.name}: {reason}") from reason
     model.eval().requires_grad_(False)
     # Nothing of how a checkpoint likes to be sampled may leak into an evaluation; only its end tokens stay.
     model.generation_config = GenerationConfig(
@@ -99,7 +107,7 @@ def load(config: ModelConfig, device: str, seed: int) -> LoadedModel:
     )
 
 
-def _pretrained(config: ModelConfig, place: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(config: ModelConfig, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {}
     if config.source == "hub":
         prepare_hub()

@@ -151,3 +151,25 @@ def test_times_of_different_machines_are_told_apart() -> None:
         [record("a", "latency", metrics=numbers), record("b", "latency", metrics=numbers, environment_cpus=64)]
     )
     assert set(table["task"]) == {"latency [cpus=2]", "latency [cpus=64]"}
+
+
+def test_offloading_tells_times_apart_and_nothing_else() -> None:
+    numbers = {"decode_speedup": 1.5, "samples": 5}
+    table = frame(
+        [record("a", "latency", metrics=numbers), record("b", "latency", metrics=numbers, offload_dense=True)]
+    )
+    assert set(table["task"]) == {"latency [offload_dense=false]", "latency [offload_dense=true]"}
+    texts = frame([record("c"), record("d", statistic="wanda", offload_dense=True)])
+    assert set(texts["task"]) == {"xsum"}
+
+
+def test_an_automatic_batch_size_is_what_it_came_to() -> None:
+    runs = [
+        record("a", batch_size="auto", environment_batch_size=16),
+        record("b", batch_size="auto", statistic="wanda"),
+        record("c", batch_size=4, statistic="random"),
+    ]
+    sizes = dict(frame(runs)[["run_id", "batch_size"]].itertuples(index=False))
+    assert sizes["a"] == 16
+    assert sizes["b"] != sizes["b"], "unknown where no sample says it"
+    assert sizes["c"] == 4

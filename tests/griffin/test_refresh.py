@@ -243,3 +243,24 @@ def test_the_rows_kept_bound_what_joins_the_prompt(monkeypatch: pytest.MonkeyPat
         generate(model, ids, max_new_tokens=TOKENS)
         totals = pruner._gatherer.totals().values()
     assert {total.shape[1] for layers in totals for total in layers if total is not None and total.dim() == 3} == {4}
+
+
+@torch.no_grad()
+def test_a_layer_that_keeps_all_is_dense_whatever_method_came_before() -> None:
+    model, ids = tiny("llama"), prompt(11)
+
+    def refitted(shared: griffin.SharedPrompt) -> torch.Tensor:
+        experts = shared.experts("griffin", "topk", [0.5, 0.0, 0.5])
+        corrections = shared.corrections("ridge", experts, fits=True)
+        reader, cache = shared.refit("compact", "ridge", experts, corrections), shared.fork(12)
+        with shared.pruned(experts, corrections, "compact", reader):
+            steps = [model(ids[:, :1], past_key_values=cache, use_cache=True).logits for _ in range(12)]
+        return torch.cat(steps)
+
+    alone, after = (griffin.SharedPrompt(model, ["griffin"], ["ridge"]) for _ in range(2))
+    for shared in (alone, after):
+        shared.run_each([ids[0]])
+    halved = after.experts("griffin", "topk", 0.5)
+    with after.pruned(halved, None, "compact"):
+        model(ids[:, :1], past_key_values=after.fork(1), use_cache=True)
+    assert torch.equal(refitted(after), refitted(alone))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ from running import generate
 from transformers import PreTrainedModel
 
 import griffin
+from griffin.compaction import CompactProjection
 
+# How experts are put to work.
+WAYS = {"compact": {"mode": "compact"}, "masked": {"mode": "masked"}, "offloaded": {"offload_dense": True}}
 HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
 
 
@@ -67,62 +70,90 @@ def failing(model: PreTrainedModel, family: str, call: int) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_after_generation(family: str, mode: str) -> None:
+def test_after_generation(family: str, way: dict[str, Any]) -> None:
     model = tiny(family)
-    with unchanged(model), griffin.prune(model, mode=mode):
+    with unchanged(model), griffin.prune(model, **way):
         generate(model, prompt(11))
 
 
 @pytest.mark.parametrize("compensation", ["mean", "ridge"])
-@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_after_compensated_generation(family: str, mode: str, compensation: str) -> None:
+def test_after_compensated_generation(family: str, way: dict[str, Any], compensation: str) -> None:
     model = tiny(family)
-    with unchanged(model), griffin.prune(model, mode=mode, compensation=compensation):
+    with unchanged(model), griffin.prune(model, **way, compensation=compensation):
         generate(model, prompt(11))
         generate(model, prompt(7))
 
 
-@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_without_a_prompt(family: str, mode: str) -> None:
+def test_without_a_prompt(family: str, way: dict[str, Any]) -> None:
     model = tiny(family)
-    with unchanged(model), griffin.prune(model, mode=mode):
+    with unchanged(model), griffin.prune(model, **way):
         pass
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_between_a_prompt_and_its_continuation(family: str, mode: str) -> None:
+def test_between_a_prompt_and_its_continuation(family: str, way: dict[str, Any]) -> None:
     model = tiny(family)
-    with unchanged(model), griffin.prune(model, mode=mode) as pruner:
+    with unchanged(model), griffin.prune(model, **way) as pruner:
         generate(model, prompt(11))
         with pruner.prefill():
             model(prompt(7, 1))
 
 
 @pytest.mark.parametrize("call", [1, 3], ids=["mid-prefill", "mid-generation"])
-@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_after_an_exception(family: str, mode: str, call: int) -> None:
+def test_after_an_exception(family: str, way: dict[str, Any], call: int) -> None:
     model = tiny(family)
     with (
         unchanged(model),
         failing(model, family, call),
         pytest.raises(KeyError),
-        griffin.prune(model, mode=mode),
+        griffin.prune(model, **way),
     ):
         generate(model, prompt(11))
 
 
+@pytest.mark.parametrize("way", [WAYS["compact"], WAYS["offloaded"]], ids=["compact", "offloaded"])
+def test_after_compaction_failed_half_way(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, gather = tiny("llama"), prompt(11), CompactProjection.gather
+    shared = griffin.SharedPrompt(model, ["griffin"])
+    gathered: list[None] = []
+
+    def failing(projection: CompactProjection, experts_K: torch.Tensor) -> None:
+        gathered.append(None)
+        if len(gathered) % 9 == 5:  # in the second of three blocks
+            raise torch.OutOfMemoryError("out of memory")
+        gather(projection, experts_K)
+
+    with unchanged(model), griffin.Offload(model) if "offload_dense" in way else nullcontext():
+        with griffin.prune(model, **way):
+            expected = generate(model, ids).sequences
+            monkeypatch.setattr(CompactProjection, "gather", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                generate(model, prompt(7, 1))
+            monkeypatch.undo()
+            assert torch.equal(generate(model, ids).sequences, expected)
+        gathered.clear()
+        monkeypatch.setattr(CompactProjection, "gather", failing)
+        shared.run_each([ids[0]])
+        experts = shared.experts("griffin", "topk", 0.5)
+        with pytest.raises(torch.OutOfMemoryError), shared.pruned(experts, None, "compact"):
+            pass
+
+
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("mode", griffin.MODES)
-def test_the_context_survives_an_exception_in_generate(mode: str, call: int) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_the_context_survives_an_exception_in_generate(way: dict[str, Any], call: int) -> None:
     model, ids = tiny("llama"), prompt(11)
-    with griffin.prune(model, mode=mode):
+    with griffin.prune(model, **way):
         expected = generate(model, ids)
         with failing(model, "llama", call), pytest.raises(KeyError):
             generate(model, prompt(7, 1), prefill_chunk_size=5)
@@ -130,12 +161,12 @@ def test_the_context_survives_an_exception_in_generate(mode: str, call: int) -> 
     assert all(torch.equal(*steps) for steps in zip(found.logits, expected.logits, strict=True))
 
 
-@pytest.mark.parametrize("mode", griffin.MODES)
-def test_pruning_works_again(mode: str) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_pruning_works_again(way: dict[str, Any]) -> None:
     model, ids = tiny("llama"), prompt(11)
-    pruner = griffin.prune(model, mode=mode)
+    pruner = griffin.prune(model, **way)
     outputs = []
-    for context in (pruner, griffin.prune(model, mode=mode), pruner):  # the same pruner can be entered again
+    for context in (pruner, griffin.prune(model, **way), pruner):  # the same pruner can be entered again
         with context:
             outputs.append(generate(model, ids).sequences)
     assert torch.equal(outputs[0], outputs[1])
@@ -143,10 +174,10 @@ def test_pruning_works_again(mode: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", griffin.MODES)
-def test_a_generation_interrupted_by_leaving_the_context_is_never_dense(mode: str) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_generation_interrupted_by_leaving_the_context_is_never_dense(way: dict[str, Any]) -> None:
     model, ids, tokens = tiny("llama"), prompt(11), prompt(2, 1)
-    pruner = griffin.prune(model, mode=mode)
+    pruner = griffin.prune(model, **way)
     with pruner:
         cache = model(ids).past_key_values
         model(tokens[:, :1], past_key_values=cache)

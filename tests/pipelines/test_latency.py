@@ -46,6 +46,7 @@ def test_ratios_are_those_of_the_medians() -> None:
             "pruned": {"prefill": 1.1 * factor, "choose": 0.2 * factor, "compact": 0.3 * factor, "decode": 10 * factor},
             "memcpy": 0.25 * factor,
             "bytes": {"dense": 250, "pruned": 100},
+            "dense_peak_memory_bytes": 5,
             "peak_memory_bytes": 7,
         }
 

@@ -107,6 +107,7 @@ def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
         "model.licence_gate=https://example.org",
         "device=cpu",  # what auto stands for
         "mode=compact",  # what auto stands for
+        "offload_dense=true",
         "sparsity=0.50",
         "grid.sparsity=[0.5]",
         "grid.statistic=[griffin]",
@@ -122,6 +123,7 @@ def test_what_changes_no_result_changes_no_identity(override: str) -> None:
         "seed=1",
         "limit=4",
         "batch_size=2",
+        "batch_size=auto",
         "shared_experts=true",
         "mode=masked",
         "sparsity=0.25",

@@ -1,0 +1,119 @@
+"""offload_dense=true: the same runs with the same texts, from weights in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from calling import Outcome, composed, read_record, read_samples, run_folder, run_folders, texts, tiny
+
+import griffin
+from pipelines.methods import identity, methods
+from pipelines.models import load
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by every block that runs offloaded."""
+    names: list[str] = []
+    bring = griffin.Offload.bring
+
+    def noted(offload: griffin.Offload, block: griffin.FeedForwardBlock) -> None:
+        names.append(block.name)
+        bring(offload, block)
+
+    monkeypatch.setattr(griffin.Offload, "bring", noted)
+    return names
+
+
+@pytest.mark.parametrize("more", [["grid.sparsity=[0,0.5]"], ["statistic=joint", "compensation=ridge", "budget=late"]])
+def test_texts_and_run_ids_are_the_same(
+    more: list[str], call: Callable[..., Outcome], tmp_path: Path, brought: list[str]
+) -> None:
+    assert call(*tiny(tmp_path / "plain", *more, tokens=16)).code == 0
+    assert not brought
+    assert call(*tiny(tmp_path / "offloaded", *more, "offload_dense=true", tokens=16)).code == 0
+    assert set(brought) == {f"model.layers.{layer}.mlp" for layer in range(3)}
+    plain, offloaded = run_folders(tmp_path / "plain"), run_folders(tmp_path / "offloaded")
+    assert [folder.name for folder in offloaded] == [folder.name for folder in plain]
+    for one, other in zip(plain, offloaded, strict=True):
+        assert texts(other) == texts(one)
+        assert read_record(other)["metrics"] == read_record(one)["metrics"]
+        assert [read_record(folder)["config"]["offload_dense"] for folder in (one, other)] == [False, True]
+
+
+def test_question_answering_too(call: Callable[..., Outcome], tmp_path: Path, brought: list[str]) -> None:
+    answers = []
+    for offload in ("false", "true"):
+        out = tmp_path / offload
+        options = ["model=random_tiny", "task=briefs_qa", "limit=3", f"output_dir={out}", "wandb.mode=disabled"]
+        assert call(*options, f"offload_dense={offload}").code == 0
+        assert bool(brought) == (offload == "true")
+        answers.append([sample["answers"] for sample in read_samples(run_folder(out))])
+    assert answers[0] == answers[1]
+
+
+def test_points_of_a_sweep_that_share_a_model_find_it_as_it_was(
+    call: Callable[..., Outcome], tmp_path: Path, brought: list[str]
+) -> None:
+    sweep = ["sparsity=0.25,0.5", "task.max_new_tokens=7,8"]
+    assert call("-m", *tiny(tmp_path / "plain", *sweep)).code == 0
+    assert call("-m", *tiny(tmp_path / "offloaded", *sweep, "offload_dense=true")).code == 0
+    assert brought
+    pairs = zip(run_folders(tmp_path / "plain"), run_folders(tmp_path / "offloaded"), strict=True)
+    assert [texts(one) for one, _ in pairs] == [texts(folder) for folder in run_folders(tmp_path / "offloaded")]
+
+
+def test_latency_is_a_run_of_its_own(call: Callable[..., Outcome], tmp_path: Path, brought: list[str]) -> None:
+    options = ["model=random_tiny", "task=latency", "task.repeats=2", f"output_dir={tmp_path}", "wandb.mode=disabled"]
+    options += ["task.prompt_lengths=[8]", "task.generation_lengths=[3]"]
+    assert call(*options).code == 0
+    assert not brought
+    assert call(*options, "offload_dense=true").code == 0
+    assert brought
+    assert len(run_folders(tmp_path)) == 2
+    for folder in run_folders(tmp_path):
+        found = read_record(folder)["metrics"]
+        assert (
+            found["peak_memory_bytes"] >= found["dense_peak_memory_bytes"] > 0
+        )  # of the process, and dense comes first
+
+
+def test_a_latency_run_from_before_the_key_is_still_the_same_run() -> None:
+    config = composed("model=random_tiny", "task=latency")
+    (method,) = methods(config)
+    assert "offload_dense" not in identity(config, method, "cpu")
+
+
+def test_a_model_is_loaded_without_its_dense_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The packaged model, as one from the hub is: never whole on the device.
+    moved = []
+    move = griffin.move_without_dense
+
+    def noted(model: torch.nn.Module, device: str) -> None:
+        moved.append(({weight.device.type for weight in model.parameters()}, device))
+        move(model, device)
+
+    monkeypatch.setattr(griffin, "move_without_dense", noted)
+    load(composed(*tiny(tmp_path / "out")).model, "cpu", 0)
+    assert moved == []
+    load(composed(*tiny(tmp_path / "out")).model, "cpu", 0, offload_dense=True)
+    assert moved == [({"cpu"}, "cpu")]
+
+
+def test_a_model_that_cannot_be_offloaded_is_told_in_one_line(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise griffin.UnsupportedModelError("'a' and 'b' share one memory")
+
+    options = ["model.architecture.model_type=mixtral", "+model.architecture.num_local_experts=2", "offload_dense=true"]
+    for overrides in (options, [*options[2:], "sparsity=0"]):
+        ended = call(*tiny(tmp_path / "out", *overrides))
+        assert ended.code == 1
+        (error,) = ended.lines("error: ")
+        assert error.startswith("error: model=random_tiny: ")
+        assert "Traceback" not in ended.err
+        monkeypatch.setattr(griffin, "move_without_dense", refuse)
