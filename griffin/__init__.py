@@ -11,6 +11,7 @@ from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
+from griffin.prefilled import prefilled
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES, Reader
 from griffin.selection import SELECTIONS, kept_neurons, select
@@ -38,6 +39,7 @@ __all__ = [
     "find_feedforward_blocks",
     "kept_neurons",
     "kept_per_layer",
+    "prefilled",
     "prune",
     "select",
 ]
