@@ -34,7 +34,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, N, S, E]; all of them so far."""
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self.keys is not self._shown or end > self._buffers[0].shape[2]:
+        if self.keys.data_ptr() != self._buffers[0].data_ptr() or end > self._buffers[0].shape[2]:
             grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return grown
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -44,7 +44,6 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        self._shown = self.keys
 
 
 def roomy(cache: DynamicCache, room: int) -> DynamicCache:

@@ -168,7 +168,7 @@ class GriffinLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """As HFLM, going on from the prompts' dense pass, which is run once for all methods in turn."""
-        refuse_decoding(self.model.generation_config, None, options)
+        refuse_decoding(self.model.generation_config, None, options, one_text=self.method.refresh != "none")
         began = time.perf_counter()
         prompts = [ids[kept] for ids, kept in zip(context, attention_mask.bool(), strict=True)]
         rows = [ids.tolist() for ids in prompts]

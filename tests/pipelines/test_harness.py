@@ -108,6 +108,16 @@ def test_answers_are_those_of_hflm_whatever_a_task_asks_for(
     assert len({text for (text,) in found}) > 1, "answers that are all alike test nothing"
 
 
+@pytest.mark.parametrize("refresh", ["experts", "compensation"])
+def test_answers_with_refresh_are_those_of_the_pruner(
+    refresh: str, call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    kwargs = asking(tmp_path, {"max_gen_toks": 24})
+    options = arguments(tmp_path / "out", "briefs_qa", *kwargs, f"refresh={refresh}", "compensation=ridge")
+    assert call(*options, "batch_size=4").code == 0
+    assert answers(run_folder(tmp_path / "out")) == plain_answers(composed(*options))
+
+
 def test_a_context_too_long_loses_its_beginning_as_in_hflm(call: Callable[..., Outcome], tmp_path: Path) -> None:
     kwargs = {"until": ["\n"], "max_gen_toks": 24}
     lengths = "model.architecture.max_position_embeddings=1000"
