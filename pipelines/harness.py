@@ -94,6 +94,10 @@ class GriffinLM(HFLM):
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
 
+    Attributes:
+        method: which answers the coming requests.
+        prompt_seconds: what dense passes over prompts to be continued have taken since it was last set.
+
     Raises:
         UserError: a value that is not allowed, before the model is loaded.
     """

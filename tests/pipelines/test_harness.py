@@ -267,21 +267,24 @@ def test_generations_in_a_batch_use_each_prompt_s_own_experts(call: Callable[...
     assert alone == batch
 
 
-def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
-    config = composed(*arguments(tmp_path, "briefs_choice"))
+def test_lm_eval_can_use_the_model_by_name(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    config, generating = (composed(*arguments(tmp_path, task)) for task in ("briefs_choice", "briefs_qa"))
     loaded = load(config.model, "cpu", 0)
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     results = lm_eval.simple_evaluate(
         model="griffin",
         model_args=f"pretrained={tmp_path / 'model'},sparsity=0.5,statistic=griffin,dtype=float32",
-        tasks=[harness._build(config.task)],
+        tasks=[harness._build(config.task), harness._build(generating.task)],
         device="cpu",
-        limit=4,
+        limit=6,
         bootstrap_iters=0,
     )
     assert results["config"]["model"] == "griffin"
     assert 0 <= results["results"]["briefs_choice"]["acc,none"] <= 1
+    assert call(*arguments(tmp_path / "out", "briefs_qa", "mode=masked")).code == 0
+    found = {sample["doc_id"]: sample["resps"][0] for sample in results["samples"]["briefs_qa"]}
+    assert [found[index] for index in range(6)] == answers(run_folder(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
