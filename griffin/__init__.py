@@ -12,6 +12,7 @@ from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
 from griffin.offloading import Offload, move_without_dense
+from griffin.prefilled import prefilled
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES, Reader
 from griffin.selection import SELECTIONS, kept_neurons, select
@@ -41,6 +42,7 @@ __all__ = [
     "kept_neurons",
     "kept_per_layer",
     "move_without_dense",
+    "prefilled",
     "prune",
     "select",
 ]

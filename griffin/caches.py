@@ -21,7 +21,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     Args:
         keys_BNSE: to begin with; they are copied.
         values_BNSE: as well.
-        room: positions that can be added in place. What comes after them grows as in `DynamicLayer`.
+        room: positions that can be added in place. What comes after them grows as in `DynamicLayer`, and so does what
+            beams have repeated or reordered.
     """
 
     def __init__(self, keys_BNSE: Tensor, values_BNSE: Tensor, room: int) -> None:
@@ -33,7 +34,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, N, S, E]; all of them so far."""
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
+        if self.keys.data_ptr() != self._buffers[0].data_ptr() or end > self._buffers[0].shape[2]:
             grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return grown
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):

@@ -1,4 +1,4 @@
-"""Classification and question answering through lm-eval: its tasks, its metrics, its HFLM, our experts.
+"""lm-eval: its tasks, its metrics, its HFLM, our experts.
 
 The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's own command line with one more model:
 
@@ -11,27 +11,30 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
 import griffin
+from griffin.decoding import refuse_decoding
 from pipelines.config import LEARNING, RunConfig
 from pipelines.config_fields import one_of
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
-from pipelines.methods import Method, pruner_options
+from pipelines.methods import Method, pruned, shared_prompt
 from pipelines.models import LoadedModel
-from pipelines.records import Sample, mean_and_stderr
 from pipelines.scoring import Request, score
 from pipelines.squad import provide_to_lm_eval
 from pipelines.task_config import PROTOCOLS, HarnessTask
@@ -40,10 +43,6 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
-
-# Requests are run in blocks of so many documents, and samples are written when a block is done. Blocks begin at
-# fixed documents, so that a continued run batches like an undisturbed one.
-_BLOCK_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -75,46 +74,6 @@ def read(config: RunConfig) -> list[Document]:
     return made
 
 
-def evaluate(
-    loaded: LoadedModel,
-    documents: Sequence[Document],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
-    """Run the requests of every document under every method, block by block.
-
-    Log-likelihoods share one dense pass between the methods; generations run method by method.
-    """
-    lm = GriffinLM.around(loaded, config.batch_size)
-    for start in range(0, len(documents), _BLOCK_DOCUMENTS):
-        block = documents[start : start + _BLOCK_DOCUMENTS]
-        needed = [method for method in methods if any(document.index not in done[method] for document in block)]
-        instances = [instance for document in block for instance in document.instances]
-        began = time.perf_counter()
-        likelihoods = _loglikelihoods(lm, loaded, instances, config, needed)
-        shared_seconds = (time.perf_counter() - began) / max(len(needed), 1)
-        for method in needed:
-            began = time.perf_counter()
-            texts = _generations(lm, instances, config, method)
-            seconds = (shared_seconds + time.perf_counter() - began) / len(block)
-            answers = likelihoods[method] | texts
-            samples = [
-                _sample(document, [answers[id(instance)] for instance in document.instances], seconds)
-                for document in block
-            ]
-            yield method, [sample for sample in samples if sample["index"] not in done[method]]
-
-
-def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """The task's own metrics as fractions, with standard errors, over all samples of a run."""
-    names = list(samples[0]["metrics"]) if samples else []
-    values: dict[str, float] = {}
-    for name in names:
-        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample["metrics"][name] for sample in samples])
-    return values | {"samples": len(samples)}
-
-
 def versions(documents: Sequence[Document]) -> dict[str, Any]:
     """What lm-eval ran: its version and the task's."""
     return {"lm-eval": version("lm-eval"), "task_version": documents[0].task.VERSION}
@@ -134,6 +93,10 @@ class GriffinLM(HFLM):
         protocol: `paper` or `continuation`, for log-likelihoods.
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
+
+    Attributes:
+        method: which answers the coming requests.
+        prompt_seconds: what dense passes over prompts to be continued have taken since it was last set.
 
     Raises:
         UserError: a value that is not allowed, before the model is loaded.
@@ -170,18 +133,25 @@ class GriffinLM(HFLM):
         self.method = Method(statistic, selection, float(sparsity), compensation, budget, refresh)
         self.protocol = protocol
         self.seed = int(seed)
+        self.mode, self.shared_experts = "masked", False
+        self.prompt_seconds = 0.0
+        self._methods: Sequence[Method] = [self.method]
+        self._prompts: list[list[int]] = []
 
     @classmethod
-    def around(cls, loaded: LoadedModel, batch_size: int) -> GriffinLM:
-        """The model of our own pipeline as lm-eval sees it; dense until told otherwise."""
-        return cls(
+    def around(cls, loaded: LoadedModel, config: RunConfig, methods: Sequence[Method]) -> GriffinLM:
+        """The model of our own pipeline as lm-eval sees it, for any of these methods: its `method` says which."""
+        lm = cls(
             sparsity=0.0,
+            seed=config.seed,
             pretrained=loaded.model,
             tokenizer=loaded.tokenizer,
-            batch_size=batch_size,
+            batch_size=config.batch_size,
             max_length=loaded.context_length,
             add_bos_token=loaded.add_bos_token,
         )
+        lm.mode, lm.shared_experts, lm._methods = config.mode, config.shared_experts, methods
+        return lm
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -194,23 +164,29 @@ class GriffinLM(HFLM):
         scores = score(loaded, tokens, [self.method], self.protocol, batch_size, self.seed)[self.method]
         return [(one.loglikelihood, one.greedy) for one in scores]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As HFLM, with the experts of each request's own prompt."""
-        if self.method.dense:
-            return super().generate_until(requests, disable_tqdm)
-        method = self.method
-        with griffin.prune(
-            self.model,
-            method.sparsity,
-            method.statistic,
-            method.selection,
-            mode="masked",
-            seed=self.seed,
-            compensation=method.compensation,
-            budget=method.budget,
-            refresh=method.refresh,
-        ):
-            return super().generate_until(requests, disable_tqdm)
+    @cached_property
+    def _shared(self) -> griffin.SharedPrompt:
+        return shared_prompt(self.model, self._methods)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """As HFLM, going on from the prompts' dense pass, which is run once for all methods in turn."""
+        refuse_decoding(self.model.generation_config, None, options, one_text=self.method.refresh != "none")
+        began = time.perf_counter()
+        prompts = [ids[kept] for ids, kept in zip(context, attention_mask.bool(), strict=True)]
+        rows = [ids.tolist() for ids in prompts]
+        if rows != self._prompts:
+            with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+                self._logits_BV = self._shared.run_each(prompts)
+            self._prompts = rows
+        self.prompt_seconds += time.perf_counter() - began
+        options |= {
+            "attention_mask": attention_mask,
+            "past_key_values": self._shared.fork(max_length - context.shape[1]),
+        }
+        with pruned(self._shared, self.method, self), griffin.prefilled(self.model, self._logits_BV):
+            return super()._model_generate(context, max_length, stop, **options)
 
 
 def _build(task: HarnessTask) -> Any:
@@ -252,54 +228,6 @@ def _build(task: HarnessTask) -> Any:
 def _definition(task: HarnessTask) -> Path:
     own = OWN_TASKS / task.definition
     return own if own.is_file() else LM_EVAL_TASKS / task.definition
-
-
-def _loglikelihoods(
-    lm: GriffinLM, loaded: LoadedModel, instances: Sequence[Instance], config: RunConfig, methods: Sequence[Method]
-) -> dict[Method, dict[int, tuple[float, bool]]]:
-    """Per method, the (log-likelihood, greedy) of each log-likelihood request, by the instance's identity."""
-    wanted = [instance for instance in instances if instance.request_type == "loglikelihood"]
-    tokens = [Request(*map(tuple, _encode(lm, *instance.args))) for instance in wanted]
-    scores = (
-        score(loaded, tokens, methods, config.task.protocol, config.batch_size, config.seed)
-        if wanted
-        else {method: [] for method in methods}
-    )
-    return {
-        method: {id(instance): (one.loglikelihood, one.greedy) for instance, one in zip(wanted, each, strict=True)}
-        for method, each in scores.items()
-    }
-
-
-def _encode(lm: GriffinLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    if context == "":
-        return [lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False)
-    return lm._encode_pair(context, continuation)
-
-
-def _generations(lm: GriffinLM, instances: Sequence[Instance], config: RunConfig, method: Method) -> dict[int, str]:
-    """The text of each generation request, by the instance's identity."""
-    wanted = [instance for instance in instances if instance.request_type == "generate_until"]
-    if not wanted:
-        return {}
-    if method.dense:
-        texts = HFLM.generate_until(lm, wanted, disable_tqdm=True)
-    else:
-        with griffin.prune(lm.model, **pruner_options(config, method)):
-            texts = HFLM.generate_until(lm, wanted, disable_tqdm=True)
-    return {id(instance): text for instance, text in zip(wanted, texts, strict=True)}
-
-
-def _sample(document: Document, answers: list[Any], seconds: float) -> Sample:
-    found = document.task.process_results(document.doc, answers)
-    return {
-        "index": document.index,
-        "id": str(document.doc.get("id", document.doc.get("idx", document.index))),
-        "seconds": round(seconds, 4),
-        "answers": answers,
-        "target": document.task.doc_to_target(document.doc),
-        "metrics": {name: float(value) for name, value in found.items() if isinstance(value, (bool, int, float))},
-    }
 
 
 if __name__ == "__main__":

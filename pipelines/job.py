@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 # and media(folder, samples, config) -> Media, what there is to look at, drawn into the run folder.
 KINDS = {
     "generation": "pipelines.generation",
-    "classification": "pipelines.harness",
-    "question_answering": "pipelines.harness",
+    "classification": "pipelines.harness_evaluation",
+    "question_answering": "pipelines.harness_evaluation",
     "perplexity": "pipelines.perplexity",
     "fidelity": "pipelines.fidelity",
     "latency": "pipelines.latency",

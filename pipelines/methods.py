@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import griffin
 from pipelines.config import LEARNING, RunConfig
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 # A file named on the command line is read instead of what the task's file names.
 _INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
+
+
+class Execution(Protocol):
+    """How the experts of any method are put to work: a configuration says it, among other things."""
+
+    mode: str
+    shared_experts: bool
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def shared_prompt(model: nn.Module, methods: Sequence[Method]) -> griffin.Shared
     )
 
 
-def pruned(shared: griffin.SharedPrompt, method: Method, config: RunConfig) -> AbstractContextManager[None]:
+def pruned(shared: griffin.SharedPrompt, method: Method, config: Execution) -> AbstractContextManager[None]:
     """The model on a method's experts for the shared prompts, in the mode of the configuration."""
     if method.dense:
         return nullcontext()
