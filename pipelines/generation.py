@@ -47,11 +47,11 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Generate and score, batch by batch: one dense pass over a batch's prompts, then each method's continuation.
+    """Generate and score, group by group: one dense pass over a group's prompts, then each method's continuation.
 
-    Batches hold prompts of like length, the longest first, so that little of them is padding and what does not fit
-    into memory fails at once. A prompt that leaves no room for `max_new_tokens` in the model's context is not run
-    and says so, as in the reference implementation.
+    A group is a batch, or several of which the prompts take turns. It holds prompts of like length, the longest first,
+    so that little of it is padding and what does not fit into memory fails at once. A prompt that leaves no room for
+    `max_new_tokens` in the model's context is not run and says so, as in the reference implementation.
     """
     room = loaded.context_length - config.task.max_new_tokens
     encoded = {prompt.index: loaded.encode(prompt.text) for prompt in prompts}
