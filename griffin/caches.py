@@ -8,9 +8,11 @@ Dimensions: B = batch rows, N = heads of keys and values, S = positions, E = siz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -51,6 +53,17 @@ def roomy(cache: DynamicCache, room: int) -> DynamicCache:
     copied = DynamicCache()
     copied.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
     return copied
+
+
+def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache of several, each of one row, that end in the same column. It takes the place of the first."""
+    longest = max(cache.get_seq_length() for cache in caches)
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            states = [getattr(layer, name) for layer in layers]
+            padded = [nn.functional.pad(one, (0, 0, longest - one.shape[2], 0)) for one in states]
+            setattr(layers[0], name, torch.cat(padded))
+    return caches[0]
 
 
 def static(cache: DynamicCache, config: PretrainedConfig, positions: int) -> StaticCache:

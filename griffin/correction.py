@@ -5,6 +5,7 @@ Dimensions: B = prompts, S = positions, K = kept neurons, H = hidden size, T = d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,15 @@ class Correction:
     def prompts(self) -> int:
         """B, the number of prompts that have a correction of their own."""
         return next(len(part) for part in (self.weights_BTH, self.bias_BH) if part is not None)
+
+    def of_rows(self, rows: Sequence[int]) -> Correction:
+        """That of these prompts; the one that serves all, where there is only one."""
+        if self.prompts == 1:
+            return self
+        basis, weights, bias = (
+            None if part is None else part[list(rows)] for part in (self.basis_BTK, self.weights_BTH, self.bias_BH)
+        )
+        return Correction(basis, weights, bias)
 
     def output(self, kept_BSK: Tensor) -> Tensor:
         """What is added [B, S, H] at these activations of the experts."""

@@ -9,7 +9,7 @@ Dimensions: B = batch rows, S = positions of one forward call, D = FF width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,7 +71,7 @@ class Stretch:
 def unit_rows(z_BSD: Tensor) -> Tensor:
     """Each token's row divided by its L2 norm; a zero row stays zero."""
     norms_BS1 = torch.linalg.vector_norm(z_BSD, dim=-1, keepdim=True)
-    return torch.where(norms_BS1 > 0, z_BSD / norms_BS1, 0.0)
+    return z_BSD / torch.where(norms_BS1 > 0, norms_BS1, 1.0)
 
 
 def added(before: Tensor, part: Tensor, places: Places) -> Tensor:
@@ -144,24 +144,44 @@ class Gatherer:
         """What this gathering came to over the prompt, B first; None for None."""
         return None if gathering is None else self._totals[gathering][layer]
 
-    def fork(self) -> Gatherer:
-        """Another one that goes on from here by itself."""
+    def fork(self, rows: slice = slice(None)) -> Gatherer:
+        """Another one that goes on from here by itself, with these of the prompts."""
         forked = Gatherer(self._blocks, list(self._totals))
         forked._totals, forked._places = self.totals(), self._places
+        if rows != slice(None):
+            for totals in forked._totals.values():
+                totals[:] = [None if total is None else total[rows] for total in totals]
+            assert self._places is not None
+            forked._places = replace(
+                self._places, counted_BS=self._places.counted_BS[rows], before_B=self._places.before_B[rows]
+            )
         return forked
 
     def totals(self) -> Totals:
         """Everything that was gathered of these prompts; `reset` leaves it alone."""
         return {gathering: list(totals) for gathering, totals in self._totals.items()}
 
-    def stack(self, prompts: Sequence[Totals]) -> None:
-        """Go on as if these prompts, gathered one by one, had been the rows of one batch.
+    def whole(self) -> tuple[Totals, Places]:
+        """Everything that was gathered, and the place of the last stretch: where `resume` goes on."""
+        assert self._places is not None
+        return self.totals(), self._places
+
+    def resume(self, totals: Totals, places: Places) -> None:
+        """Go on after prompts that were gathered before, as `whole` gave them."""
+        self._places = places
+        for gathering, known in totals.items():
+            self._totals[gathering][:] = known
+
+    def stack(self, prompts: Sequence[tuple[Totals, Places]]) -> None:
+        """Go on as if these prompts, gathered one by one as `whole` gave them, had been the rows of one batch.
 
         Where something was kept for the last tokens of a prompt ([B, T, ..]), short prompts get rows of zeros in front.
         """
+        before_B = torch.cat([places.before_B + places.count_B for _, places in prompts])
+        self._places = Places(torch.ones(len(before_B), 0, dtype=torch.bool, device=before_B.device), before_B)
         for gathering, totals in self._totals.items():
             for layer in range(len(totals)):
-                rows = [part for prompt in prompts if (part := prompt[gathering][layer]) is not None]
+                rows = [part for prompt, _ in prompts if (part := prompt[gathering][layer]) is not None]
                 longest = max(part.shape[1] for part in rows)
                 totals[layer] = torch.cat(
                     [

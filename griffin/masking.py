@@ -25,20 +25,27 @@ class Mask:
         self._dropped_B1D: list[Tensor] = []
         self._corrections: list[list[Correction]] = []
 
-    def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None:
+    def attach(
+        self,
+        experts: Sequence[Tensor],
+        corrections: Iterable[Correction | None] | None = None,
+        widths: Sequence[int] | None = None,
+    ) -> None:
         """Mask from the next forward call on.
 
         Args:
             experts: per layer, the kept neurons: [B, K] for the rows of the coming calls, or [1, K] for all rows.
             corrections: per layer, what a compensation adds for these experts, for each row or, as shared experts
                 have it, for all; None: nothing.
+            widths: per layer, the neurons that the block computes, of which `experts` are numbers; None: all.
         """
+        widths = widths or [block.width for block in self._blocks]
         self._experts = experts
         self._dropped_B1D = [
-            torch.ones(len(experts_BK), block.width, dtype=torch.bool, device=experts_BK.device)
+            torch.ones(len(experts_BK), width, dtype=torch.bool, device=experts_BK.device)
             .scatter_(1, experts_BK, False)
             .unsqueeze(1)
-            for block, experts_BK in zip(self._blocks, experts, strict=True)
+            for width, experts_BK in zip(widths, experts, strict=True)
         ]
         given: Iterable[Correction | None] = [None] * len(experts) if corrections is None else corrections
         self._corrections = [[] if correction is None else [correction] for correction in given]

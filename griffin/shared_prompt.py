@@ -22,19 +22,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
+from griffin.at_work import RowsAtWork
+from griffin.beginning import SharedBeginning
 from griffin.budgets import kept_per_layer
-from griffin.caches import roomy, static
+from griffin.caches import roomy, stacked, static
+from griffin.compaction import Compaction
 from griffin.compensation import COMPENSATIONS
 from griffin.correction import Correction
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import find_feedforward_blocks
 from griffin.gathering import Gatherer
-from griffin.modes import MODES, Work
+from griffin.masking import Mask
+from griffin.modes import Work
 from griffin.own_text import gathered_over_own_text
 from griffin.refit import Refit
 from griffin.refresh import WEIGHT, Reader, next_reading, reading
+from griffin.slots import Lockstep, Slots
 from griffin.statistics import STATISTICS
 
 # Per layer, experts and what a compensation adds with them.
@@ -57,6 +62,9 @@ class SharedPrompt:
             dense `continued` read.
         compensations: names in `COMPENSATIONS`, all that `corrections` will be asked for.
 
+    Attributes:
+        takes_positions: whether the model's forward calls take `position_ids`.
+
     Raises:
         UnsupportedModelError: the model has an FF block that cannot be pruned.
         KeyError: an unknown statistic or compensation.
@@ -77,9 +85,12 @@ class SharedPrompt:
             for one in chosen
             if one.own_text and one.gathering is not None
         }
-        self._work = {mode: make(self._blocks) for mode, make in MODES.items()}
+        self._compaction, self._mask = Compaction(self._blocks), Mask(self._blocks)
+        self._work: dict[str, Work] = {"compact": self._compaction, "masked": self._mask}
+        self._rows: RowsAtWork | None = None
         self._cache: Any = None
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._beginning = SharedBeginning(self._gatherer, self._pass)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
     def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int = 0) -> Tensor:
@@ -101,44 +112,48 @@ class SharedPrompt:
         # A cache made without the model's config keeps every position, also in layers with a sliding window.
         cache = DynamicCache()
         self._gatherer.reset()
+        logits = self._pass(ids_BS, counted_BS, cache, last)
+        self._align(cache)
+        return logits
+
+    def _pass(self, ids_BS: Tensor, counted_BS: Tensor | None, cache: DynamicCache, last: int) -> Tensor:
+        """Run a stretch of the prompts dense, and gather."""
         self._following.reset()
-        self._gatherer.expect(rows, positions, counted_BS)
+        self._gatherer.expect(ids_BS.shape[0], ids_BS.shape[1], counted_BS, ids_BS.device)
         self._gatherer.attach()
         try:
             logits: Tensor = self._model(ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
         finally:
             self._gatherer.detach()
-        self._align(cache)
         return logits
 
-    def run_each(self, prompts: Sequence[Tensor]) -> Tensor:
+    @torch.no_grad()
+    def run_each(self, prompts: Sequence[Tensor], beginning: Tensor | None = None) -> Tensor:
         """The dense pass, prompt by prompt: each is to the bit what it is alone, and no time goes into padding.
 
         A long prompt keeps a device busy by itself; for many short ones `run` is faster.
 
         Args:
             prompts: the token ids of each, [S].
+            beginning: token ids that prompts begin with, [S]. It runs once, for this call and those that follow, and
+                prompts that begin with it go on from there, where that is less work.
 
         Returns:
             Logits [B, V] after each prompt.
         """
-        logits, caches, totals, digests = [], [], [], []
+        logits, caches, gathered, digests = [], [], [], []
         for ids_S in prompts:
-            length_1 = torch.tensor([len(ids_S)], device=ids_S.device)
-            logits.append(self.run(ids_S.unsqueeze(0), length_1, last=1)[:, 0])
-            caches.append(self._cache)
-            totals.append(self._gatherer.totals())
-            digests += self._digests
-        self._gatherer.stack(totals)
+            cache = self._beginning.start(ids_S, beginning)
+            rest_1S = ids_S[cache.get_seq_length() :].unsqueeze(0)
+            logits.append(self._pass(rest_1S, None, cache, last=1)[:, 0])
+            caches.append(cache)
+            gathered.append(self._gatherer.whole())
+            digests += prompt_digests(ids_S.unsqueeze(0), None, [0])
+        self._gatherer.stack(gathered)
         self._digests = digests
         self._prompts_B = torch.tensor([len(ids_S) for ids_S in prompts], device=prompts[0].device)
-        longest = int(self._prompts_B.max())
-        for layers in zip(*(cache.layers for cache in caches), strict=True):
-            for name in ("keys", "values"):
-                states = [getattr(layer, name) for layer in layers]
-                padded = [nn.functional.pad(one, (0, 0, longest - one.shape[2], 0)) for one in states]
-                setattr(layers[0], name, torch.cat(padded))
-        self._cache = caches[0]
+        self._cache = stacked(caches)
+        longest = self._cache.get_seq_length()
         columns_P = torch.arange(longest, device=self._prompts_B.device)
         self._valid_BP = columns_P >= longest - self._prompts_B.unsqueeze(1)
         return torch.cat(logits)
@@ -227,7 +242,7 @@ class SharedPrompt:
         try:
             with self.pruned(experts, corrections, "masked", reader):
                 for begin, end in pairwise(_calls(steps) if reader is not None else [0, steps]):
-                    positions = {"position_ids": positions_BC[:, begin:end]} if self._takes_positions else {}
+                    positions = {"position_ids": positions_BC[:, begin:end]} if self.takes_positions else {}
                     logits.append(
                         self._model(
                             ids_BC[:, begin:end],
@@ -262,12 +277,24 @@ class SharedPrompt:
             yield
             return
         work = self._work[mode]
+        self._rows = RowsAtWork(self._blocks, experts, corrections) if mode == "masked" and reader is None else None
         try:
             work.attach(experts, corrections)
             with contextlib.nullcontext() if reader is None else reading(self._model, reader):
                 yield
         finally:
             work.detach()
+            if self._rows is not None:
+                self._compaction.detach()
+                self._rows = None
+
+    def work_on(self, rows: Sequence[int]) -> None:
+        """The rows of the coming forward calls in `pruned` are these of the prompts, in this order.
+
+        Where there is a reader, and in compact mode, they are all of them, whatever is said here.
+        """
+        if self._rows is not None:
+            self._rows.put_to_work(rows, self._compaction, self._mask)
 
     def renewal(self, mode: str, choose: Callable[[SharedPrompt], Chosen]) -> Reader:
         """For `pruned`: what is generated joins the prompts, and experts are chosen again.
@@ -304,9 +331,33 @@ class SharedPrompt:
         """A copy of the prompts' KV cache, with room in place for so many more tokens."""
         return roomy(self._cache, room)
 
-    def fork_static(self, positions: int) -> StaticCache:
-        """A copy of the prompts' KV cache for so many positions, prompts included: for compiled decoding."""
-        return static(self._cache, self._model.config, positions)
+    def slots(self, count: int, room: int) -> Slots:
+        """For `continue_prompts`: at most `count` prompts at a time, each continued by at most `room` tokens."""
+        return Slots(self._cache, self._prompts_B.tolist(), count, room, self._model.device)
+
+    def lockstep(self, room: int) -> Lockstep:
+        """For `continue_prompts`: all prompts, until the last has ended, continued by at most `room` tokens."""
+        return Lockstep(self.fork(room), self._prompts_B.tolist(), None, self._model.device)
+
+    def static_lockstep(self, positions: int) -> Lockstep:
+        """The same for a compiled call: a KV cache of so many positions, prompts included."""
+        cache = static(self._cache, self._model.config, positions)
+        return Lockstep(cache, self._prompts_B.tolist(), positions, self._model.device)
+
+    def part(self, rows: slice) -> SharedPrompt:
+        """Some of the prompts by themselves; what is done with them leaves the others alone."""
+        part = copy.copy(self)
+        part._gatherer = self._gatherer.fork(rows)
+        part._digests, part._prompts_B, part._valid_BP = (
+            self._digests[rows],
+            self._prompts_B[rows],
+            self._valid_BP[rows],
+        )
+        part._cache = DynamicCache()
+        part._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        for layer in part._cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        return part
 
     def _align(self, cache: DynamicCache) -> None:
         """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""

@@ -10,12 +10,17 @@ from pipelines.task_config import GenerationTask
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data, ready to be continued."""
+    """One row of the data, ready to be continued.
+
+    Attributes:
+        beginning: the part of the text that all prompts begin with: the shots; empty without shots.
+    """
 
     index: int
     id: str
     text: str
     reference: str
+    beginning: str = ""
 
 
 def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Prompt]:
@@ -25,12 +30,14 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
         UserError: the data is missing, malformed or unreachable.
     """
     shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
+    beginning = solved_shots(task.shot_instruction, shots)
     return [
         Prompt(
             index,
             str(row.get("id", index)),
             summarization_prompt(row[task.article_field], task.instruction, task.shot_instruction, shots),
             row[task.summary_field],
+            beginning,
         )
         for index, row in enumerate(read_rows(task, limit, offset), start=offset)
     ]
@@ -51,5 +58,9 @@ def summarization_prompt(article: str, instruction: str, shot_instruction: str, 
     Returns:
         Text that ends with the instruction.
     """
-    solved = [f"###\nArticle: {text}\n\n{shot_instruction}\n{summary}\n\n" for text, summary in shots]
-    return "".join([*solved, f"###\nArticle: {article}\n\n{instruction}"])
+    return f"{solved_shots(shot_instruction, shots)}###\nArticle: {article}\n\n{instruction}"
+
+
+def solved_shots(shot_instruction: str, shots: list[tuple[str, str]]) -> str:
+    """The solved examples that a prompt begins with; see `summarization_prompt`."""
+    return "".join(f"###\nArticle: {text}\n\n{shot_instruction}\n{summary}\n\n" for text, summary in shots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, ONE_PER_LAYOUT, tiny
+from families import FAMILIES, ONE_PER_LAYOUT, fresh, tiny
 from prompts import pad, prompt
 from running import as_lists, difference, generate, new_tokens, step_logits
 from torch import Tensor
@@ -81,7 +81,7 @@ def test_new_experts_are_those_of_the_longer_prompt(
 
 @torch.no_grad()
 def test_a_generated_token_counts_as_several() -> None:
-    model, ids, following = tiny("llama"), prompt(5), prompt(4, 1)
+    model, ids, following = fresh("llama"), prompt(5), prompt(4, 1)  # its hooks stay
     z = []
     for block in (blocks := find_feedforward_blocks(model)):
         block.output.register_forward_pre_hook(lambda _, args: z.append(args[0][0].double()))

@@ -145,13 +145,18 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the number of rows with every dense pass over a batch of prompts."""
+    """A list that grows by the number of rows with every dense pass over prompts."""
     rows: list[int] = []
-    run = griffin.SharedPrompt.run
+    run, run_each = griffin.SharedPrompt.run, griffin.SharedPrompt.run_each
 
     def counted(shared: griffin.SharedPrompt, ids_BS: Any, *arguments: Any, **options: Any) -> Any:
         rows.append(len(ids_BS))
         return run(shared, ids_BS, *arguments, **options)
 
+    def counted_each(shared: griffin.SharedPrompt, prompts: Sequence[Any], *arguments: Any) -> Any:
+        rows.extend(1 for _ in prompts)
+        return run_each(shared, prompts, *arguments)
+
     monkeypatch.setattr(griffin.SharedPrompt, "run", counted)
+    monkeypatch.setattr(griffin.SharedPrompt, "run_each", counted_each)
     return rows

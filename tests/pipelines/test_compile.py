@@ -26,10 +26,12 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("method", ["sparsity=0", "sparsity=0.5"])
-def test_texts_are_those_without(method: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
-    options = {"rows": 4, "tokens": 12}
-    assert call(*tiny(tmp_path / "eager", method, **options)).code == 0
-    assert call(*tiny(tmp_path / "compiled", method, "compile=true", **options)).code == 0
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_texts_are_those_without(batch_size: int, method: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
+    sizes = {"rows": 4, "tokens": 12}
+    options = [method, f"batch_size={batch_size}", "shared_experts=true"]
+    assert call(*tiny(tmp_path / "eager", *options, **sizes)).code == 0
+    assert call(*tiny(tmp_path / "compiled", *options, "compile=true", **sizes)).code == 0
     eager, compiled = run_folder(tmp_path / "eager"), run_folder(tmp_path / "compiled")
     assert eager.name != compiled.name, "rounding may differ, so it is another run"
     assert texts(compiled) == texts(eager)

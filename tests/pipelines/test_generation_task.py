@@ -103,6 +103,7 @@ def test_a_batch_gives_the_texts_of_one_at_a_time(
 ) -> None:
     alone = run_of(call, tmp_path / "alone", *method, rows=6, tokens=24)
     batch = run_of(call, tmp_path / "batch", *method, "batch_size=4", rows=6, tokens=24)
+    assert texts(run_of(call, tmp_path / "turns", *method, "batch_size=2", rows=6, tokens=24)) == texts(alone)
     assert texts(batch) == texts(alone)
     assert len(set(texts(alone))) > 1, "rows that all give the same text test nothing"
     assert read_record(batch)["metrics"] == read_record(alone)["metrics"]
@@ -164,10 +165,23 @@ def test_generation_ends_with_the_stop_text_in_a_batch_too(
     whole = plain_greedy(*tiny(tmp_path / "out", *options, rows=3), tokens=24)
     options.append(f"task.stop={stop_within(whole)}")
     alone = run_of(call, tmp_path / "alone", *options, rows=3, tokens=24)
-    batch = run_of(call, tmp_path / "batch", *options, "batch_size=3", rows=3, tokens=24)
     counts = [sample["generated_tokens"] for sample in read_samples(alone)]
     assert min(counts) < 24
-    assert [sample["generated_tokens"] for sample in read_samples(batch)] == counts
+    for size in (2, 3):  # the third takes the place of the one that has ended first; all at once
+        batch = run_of(call, tmp_path / f"batch{size}", *options, f"batch_size={size}", rows=3, tokens=24)
+        assert [sample["generated_tokens"] for sample in read_samples(batch)] == counts
+        assert texts(batch) == texts(alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_shots_run_once_and_texts_stay(
+    batch_size: int, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny(tmp_path / "out", rows=6)[1].partition("=")[2]
+    options = ["task.shots=1", f"task.shots_file={data}", f"batch_size={batch_size}"]
+    shared = run_of(call, tmp_path / "shared", *options, rows=6, tokens=24)
+    monkeypatch.setattr("griffin.beginning.WORTH", 0)  # no prompt goes on from the shots
+    assert texts(run_of(call, tmp_path / "whole", *options, rows=6, tokens=24)) == texts(shared)
 
 
 def prompt_lengths(*overrides: str) -> list[int]:
@@ -235,9 +249,9 @@ def test_batches_hold_prompts_of_like_length(
     shapes = []
     run_each = griffin.SharedPrompt.run_each
 
-    def noted(shared: griffin.SharedPrompt, prompts: list[torch.Tensor]) -> torch.Tensor:
+    def noted(shared: griffin.SharedPrompt, prompts: list[torch.Tensor], *arguments: Any) -> torch.Tensor:
         shapes.append([len(prompt) for prompt in prompts])
-        return run_each(shared, prompts)
+        return run_each(shared, prompts, *arguments)
 
     monkeypatch.setattr(griffin.SharedPrompt, "run_each", noted)
     assert call(*tiny(tmp_path / "out", "batch_size=4", rows=6)).code == 0

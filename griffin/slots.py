@@ -1,0 +1,178 @@
+"""Prompts at work in the slots of one KV cache, so that a row which has ended makes room for the next.
+
+All rows end in the same column, like a batch padded on the left, and grow in place. Taking a row out or putting one in
+copies that row alone, and no column is kept that is padding in every row.
+
+Dimensions: B = rows at work, R = prompts, N = heads of keys and values, S = positions, W = columns, E = size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class SlotsLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache whose keys and values are a part of larger buffers.
+
+    Args:
+        keys_RNSE: of the prompts, which end in the last column.
+        values_RNSE: as well.
+        slots: the most rows at a time.
+        width: columns of the buffers.
+    """
+
+    def __init__(self, keys_RNSE: Tensor, values_RNSE: Tensor, slots: int, width: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys_RNSE, values_RNSE)
+        self._prompts = (keys_RNSE, values_RNSE)
+        # Zeros, since attention multiplies what is masked by 0, and not every number times 0 is 0.
+        self._buffers = tuple(
+            states.new_zeros(slots, states.shape[1], width, states.shape[3]) for states in self._prompts
+        )
+
+    def put(self, row: int, length: int, slot: int, end: int) -> None:
+        """A prompt's keys and values, with this many tokens, into a slot, up to this column."""
+        for buffer, states in zip(self._buffers, self._prompts, strict=True):
+            buffer[slot, :, end - length : end] = states[row, :, states.shape[2] - length :]
+
+    def move(self, source: int, slot: int, begin: int, end: int) -> None:
+        """What is in these columns of one slot into another."""
+        for buffer in self._buffers:
+            buffer[slot, :, begin:end] = buffer[source, :, begin:end]
+
+    def shift(self, end: int) -> None:
+        """What is shown so that it ends in this column."""
+        for buffer, states in zip(self._buffers, (self.keys, self.values), strict=True):
+            rows, _, length, _ = states.shape
+            buffer[:rows, :, end - length : end] = states.clone()
+
+    def show(self, rows: int, begin: int, end: int) -> None:
+        """The cache is what is in these columns of so many slots."""
+        self._shown = (rows, begin, end)
+        self.keys, self.values = (buffer[:rows, :, begin:end] for buffer in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, N, S, E]; all of them so far."""
+        rows, begin, end = self._shown
+        self.show(rows, begin, end + key_states.shape[2])
+        self.keys[:, :, end - begin :] = key_states
+        self.values[:, :, end - begin :] = value_states
+        return self.keys, self.values
+
+
+class Slots:
+    """The prompts at work, and what their next tokens are run with.
+
+    Args:
+        prompts: the KV cache of all prompts, which end in its last column.
+        lengths: tokens of each.
+        count: the most prompts at work at a time.
+        room: the most tokens that a prompt is continued by.
+        device: of the model's inputs.
+
+    Attributes:
+        rows: the prompts at work, by their number, in the order of the cache's rows.
+    """
+
+    def __init__(
+        self, prompts: DynamicCache, lengths: Sequence[int], count: int, room: int, device: torch.device
+    ) -> None:
+        self.rows: list[int] = []
+        self._lengths, self._count, self._room, self._device = lengths, count, room, device
+        # Where prompts wait for a slot, as many columns more: the rows are shifted once in so many tokens.
+        self._width = max(lengths) + (room if count >= len(lengths) else 2 * room)
+        self._begins: list[int] = []  # the first column of each row
+        self._end = 0
+        self._cache = DynamicCache()
+        self._cache.layers = [
+            SlotsLayer(layer.keys, layer.values, min(count, len(lengths)), self._width) for layer in prompts.layers
+        ]
+
+    @property
+    def free(self) -> int:
+        """How many more prompts there is a slot for."""
+        return self._count - len(self.rows)
+
+    def put(self, rows: Sequence[int]) -> None:
+        """Put these prompts to work."""
+        longest = max([self._end - begin for begin in self._begins] + [self._lengths[row] for row in rows])
+        if longest > self._end or self._end + self._room > self._width:
+            self._shift(longest)
+        for row in rows:
+            for layer in self._cache.layers:
+                layer.put(row, self._lengths[row], len(self.rows), self._end)
+            self.rows.append(row)
+            self._begins.append(self._end - self._lengths[row])
+        self._show()
+
+    def remove(self, row: int) -> None:
+        """A prompt has ended: the last one takes its slot."""
+        slot, last = self.rows.index(row), len(self.rows) - 1
+        if slot != last:
+            for layer in self._cache.layers:
+                layer.move(last, slot, self._begins[last], self._end)
+        self.rows[slot], self._begins[slot] = self.rows[last], self._begins[last]
+        del self.rows[last], self._begins[last]
+        if self.rows:
+            self._show()
+
+    def inputs(self) -> dict[str, Any]:
+        """The cache, the mask and the positions for a forward call with the next token of each row."""
+        columns_S = torch.arange(min(self._begins), self._end + 1, device=self._device)
+        begins_B1 = torch.tensor(self._begins, device=self._device).unsqueeze(1)
+        mask_BS = (columns_S >= begins_B1).long() if len(set(self._begins)) > 1 else None
+        positions_B1 = self._end - begins_B1
+        self._end += 1
+        return {"past_key_values": self._cache, "attention_mask": mask_BS, "position_ids": positions_B1}
+
+    def _shift(self, end: int) -> None:
+        if self.rows:
+            for layer in self._cache.layers:
+                layer.shift(end)
+        self._begins = [begin + end - self._end for begin in self._begins]
+        self._end = end
+
+    def _show(self) -> None:
+        for layer in self._cache.layers:
+            layer.show(len(self.rows), min(self._begins), self._end)
+
+
+class Lockstep:
+    """As `Slots`, but all prompts begin together and stay until the last has ended.
+
+    For what counts the steps of a generation, and for compiled decoding, whose shapes stay as they are.
+
+    Args:
+        cache: the KV cache of all prompts, which end in the same column; it grows.
+        lengths: tokens of each.
+        columns: of a static cache; None: it has as many as it holds.
+        device: of the model's inputs.
+    """
+
+    def __init__(self, cache: Cache, lengths: Sequence[int], columns: int | None, device: torch.device) -> None:
+        self.rows = list(range(len(lengths)))
+        self.free = len(lengths)
+        self._cache, self._columns = cache, columns
+        self._end = max(lengths)
+        self._begins_B1 = self._end - torch.tensor(lengths, device=device).unsqueeze(1)
+        self._padded = len(set(lengths)) > 1
+
+    def put(self, rows: Sequence[int]) -> None:
+        """All prompts are at work from the beginning."""
+
+    def remove(self, row: int) -> None:
+        """What has ended is computed on."""
+
+    def inputs(self) -> dict[str, Any]:
+        """The cache, the mask and the positions for a forward call with the next token of each row."""
+        positions_B1 = self._end - self._begins_B1
+        self._end += 1
+        columns_S = torch.arange(self._columns or self._end, device=positions_B1.device)
+        mask_BS = (columns_S >= self._begins_B1).long() if self._padded else None
+        return {"past_key_values": self._cache, "attention_mask": mask_BS, "position_ids": positions_B1}
