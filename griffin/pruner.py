@@ -73,7 +73,9 @@ class Pruner:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
         self.model: Any = model
         if offload_dense and mode != "compact":
-            raise ValueError(f"offload_dense=True with mode={mode!r}: it reads the dense weights for every token")
+            raise ValueError(
+                f"offload_dense=True with mode={mode!r}: expected 'compact', which needs dense weights for prompts only"
+            )
         self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
         self.kept: list[int] = kept_per_layer([block.width for block in self.blocks], sparsity, budget)
         self.statistic = STATISTICS[statistic]

@@ -213,7 +213,7 @@ class RunConfig:
                 "need the dense weights for what follows a prompt too"
             )
         if self.mode != "compact":
-            raise UserError(f"offload_dense=true with mode={self.mode}: expected compact; masked reads all weights")
+            raise UserError(f"offload_dense=true with mode={self.mode}: expected compact, dense for prompts only")
         if self.compile:
             raise UserError("offload_dense=true with compile=true: expected one of the two")
 

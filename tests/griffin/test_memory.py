@@ -53,9 +53,11 @@ def with_a_shared_prompt(
             watch(number)
 
 
-def with_refresh(model: PreTrainedModel, mode: str, compensation: str, watch: Callable[[int], None]) -> None:
-    refresh = "experts" if compensation == "none" else "compensation"
-    with griffin.prune(model, 0.5, mode=mode, compensation=compensation, refresh=refresh):
+def with_refresh(
+    model: PreTrainedModel, mode: str, compensation: str, offload: bool, watch: Callable[[int], None]
+) -> None:
+    options = {"compensation": compensation, "refresh": "experts" if compensation == "none" else "compensation"}
+    with griffin.prune(model, 0.5, mode=mode, offload_dense=offload, **options):
         for number in range(PROMPTS):
             cache = model(prompt(6 + number % 5), use_cache=True).past_key_values
             for length in (8, 1, 1):  # the second is read with what came before it

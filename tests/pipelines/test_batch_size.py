@@ -62,8 +62,8 @@ def test_it_is_the_largest_half_that_fits(
 
 
 def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Memory runs out in the second batch, under the second method: that alone is run again.
-    monkeypatch.setattr(batch_size, "ROWS_CPU", 4)
+    # Memory runs out in the second group of prompts, under the second method: that alone is run again.
+    monkeypatch.setattr(batch_size, "ROWS_CPU", 2)
     from pipelines import generation
 
     scored: list[int] = []
@@ -71,7 +71,7 @@ def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, mon
 
     def failing(prompt: Any, *arguments: Any) -> Any:
         scored.append(prompt.index)
-        if len(scored) == 11:  # 4 + 4, 2, and the first of 2
+        if len(scored) == 11:  # two batches of two under each method, one under the first, and the first of two
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(prompt, *arguments)
 
@@ -79,9 +79,9 @@ def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, mon
     assert call(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=6)).code == 0
     assert len(scored) == 11 + 2
     dense, pruned = run_folders(tmp_path / "auto")
-    assert {sample["batch_size"] for sample in read_samples(dense)} == {4}
-    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [2, 2, 4, 4, 4, 4]
-    assert [read_record(folder)["environment"]["batch_size"] for folder in (dense, pruned)] == [4, 2]
+    assert {sample["batch_size"] for sample in read_samples(dense)} == {2}
+    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [1, 1, 2, 2, 2, 2]
+    assert [read_record(folder)["environment"]["batch_size"] for folder in (dense, pruned)] == [2, 1]
 
 
 @pytest.mark.parametrize("task", ["briefs_choice", "briefs_qa"])
