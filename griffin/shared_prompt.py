@@ -348,15 +348,13 @@ class SharedPrompt:
         """Some of the prompts by themselves; what is done with them leaves the others alone."""
         part = copy.copy(self)
         part._gatherer = self._gatherer.fork(rows)
-        part._digests, part._prompts_B, part._valid_BP = (
-            self._digests[rows],
-            self._prompts_B[rows],
-            self._valid_BP[rows],
-        )
+        part._digests, part._prompts_B = self._digests[rows], self._prompts_B[rows]
+        begin = self._valid_BP.shape[1] - int(part._prompts_B.max())  # all before is padding
+        part._valid_BP = self._valid_BP[rows, begin:]
         part._cache = DynamicCache()
         part._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         for layer in part._cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = layer.keys[rows, :, begin:], layer.values[rows, :, begin:]
         return part
 
     def _align(self, cache: DynamicCache) -> None:

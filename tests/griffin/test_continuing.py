@@ -71,6 +71,19 @@ def test_each_has_its_own_correction(family: str, compensation: str) -> None:
     assert found == alone(family, ended, compensation)
 
 
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_a_part_goes_on_in_lockstep_by_itself(family: str) -> None:
+    model, ended = tiny(family), ends_at(3)
+    shared = SharedPrompt(model, ["griffin"], ["ridge"])
+    logits, found = shared.run_each(prompts()), []
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = shared.part(rows)
+        experts = part.experts("griffin", "topk", 0.5)
+        with part.pruned(experts, part.corrections("ridge", experts), "masked"):
+            found += continue_prompts(part, logits[rows], part.lockstep(LIMIT), LIMIT, greedy, ended, model)
+    assert found == alone(family, ended, "ridge")
+
+
 def test_rows_shorter_than_those_that_wait() -> None:
     # Slots do not need the longest first.
     model, ended = tiny("llama"), ends_at(3)

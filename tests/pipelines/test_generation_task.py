@@ -96,7 +96,17 @@ def test_the_call_ends_with_a_table_of_the_metrics(call: Callable[..., Outcome],
 
 
 @pytest.mark.parametrize(
-    "method", [["sparsity=0"], ["sparsity=0.5"], ["statistic=random"], ["selection=sample"], ["selection=topk_sample"]]
+    "method",
+    [
+        ["sparsity=0"],
+        ["sparsity=0.5"],
+        ["statistic=random"],
+        ["selection=sample"],
+        ["selection=topk_sample"],
+        ["compensation=ridge"],
+        ["compensation=ridge", "refresh=experts"],
+        ["compensation=ridge", "refresh=compensation"],
+    ],
 )
 def test_a_batch_gives_the_texts_of_one_at_a_time(
     method: list[str], call: Callable[..., Outcome], tmp_path: Path
