@@ -75,7 +75,7 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     rows = {" ".join(line.split()[:2]): " ".join(line.split()[2:]) for line in table.splitlines()}
     assert rows["sparsity=0.5 batch_size=1"] == "griffin 50% finished"
     assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected a number")
-    assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected 1 or more")
+    assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected a whole number, 1 or more")
     again = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
     assert (again.code, again.out.splitlines()[-1]) == (1, "2 skipped, 4 failed")
 
