@@ -130,6 +130,9 @@ class Rereading:
         if call.get("position_ids") is not None:
             steps_N = torch.arange(-again, self._own, device=ids_BN.device)
             call["position_ids"] = call["position_ids"][:, :1] + steps_N
+        keep = call.get("logits_to_keep", 0)
+        if "logits_to_keep" in self._signature.parameters and isinstance(keep, int) and keep == 0:
+            call["logits_to_keep"] = self._own  # nobody asked for those of the tokens that are read again
         mask = call.get("attention_mask")
         self._reader.read(ids_BN, None if mask is None else mask[:, -ids_BN.shape[1] :].bool())
         self._renewing = True
