@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
@@ -14,6 +15,7 @@ from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 # These have the same colour in every report; other methods take the next that is free, by name.
 _KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge", "griffin + mean")
 _COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # without the grey of dense
+_INSIDE = 6  # lines of a legend that fit beside the data
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ class Looks:
     def marker(self, family: str) -> str:
         """As matplotlib names it."""
         return "*" if family == "dense" else MARKERS[self._place[family] % len(MARKERS)]
+
+
+def add_legend(figure: Figure, axis: Axes) -> None:
+    """A legend inside the axes, or, of more methods than leave room there, below them on a taller figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) <= _INSIDE:
+        axis.legend()
+        return
+    figure.set_figheight(figure.get_figheight() + 0.22 * len(labels))
+    figure.legend(handles, labels, loc="outside lower center")
 
 
 def file_name(*words: str) -> str:

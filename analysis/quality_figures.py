@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.drawing import Drawing, Group, Looks, file_name
+from analysis.drawing import Drawing, Group, Looks, add_legend, file_name
 from analysis.frame import select
 from analysis.metrics import metric, order
 from analysis.tables import QUALITY
@@ -121,7 +121,7 @@ def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
     axis.set_xlabel("FF sparsity (%)")
     axis.set_ylabel(metric(runs["metric"].iloc[0]).axis)
     _scale(axis, runs)
-    axis.legend()
+    add_legend(figure, axis)
     return figure
 
 
@@ -145,7 +145,7 @@ def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
     axis.set_xlabel(f"{along.replace('_', ' ')} (tokens)")
     axis.set_ylabel(metric("perplexity").axis)
     _scale(axis, runs)
-    axis.legend()
+    add_legend(figure, axis)
     return figure
 
 
@@ -180,7 +180,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
     axis.set_ylabel(shown.axis)
     _scale(axis, both)
     axis.margins(x=0.12)
-    axis.legend()
+    add_legend(figure, axis)
     return figure
 
 
