@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from analysis.drawing import Drawing, Group, Looks, file_name
 from analysis.frame import select
 from pipelines.figure_style import NEUTRAL, new_figure
+
+_LABEL = 24  # characters in a line of a method's label, so that the axis keeps its width
 
 
 def bars(runs: pd.DataFrame, looks: Looks) -> Group:
@@ -48,7 +51,7 @@ def _figure(runs: pd.DataFrame, looks: Looks) -> Figure:
         )
     axis.plot([], [], color=axis.spines["left"].get_edgecolor(), lw=2.5, label="memory-traffic limit")
     axis.axvline(1.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
-    axis.set_yticks(places, table["method"])
+    axis.set_yticks(places, [textwrap.fill(method, _LABEL) for method in table["method"]])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("decode speed-up over dense (x)")

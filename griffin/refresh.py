@@ -43,6 +43,18 @@ def next_reading(generated: int) -> int:
     return after
 
 
+def call_ends(tokens: int) -> list[int]:
+    """Where the forward calls end, from 0 on, that read a given text of so many tokens as if it were generated.
+
+    A reading comes with one token of its own; the tokens between two readings need one call only.
+    """
+    ends, reading_at = [0], next_reading(0)
+    while reading_at < tokens:
+        ends += [reading_at, reading_at + 1]
+        reading_at = next_reading(reading_at)
+    return sorted({*ends, tokens})
+
+
 class Reader(Protocol):
     """What follows the text."""
 

@@ -38,7 +38,7 @@ from griffin.masking import Mask
 from griffin.modes import Work
 from griffin.own_text import gathered_over_own_text
 from griffin.refit import Refit
-from griffin.refresh import WEIGHT, Reader, next_reading, reading
+from griffin.refresh import WEIGHT, Reader, call_ends, reading
 from griffin.slots import Lockstep, Slots
 from griffin.statistics import STATISTICS
 
@@ -241,7 +241,7 @@ class SharedPrompt:
         cache, logits = self.fork(steps), []
         try:
             with self.pruned(experts, corrections, "masked", reader):
-                for begin, end in pairwise(_calls(steps) if reader is not None else [0, steps]):
+                for begin, end in pairwise(call_ends(steps) if reader is not None else [0, steps]):
                     positions = {"position_ids": positions_BC[:, begin:end]} if self.takes_positions else {}
                     logits.append(
                         self._model(
@@ -401,12 +401,3 @@ class _Renewal:
 
     def stop(self) -> None:
         self._longer._gatherer.detach()
-
-
-def _calls(steps: int) -> list[int]:
-    """Where the forward calls end that read a given text as if it were generated: one token is read with a reading."""
-    ends, reading_at = [0], next_reading(0)
-    while reading_at < steps:
-        ends += [reading_at, reading_at + 1]
-        reading_at = next_reading(reading_at)
-    return sorted({*ends, steps})

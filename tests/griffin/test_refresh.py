@@ -33,6 +33,14 @@ def test_readings_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readings == [8, 8, 16, 16, 32, 32, 64, 128]
 
 
+def test_a_given_text_is_read_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert refresh.call_ends(8) == [0, 8]
+    assert refresh.call_ends(9) == [0, 8, 9]
+    assert refresh.call_ends(17) == [0, 8, 9, 16, 17]
+    assert refresh.call_ends(40) == [0, 8, 9, 16, 17, 32, 33, 40]
+
+
 @torch.no_grad()
 def teacher_forced(model: PreTrainedModel, ids: Tensor, following: Tensor) -> Tensor:
     """[C, V]: token by token, as `generate` would read them."""
