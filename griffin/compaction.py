@@ -1,10 +1,13 @@
 """Compact weights: during generation a block computes with the kept neurons' weights only.
 
-Each projection keeps one buffer for its kept neurons from prompt to prompt and gathers whole rows into it, so nothing
-is allocated after the first prompt. Where a projection stores its neurons as columns (the output projection of most
-models), a transposed copy is made once to gather from: gathering columns costs more than twice as much. So compact
-mode holds, on top of the dense model, the kept share of all FF weights and one more copy of those that lie the wrong
-way round. Nothing here waits for the device.
+On a CPU, in float32 and float64, one token at a time reads the kept neurons' rows where they are in the dense weights,
+and nothing is copied (`griffin.in_place`). Everywhere else each projection keeps one buffer for its kept neurons from
+prompt to prompt and gathers whole rows into it, so nothing is allocated after the first prompt; on a CPU too, where
+many tokens come at once, and for an output projection whose weights are corrected. Nothing here waits for the device.
+
+Where a projection stores its neurons as columns (the output projection of most models), a transposed copy is made once
+to read from: columns cost more than twice as much. So compact mode holds, on top of the dense model, one more copy of
+the weights that lie the wrong way round and, where it gathers, the kept share of all FF weights.
 
 Where the dense weights are offloaded, a block's are brought to the device for gathering and no transposed copy is
 kept: the device holds the kept share alone.
@@ -23,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
+from griffin.in_place import DotProducts, WeightedSum, can_read
 from griffin.offloading import bring, unwatch, watch
 
 
@@ -33,10 +37,11 @@ class CompactProjection:
         module: the projection; its parameters are never written to.
         neurons_out: True where the neurons are the outputs (input projections), False where they are the inputs.
         parts: D-wide matrices stacked in the projection.
-        offloaded: True where the weight comes to the device now and then: it must be there for `__init__` and `gather`.
+        offloaded: True where the weight comes to the device now and then: it must be there for `__init__` and `keep`.
+        compiled: True where the module is going to be compiled, so that its weights must stand in one place.
     """
 
-    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int, offloaded: bool) -> None:
+    def __init__(self, module: nn.Module, *, neurons_out: bool, parts: int, offloaded: bool, compiled: bool) -> None:
         self.module = module
         self.parts = parts
         self._neurons_out = neurons_out
@@ -48,23 +53,35 @@ class CompactProjection:
         self._buffer_KH = rows_DH.new_empty(0, rows_DH.shape[1])
         self._bias_D = getattr(module, "bias", None) if neurons_out else None
         self._kept = 0
+        # Whoever gave the module a forward of its own wants it called, as accelerate does.
+        self._reads_rows = can_read(rows_DH) and not compiled and "forward" not in vars(module)
 
-    def gather(self, experts_K: Tensor) -> None:
-        """Copy the kept neurons' weights, and biases, into the buffers."""
-        if len(experts_K) != self._kept:
-            self._make_room(len(experts_K))
-        source_DH = self._neurons() if self._source_DH is None else self._source_DH
-        experts_K = experts_K.to(source_DH.device)
-        rows = experts_K
+    def keep(self, experts_K: Tensor) -> None:
+        """The kept neurons from now on, until `install` only by name."""
+        experts_K = experts_K.to(self._buffer_KH.device)
+        self._rows = experts_K
         if self.parts > 1:
-            rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
-        torch.index_select(source_DH, 0, rows, out=self._rows_KH)
+            self._rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
+        self._gathered = False
+        if self._source_DH is None or not self._reads_rows:
+            self.gather()
+
+    def gather(self) -> None:
+        """Copy the kept neurons' weights, and biases, into the buffers, unless they are there."""
+        if self._gathered:
+            return
+        if len(self._rows) != self.parts * self._kept:
+            self._make_room(len(self._rows) // self.parts)
+        source_DH = self._neurons() if self._source_DH is None else self._source_DH
+        torch.index_select(source_DH, 0, self._rows, out=self._rows_KH)
         if self._bias_D is not None:
-            torch.index_select(self._bias_D.detach(), 0, rows, out=self._bias_K)
+            torch.index_select(self._bias_D.detach(), 0, self._rows, out=self._bias_K)
         self._compact = dict(self._parameters)  # without the correction of an earlier prompt
+        self._gathered = True
 
     def correct(self, correction: Correction) -> None:
-        """Change what the neurons that were gathered last write, on top of earlier changes; `gather` begins anew."""
+        """Change what the kept neurons write, on top of earlier changes; `keep` begins anew."""
+        self.gather()
         change_1KH = correction.change()
         if change_1KH is not None:
             self._rows_KH.add_(change_1KH[0].to(self._rows_KH.device))
@@ -75,13 +92,46 @@ class CompactProjection:
 
     def install(self) -> None:
         """Compute with the kept neurons from now on."""
-        for name, value in self._compact.items():
-            setattr(self.module, name, value)
+        if self._gathered:
+            self._install_copies()
+        if self._reads_rows:
+            self._read_rows = self._reader()
+            self.module.forward = self._forward
 
     def uninstall(self) -> None:
         """Compute with the module's own parameters, the same objects as before."""
+        if self._reads_rows:
+            vars(self.module).pop("forward", None)  # uncovers the class's own
         for name, value in self._dense.items():
             setattr(self.module, name, value)
+
+    def _install_copies(self) -> None:
+        for name, value in self._compact.items():
+            setattr(self.module, name, value)
+
+    def _reader(self) -> DotProducts | WeightedSum:
+        """Reads the kept rows where they are, or in the buffer, which may be corrected: the same to the bit."""
+        if self._gathered:
+            matrix, rows, weights = self._rows_KH, torch.arange(len(self._rows)), self._dense | self._compact
+        else:
+            assert self._source_DH is not None
+            matrix, rows, weights = self._source_DH, self._rows, self._dense
+        bias = weights.get("bias")
+        own = bias.detach() if isinstance(bias, Tensor) else None
+        if not self._neurons_out:
+            return WeightedSum(matrix, rows, own)
+        return DotProducts(matrix, rows, own if self._gathered or own is None else own[rows])
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The module's forward with the kept neurons: one token reads their rows, more multiply with the copies."""
+        one_token = x.numel() == x.shape[-1]
+        if one_token and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu"):
+            return self._read_rows(x.flatten()).view(*x.shape[:-1], -1)
+        if not self._gathered:
+            self.gather()
+            self._install_copies()
+        output: Tensor = type(self.module).forward(self.module, x)
+        return output
 
     def _neurons(self) -> Tensor:
         """[parts * D, H], a view: the dense weights of the projection, a row for each neuron."""
@@ -110,24 +160,26 @@ class CompactProjection:
 class CompactBlock:
     """An FF block that can be switched to some of its neurons. The output bias stays whole."""
 
-    def __init__(self, block: FeedForwardBlock, *, offloaded: bool) -> None:
+    def __init__(self, block: FeedForwardBlock, *, offloaded: bool, compiled: bool) -> None:
         self.projections = [
-            CompactProjection(module, neurons_out=True, parts=block.parts, offloaded=offloaded)
+            CompactProjection(module, neurons_out=True, parts=block.parts, offloaded=offloaded, compiled=compiled)
             for module in block.inputs
         ]
-        self.projections.append(CompactProjection(block.output, neurons_out=False, parts=1, offloaded=offloaded))
+        self.projections.append(
+            CompactProjection(block.output, neurons_out=False, parts=1, offloaded=offloaded, compiled=compiled)
+        )
 
     def install(self, experts_K: Tensor, correction: Correction | None = None) -> None:
-        """Gather the weights of these neurons [K], correct what they write, and compute with them.
+        """Compute with these neurons [K] only, and correct what they write.
 
         Source: the generation phase of GRIFFIN, Wg[E], Wu[E], b1[E], Wd[:, E] (arXiv 2404.01365).
         """
         for projection in self.projections:
-            projection.gather(experts_K)
+            projection.keep(experts_K)
         self.reinstall(correction)
 
     def reinstall(self, correction: Correction | None) -> None:
-        """Compute with the neurons that were gathered last, corrected once more."""
+        """Compute with the neurons that were kept last, corrected once more."""
         if correction is not None:
             self.projections[-1].correct(correction)
         for projection in self.projections:
@@ -143,11 +195,15 @@ class Compaction:
     """Makes all blocks compute with their experts' weights only, while attached: one expert set for all rows.
 
     A block that keeps all of its neurons keeps its own weights, so that it is bit-identical to dense. The first prompt
-    makes the buffers; they last as long as this object.
+    that needs buffers makes them; they last as long as this object.
+
+    Args:
+        blocks: the FF blocks, in layer order.
+        compiled: True where the model's call is compiled: the kept neurons' weights are always copied.
     """
 
-    def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Sequence[FeedForwardBlock], *, compiled: bool = False) -> None:
+        self._blocks, self._compiled = blocks, compiled
         self._compact: list[CompactBlock | None] = [None] * len(blocks)
         self._at_work: dict[int, CompactBlock] = {}  # by layer
 
@@ -165,7 +221,7 @@ class Compaction:
             offloaded = bring(block)
             if compact is None:
                 with torch.inference_mode(False):
-                    compact = self._compact[layer] = CompactBlock(block, offloaded=offloaded)
+                    compact = self._compact[layer] = CompactBlock(block, offloaded=offloaded, compiled=self._compiled)
             self._at_work[layer] = compact
             compact.install(experts_1K[0], correction)
             unwatch(block)

@@ -14,9 +14,7 @@ from griffin.masking import Mask
 
 
 class Work(Protocol):
-    """Experts at work in the blocks that it was made for, until `detach`."""
-
-    def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None: ...
+    """Experts at work in some blocks, until `detach`."""
 
     def attach(self, experts: Sequence[Tensor], corrections: Iterable[Correction | None] | None = None) -> None: ...
 
@@ -27,4 +25,9 @@ class Work(Protocol):
     def detach(self) -> None: ...
 
 
-MODES: dict[str, type[Work]] = {"compact": Compaction, "masked": Mask}
+MODES = ("compact", "masked")
+
+
+def work(mode: str, blocks: Sequence[FeedForwardBlock], *, compiled: bool) -> Work:
+    """What puts experts to work in these blocks in one of `MODES`, where the model's call is compiled or not."""
+    return Compaction(blocks, compiled=compiled) if mode == "compact" else Mask(blocks)

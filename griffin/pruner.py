@@ -25,7 +25,7 @@ from griffin.decoding import refuse_decoding
 from griffin.experts import choose_experts, corrections, prompt_digests
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.gathering import Gatherer
-from griffin.modes import MODES
+from griffin.modes import MODES, work
 from griffin.offloading import Offload
 from griffin.own_text import gathered_over_own_text
 from griffin.refit import Refit
@@ -61,6 +61,7 @@ class Pruner:
         budget: str,
         refresh: str,
         offload_dense: bool,
+        compiled: bool,
     ) -> None:
         for key, value, allowed in (
             ("statistic", statistic, STATISTICS),
@@ -103,7 +104,8 @@ class Pruner:
         )
         self._own_text: list[Tensor] | None = None
         self._offload = Offload(model) if offload_dense else None
-        self._work = MODES[mode](self.blocks)
+        self._compiled = compiled
+        self._work = work(mode, self.blocks, compiled=compiled)
         # Where nothing is dropped there is nothing to refresh, and decoding stays dense to the bit.
         dropping = any(kept < block.width for kept, block in zip(self.kept, self.blocks, strict=True))
         self._refreshes = refresh != "none" and dropping
@@ -148,7 +150,7 @@ class Pruner:
 
     def __exit__(self, *_: object) -> None:
         self._work.detach()
-        self._work = MODES[self.mode](self.blocks)  # what the old one holds can go
+        self._work = work(self.mode, self.blocks, compiled=self._compiled)  # what the old one holds can go
         self._gatherer.detach()
         self._rereading.detach()
         self.stop()
@@ -386,6 +388,7 @@ def prune(
     budget: str = "uniform",
     refresh: str = "none",
     offload_dense: bool = False,
+    compiled: bool = False,
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -403,7 +406,7 @@ def prune(
         sparsity: share of FF neurons dropped, 0 <= sparsity < 1, for all layers or one number per layer.
         statistic: what scores the neurons, one of `STATISTICS`.
         selection: how scores become experts, one of `SELECTIONS`.
-        mode: `compact` swaps in the kept neurons' weights (fast, one expert set at a time); `masked` sets the
+        mode: `compact` computes with the kept neurons' weights only (fast, one expert set at a time); `masked` sets the
             dropped activations to zero (every sequence of a batch has its own experts; no faster than dense).
         shared_experts: one expert set for the whole batch, by the paper's aggregation.
         seed: of random statistics and selections; a prompt draws the same in any batch.
@@ -412,6 +415,8 @@ def prune(
         refresh: what follows the text that is generated, one of `REFRESHES`; not in the paper.
         offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
             and their compaction; for `compact` only, and to the bit the same. See `Offload`.
+        compiled: the model's call is going to be compiled, so `compact` always copies the kept neurons' weights into
+            buffers of one shape. Otherwise, on a CPU, it reads them where they are, which is faster uncompiled.
 
     Returns:
         The context manager; entering it gives itself.
@@ -425,5 +430,16 @@ def prune(
         arXiv 2404.01365.
     """
     return Pruner(
-        model, sparsity, statistic, selection, mode, shared_experts, seed, compensation, budget, refresh, offload_dense
+        model,
+        sparsity,
+        statistic,
+        selection,
+        mode,
+        shared_experts,
+        seed,
+        compensation,
+        budget,
+        refresh,
+        offload_dense,
+        compiled,
     )

@@ -61,6 +61,7 @@ class SharedPrompt:
         statistics: names in `STATISTICS`, all that `experts` will be asked for. One of hindsight scores what the last
             dense `continued` read.
         compensations: names in `COMPENSATIONS`, all that `corrections` will be asked for.
+        compiled: the model's call is going to be compiled; see `prune`.
 
     Attributes:
         takes_positions: whether the model's forward calls take `position_ids`.
@@ -70,7 +71,14 @@ class SharedPrompt:
         KeyError: an unknown statistic or compensation.
     """
 
-    def __init__(self, model: nn.Module, statistics: Sequence[str], compensations: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[str],
+        compensations: Sequence[str] = (),
+        *,
+        compiled: bool = False,
+    ) -> None:
         self._model: Any = model
         self._blocks = find_feedforward_blocks(model) if statistics else []  # dense runs need none
         chosen = [STATISTICS[name] for name in statistics]
@@ -85,7 +93,7 @@ class SharedPrompt:
             for one in chosen
             if one.own_text and one.gathering is not None
         }
-        self._compaction, self._mask = Compaction(self._blocks), Mask(self._blocks)
+        self._compaction, self._mask = Compaction(self._blocks, compiled=compiled), Mask(self._blocks)
         self._work: dict[str, Work] = {"compact": self._compaction, "masked": self._mask}
         self._rows: RowsAtWork | None = None
         self._cache: Any = None

@@ -64,7 +64,7 @@ def evaluate(
             for method in methods:
                 if prompt.index not in done[method]:
                     yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
-    shared = shared_prompt(loaded.model, methods)
+    shared = shared_prompt(loaded.model, methods, compiled=config.compile)
     # One compiled graph serves all prompts: its cache has the room that the longest needs.
     positions = max((len(encoded[prompt.index]) for prompt in fitting), default=0) + config.task.max_new_tokens
     own_experts = config.batch_size > 1 and not config.shared_experts

@@ -159,16 +159,18 @@ def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
         "budget": method.budget,
         "refresh": method.refresh,
         "offload_dense": config.offload_dense,
+        "compiled": config.compile,
     }
 
 
-def shared_prompt(model: nn.Module, methods: Sequence[Method]) -> griffin.SharedPrompt:
+def shared_prompt(model: nn.Module, methods: Sequence[Method], *, compiled: bool = False) -> griffin.SharedPrompt:
     """One dense prompt pass for all of these methods."""
     pruning = [method for method in methods if not method.dense]
     return griffin.SharedPrompt(
         model,
         sorted({method.statistic for method in pruning}),
         sorted({method.compensation for method in pruning}),
+        compiled=compiled,
     )
 
 

@@ -13,6 +13,7 @@ from prompts import prompt
 from transformers import PreTrainedModel
 
 import griffin
+from griffin.compaction import CompactProjection
 
 PROMPTS = 200
 
@@ -21,7 +22,10 @@ def held() -> tuple[int, int]:
     """How many tensors there are, and how many bytes their storages have."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    sparse = [tensor for tensor in tensors if tensor.layout == torch.sparse_csr]
+    strided = [tensor for tensor in tensors if tensor.layout == torch.strided]
+    strided += [part for one in sparse for part in (one.crow_indices(), one.col_indices(), one.values())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in strided}
     return len(tensors), sum(storages.values())
 
 
@@ -81,16 +85,34 @@ def test_memory_does_not_grow(mode: str, offload: bool, compensation: str, run: 
     assert found[PROMPTS - 1] == found[9]
 
 
+def places(model: PreTrainedModel) -> dict[str, int]:
+    return {name: weight.data_ptr() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("compiled", "tokens"), [(True, 1), (False, 2)], ids=["compiled", "many-tokens"])
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 @torch.no_grad()
-def test_every_prompt_uses_the_same_buffers(family: str) -> None:
+def test_every_prompt_uses_the_same_buffers(family: str, compiled: bool, tokens: int) -> None:
     model = tiny(family)
-    dense = {name: weight.data_ptr() for name, weight in model.named_parameters()}
-    with griffin.prune(model, 0.5):
-        places = []
+    dense, found = places(model), []
+    with griffin.prune(model, 0.5, compiled=compiled):
         for length in (5, 9, 7):
             cache = model(prompt(length), use_cache=True).past_key_values
+            model(prompt(tokens), past_key_values=cache, use_cache=True)
+            found.append(places(model))
+    assert found[0] == found[1] == found[2]
+    assert sum(found[0][name] != place for name, place in dense.items()) >= 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+@torch.no_grad()
+def test_token_by_token_nothing_is_copied(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gathered = tiny(family), []
+    monkeypatch.setattr(CompactProjection, "gather", lambda projection: gathered.append(projection))
+    dense = places(model)
+    with griffin.prune(model, 0.5):
+        cache = model(prompt(9), use_cache=True).past_key_values
+        for _ in range(3):
             model(prompt(1), past_key_values=cache, use_cache=True)
-            places.append({name: weight.data_ptr() for name, weight in model.named_parameters()})
-    assert places[0] == places[1] == places[2]
-    assert sum(places[0][name] != place for name, place in dense.items()) >= 2 * model.config.num_hidden_layers
+        assert places(model) == dense
+    assert not gathered

@@ -146,7 +146,8 @@ def matrices() -> dict[int, int]:
     """The bytes of all float32 storages that are as large as the matrices of a block's experts, by their place."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.dtype == torch.float32]
+    dense = [tensor for tensor in tensors if tensor.dtype == torch.float32 and tensor.layout == torch.strided]
+    storages = [tensor.untyped_storage() for tensor in dense]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes() >= 4 * 40 * 32}
 
 

@@ -123,7 +123,7 @@ def test_after_an_exception(family: str, way: dict[str, Any], call: int) -> None
 
 @pytest.mark.parametrize("way", [WAYS["compact"], WAYS["offloaded"]], ids=["compact", "offloaded"])
 def test_after_compaction_failed_half_way(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, gather = tiny("llama"), prompt(11), CompactProjection.gather
+    model, ids, keep = tiny("llama"), prompt(11), CompactProjection.keep
     shared = griffin.SharedPrompt(model, ["griffin"])
     gathered: list[None] = []
 
@@ -131,18 +131,18 @@ def test_after_compaction_failed_half_way(way: dict[str, Any], monkeypatch: pyte
         gathered.append(None)
         if len(gathered) % 9 == 5:  # in the second of three blocks
             raise torch.OutOfMemoryError("out of memory")
-        gather(projection, experts_K)
+        keep(projection, experts_K)
 
     with unchanged(model), griffin.Offload(model) if "offload_dense" in way else nullcontext():
         with griffin.prune(model, **way):
             expected = generate(model, ids).sequences
-            monkeypatch.setattr(CompactProjection, "gather", failing)
+            monkeypatch.setattr(CompactProjection, "keep", failing)
             with pytest.raises(torch.OutOfMemoryError):
                 generate(model, prompt(7, 1))
             monkeypatch.undo()
             assert torch.equal(generate(model, ids).sequences, expected)
         gathered.clear()
-        monkeypatch.setattr(CompactProjection, "gather", failing)
+        monkeypatch.setattr(CompactProjection, "keep", failing)
         shared.run_each([ids[0]])
         experts = shared.experts("griffin", "topk", 0.5)
         with pytest.raises(torch.OutOfMemoryError), shared.pruned(experts, None, "compact"):
