@@ -13,6 +13,7 @@ Dimensions: D = rows of the matrix, H = its columns, K = rows that are read.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,15 +38,14 @@ class DotProducts:
 
     def __init__(self, matrix_DH: Tensor, rows_K: Tensor, bias_K: Tensor | None) -> None:
         self._matrix_HD, self._bias_K = matrix_DH.T, bias_K
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            self._pattern = torch.sparse_csr_tensor(
-                _begins(len(rows_K)),
-                rows_K,
-                matrix_DH.new_zeros(len(rows_K)),
-                size=(PIECES, len(matrix_DH)),
-                check_invariants=False,
-            )
+        _announce_sparse_tensors()
+        self._pattern = torch.sparse_csr_tensor(
+            _begins(len(rows_K)),
+            rows_K,
+            matrix_DH.new_zeros(len(rows_K)),
+            size=(PIECES, len(matrix_DH)),
+            check_invariants=False,
+        )
 
     def __call__(self, token_H: Tensor) -> Tensor:
         """[K]."""
@@ -76,6 +76,16 @@ class WeightedSum:
         return sum_H if self._bias_H is None else sum_H + self._bias_H
 
 
+@cache
 def _begins(rows: int) -> Tensor:
     """[PIECES + 1]: where each piece of so many rows begins, and where the last one ends."""
-    return torch.arange(PIECES + 1) * rows // PIECES
+    with torch.inference_mode(False):
+        return torch.arange(PIECES + 1) * rows // PIECES
+
+
+@cache
+def _announce_sparse_tensors() -> None:
+    """Torch says once per process that these tensors are in beta; whoever prunes need not know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        torch.zeros(1, 1).to_sparse_csr()
