@@ -1,13 +1,17 @@
 """Compact weights: during generation a block computes with the kept neurons' weights only.
 
-On a CPU, in float32 and float64, one token at a time reads the kept neurons' rows where they are in the dense weights,
-and nothing is copied (`griffin.in_place`). Everywhere else each projection keeps one buffer for its kept neurons from
-prompt to prompt and gathers whole rows into it, so nothing is allocated after the first prompt; on a CPU too, where
-many tokens come at once, and for an output projection whose weights are corrected. Nothing here waits for the device.
+Each projection keeps one buffer for its kept neurons from prompt to prompt and gathers whole rows into it, so nothing
+is allocated after the first prompt. Nothing here waits for the device.
+
+On a CPU, in float32 and float64, a single token reads the kept neurons' rows one by one, which is faster than a product
+with them (`griffin.in_place`). So the first tokens after a prompt read them where they are in the dense weights and
+nothing is copied for them; rows that stand together are read faster still, so from `COPY_AFTER` tokens on they do. The
+results are the same to the bit. Many tokens at once multiply with the copies, and an output projection whose weights
+are corrected has them from the beginning.
 
 Where a projection stores its neurons as columns (the output projection of most models), a transposed copy is made once
 to read from: columns cost more than twice as much. So compact mode holds, on top of the dense model, one more copy of
-the weights that lie the wrong way round and, where it gathers, the kept share of all FF weights.
+the weights that lie the wrong way round and, once it has gathered, the kept share of all FF weights.
 
 Where the dense weights are offloaded, a block's are brought to the device for gathering and no transposed copy is
 kept: the device holds the kept share alone.
@@ -28,6 +32,10 @@ from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.in_place import DotProducts, WeightedSum, can_read
 from griffin.offloading import bring, unwatch, watch
+
+# Reading rows that stand together saves, per token, about a quarter of the time that gathering them takes (measured on
+# models of 135M to 1.1B): copying pays from here on, and whoever stops before has not paid for it.
+COPY_AFTER = 4
 
 
 class CompactProjection:
@@ -64,6 +72,7 @@ class CompactProjection:
         if self.parts > 1:
             self._rows = torch.cat([experts_K + part * self._width for part in range(self.parts)])
         self._gathered = False
+        self._tokens = 0
         if self._source_DH is None or not self._reads_rows:
             self.gather()
 
@@ -130,8 +139,12 @@ class CompactProjection:
         """The module's forward with the kept neurons: one token reads their rows, more multiply with the copies."""
         one_token = x.numel() == x.shape[-1]
         if one_token and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu"):
+            self._tokens += 1
+            if self._tokens > COPY_AFTER and not self._gathered:
+                self.gather()
+                self._read_rows = self._reader()
             return self._read_rows(x.flatten()).view(*x.shape[:-1], -1)
-        if not self._gathered:
+        if not self._replaced:
             self.gather()
             self._install_copies()
         output: Tensor = type(self.module).forward(self.module, x)

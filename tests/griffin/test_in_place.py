@@ -12,6 +12,7 @@ from running import difference, generate, step_logits
 from torch import Tensor
 
 import griffin
+from griffin import compaction
 from griffin.in_place import PIECES, DotProducts, WeightedSum
 
 ROWS, COLUMNS = 90, 33
@@ -67,6 +68,21 @@ def test_a_text_read_in_place_is_that_of_the_copies(family: str, compensation: s
             found[compiled] = generate(model, prompt(11))
     assert torch.equal(found[False].sequences, found[True].sequences)
     assert difference(step_logits(found[False]), step_logits(found[True])) < 1e-5
+
+
+@pytest.mark.parametrize("compensation", ["none", "ridge"])
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_when_the_rows_are_copied_changes_no_bit(
+    family: str, compensation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = tiny(family), []
+    for after in (0, 2, 1000):
+        monkeypatch.setattr(compaction, "COPY_AFTER", after)
+        with griffin.prune(model, 0.5, compensation=compensation):
+            found.append(step_logits(generate(model, prompt(11))))
+    assert len(found[0]) > 4
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)

@@ -13,7 +13,7 @@ from prompts import prompt
 from transformers import PreTrainedModel
 
 import griffin
-from griffin.compaction import CompactProjection
+from griffin.compaction import COPY_AFTER, CompactProjection
 
 PROMPTS = 200
 
@@ -106,13 +106,23 @@ def test_every_prompt_uses_the_same_buffers(family: str, compiled: bool, tokens:
 
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 @torch.no_grad()
-def test_token_by_token_nothing_is_copied(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_tokens_copy_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, gathered = tiny(family), []
-    monkeypatch.setattr(CompactProjection, "gather", lambda projection: gathered.append(projection))
+    gather = CompactProjection.gather
+
+    def watched(projection: CompactProjection) -> None:
+        gathered.append(projection)
+        gather(projection)
+
+    monkeypatch.setattr(CompactProjection, "gather", watched)
     dense = places(model)
     with griffin.prune(model, 0.5):
-        cache = model(prompt(9), use_cache=True).past_key_values
+        for length in (9, 5):
+            cache = model(prompt(length), use_cache=True).past_key_values
+            for _ in range(COPY_AFTER):
+                model(prompt(1), past_key_values=cache, use_cache=True)
+            assert not gathered
         for _ in range(3):
             model(prompt(1), past_key_values=cache, use_cache=True)
+        assert len(gathered) == len(set(gathered)) >= 2 * model.config.num_hidden_layers
         assert places(model) == dense
-    assert not gathered
