@@ -34,7 +34,7 @@ SMALL = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1", "hydra.lau
 
 
 def arguments(output_dir: Path, *more: str) -> list[str]:
-    return ["-m", *tiny(output_dir, *POINTS, rows=6, tokens=200), *more]
+    return ["-m", *tiny(output_dir, *POINTS, rows=6, tokens=600), *more]
 
 
 def on_slurm(output_dir: Path) -> list[str]:
