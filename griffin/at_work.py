@@ -17,6 +17,7 @@ from torch import Tensor
 from griffin.compaction import Compaction
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
+from griffin.in_pieces import PIECES
 from griffin.masking import Mask
 
 # Where the rows together keep more than this share of a block, it keeps all of its weights.
@@ -55,9 +56,13 @@ class RowsAtWork:
 
 
 def _union(experts_BK: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The neurons [U] that any row keeps, ascending, and the experts [B, K] as numbers among them."""
+    """The neurons [U] that any row keeps, ascending, and the experts [B, K] as numbers among them.
+
+    A few more fill U up to a multiple of `PIECES`, which products with the neurons' weights can be cut into.
+    """
     kept_D = torch.zeros(width, dtype=torch.bool, device=experts_BK.device)
     kept_D[experts_BK.flatten()] = True
+    kept_D[(~kept_D).nonzero()[: -int(kept_D.sum()) % PIECES]] = True
     union_U = kept_D.nonzero().squeeze(1)
     if len(union_U) > MOST * width:
         return torch.arange(width, device=experts_BK.device), experts_BK

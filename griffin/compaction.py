@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
+from griffin.in_pieces import FEW, dot_products, weighted_sums
 from griffin.in_place import DotProducts, WeightedSum, can_read
 from griffin.offloading import bring, unwatch, watch
 
@@ -137,18 +138,26 @@ class CompactProjection:
 
     def _forward(self, x: Tensor) -> Tensor:
         """The module's forward with the kept neurons: one token reads their rows, more multiply with the copies."""
-        one_token = x.numel() == x.shape[-1]
-        if one_token and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu"):
+        tokens = x.numel() // x.shape[-1]
+        plain = (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled("cpu")
+        if tokens == 1 and not plain:
             self._tokens += 1
             if self._tokens > COPY_AFTER and not self._gathered:
                 self.gather()
                 self._read_rows = self._reader()
             return self._read_rows(x.flatten()).view(*x.shape[:-1], -1)
+        self.gather()
+        if tokens <= FEW and not plain:
+            return self._multiply_rows(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         if not self._replaced:
-            self.gather()
             self._install_copies()
         output: Tensor = type(self.module).forward(self.module, x)
         return output
+
+    def _multiply_rows(self, x: Tensor) -> Tensor:
+        products = (dot_products if self._neurons_out else weighted_sums)(x, self._rows_KH)
+        bias = (self._dense | self._compact).get("bias")
+        return products.add_(bias.detach()) if isinstance(bias, Tensor) else products
 
     def _neurons(self) -> Tensor:
         """[parts * D, H], a view: the dense weights of the projection, a row for each neuron."""

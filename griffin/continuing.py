@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin.in_pieces import in_pieces
 from griffin.shared_prompt import SharedPrompt
 from griffin.slots import Lockstep, Slots
 
@@ -51,7 +52,8 @@ def continue_prompts(
         inputs = slots.inputs()
         if not shared.takes_positions:
             del inputs["position_ids"]
-        output = call(latest_B1, use_cache=True, **inputs)
+        with in_pieces(shared.head):
+            output = call(latest_B1, use_cache=True, **inputs)
         changed = False
         for row, token in zip(list(slots.rows), choose(output.logits[:, -1].float()).tolist(), strict=True):
             if row not in going:

@@ -3,9 +3,8 @@
 Classification, perplexity and fidelity all ask how a *given* text is continued. So the prompts run once, dense,
 with every statistic gathered at once, and each method pays for its continuation only.
 
-Rows are padded on the right. To continue rows of different lengths together, their keys and values are shifted
-until all prompts end in the same column; every difference of positions, and so every rotary angle, sliding window
-and ALiBi slope, stays what it is for the row alone.
+Rows are padded on the right. To continue rows of different lengths together, their keys and values are copied into a
+cache where all prompts end in the same column (`griffin.caches`).
 
 Dimensions: B = batch rows, S = positions of the dense pass, P = the longest prompt, C = the longest continuation,
 V = vocabulary, D = FF width, K = kept neurons.
@@ -27,7 +26,7 @@ from transformers import DynamicCache
 from griffin.at_work import RowsAtWork
 from griffin.beginning import SharedBeginning
 from griffin.budgets import kept_per_layer
-from griffin.caches import roomy, stacked, static
+from griffin.caches import roomy, rows, static
 from griffin.compaction import Compaction
 from griffin.compensation import COMPENSATIONS
 from griffin.correction import Correction
@@ -65,6 +64,7 @@ class SharedPrompt:
 
     Attributes:
         takes_positions: whether the model's forward calls take `position_ids`.
+        head: the model's output embedding, where it may be called in another way.
 
     Raises:
         UnsupportedModelError: the model has an FF block that cannot be pruned.
@@ -96,8 +96,9 @@ class SharedPrompt:
         self._compaction, self._mask = Compaction(self._blocks, compiled=compiled), Mask(self._blocks)
         self._work: dict[str, Work] = {"compact": self._compaction, "masked": self._mask}
         self._rows: RowsAtWork | None = None
-        self._cache: Any = None
+        self._caches: list[DynamicCache] = []  # of each prompt
         self._beginning = SharedBeginning(self._gatherer, self._pass)
+        self.head: nn.Module | None = None if compiled else self._model.get_output_embeddings()
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -112,16 +113,16 @@ class SharedPrompt:
         Returns:
             Logits [B, S, V], or [B, last, V], of the dense model: those of a plain forward call, to the bit.
         """
-        rows, positions = ids_BS.shape
+        batch, positions = ids_BS.shape
         self._prompts_B = prompt_lengths_B
         columns_S = torch.arange(positions, device=ids_BS.device)
         counted_BS = columns_S < prompt_lengths_B.unsqueeze(1)
-        self._digests = prompt_digests(ids_BS, counted_BS, [0] * rows)
+        self._digests = prompt_digests(ids_BS, counted_BS, [0] * batch)
         # A cache made without the model's config keeps every position, also in layers with a sliding window.
         cache = DynamicCache()
         self._gatherer.reset()
         logits = self._pass(ids_BS, counted_BS, cache, last)
-        self._align(cache)
+        self._caches = rows(cache, prompt_lengths_B.tolist())
         return logits
 
     def _pass(self, ids_BS: Tensor, counted_BS: Tensor | None, cache: DynamicCache, last: int) -> Tensor:
@@ -160,10 +161,7 @@ class SharedPrompt:
         self._gatherer.stack(gathered)
         self._digests = digests
         self._prompts_B = torch.tensor([len(ids_S) for ids_S in prompts], device=prompts[0].device)
-        self._cache = stacked(caches)
-        longest = self._cache.get_seq_length()
-        columns_P = torch.arange(longest, device=self._prompts_B.device)
-        self._valid_BP = columns_P >= longest - self._prompts_B.unsqueeze(1)
+        self._caches = caches
         return torch.cat(logits)
 
     def experts(
@@ -240,7 +238,9 @@ class SharedPrompt:
         steps = ids_BC.shape[1]
         steps_C = torch.arange(steps, device=ids_BC.device)
         counted_BC = steps_C < lengths_B.unsqueeze(1)
-        mask_BPC = torch.cat([self._valid_BP, counted_BC], dim=1).long()
+        columns_P = torch.arange(int(self._prompts_B.max()), device=ids_BC.device)
+        prompt_BP = columns_P >= len(columns_P) - self._prompts_B.unsqueeze(1)
+        mask_BPC = torch.cat([prompt_BP, counted_BC], dim=1).long()
         positions_BC = self._prompts_B.unsqueeze(1) + steps_C
         if experts is None:
             self._following.reset()
@@ -254,7 +254,7 @@ class SharedPrompt:
                     logits.append(
                         self._model(
                             ids_BC[:, begin:end],
-                            attention_mask=mask_BPC[:, : self._valid_BP.shape[1] + end],
+                            attention_mask=mask_BPC[:, : len(columns_P) + end],
                             past_key_values=cache,
                             use_cache=True,
                             **positions,
@@ -337,11 +337,11 @@ class SharedPrompt:
 
     def fork(self, room: int) -> DynamicCache:
         """A copy of the prompts' KV cache, with room in place for so many more tokens."""
-        return roomy(self._cache, room)
+        return roomy(self._caches, room)
 
     def slots(self, count: int, room: int) -> Slots:
         """For `continue_prompts`: at most `count` prompts at a time, each continued by at most `room` tokens."""
-        return Slots(self._cache, self._prompts_B.tolist(), count, room, self._model.device)
+        return Slots(self._caches, count, room, self._model.device)
 
     def lockstep(self, room: int) -> Lockstep:
         """For `continue_prompts`: all prompts, until the last has ended, continued by at most `room` tokens."""
@@ -349,7 +349,7 @@ class SharedPrompt:
 
     def static_lockstep(self, positions: int) -> Lockstep:
         """The same for a compiled call: a KV cache of so many positions, prompts included."""
-        cache = static(self._cache, self._model.config, positions)
+        cache = static(self._caches, self._model.config, positions)
         return Lockstep(cache, self._prompts_B.tolist(), positions, self._model.device)
 
     def part(self, rows: slice) -> SharedPrompt:
@@ -357,32 +357,8 @@ class SharedPrompt:
         part = copy.copy(self)
         part._gatherer = self._gatherer.fork(rows)
         part._digests, part._prompts_B = self._digests[rows], self._prompts_B[rows]
-        begin = self._valid_BP.shape[1] - int(part._prompts_B.max())  # all before is padding
-        part._valid_BP = self._valid_BP[rows, begin:]
-        part._cache = DynamicCache()
-        part._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
-        for layer in part._cache.layers:
-            layer.keys, layer.values = layer.keys[rows, :, begin:], layer.values[rows, :, begin:]
+        part._caches = self._caches[rows]
         return part
-
-    def _align(self, cache: DynamicCache) -> None:
-        """Keep the prompts' part of the cache, shifted so that all prompts end in column P."""
-        longest = int(self._prompts_B.max())
-        shift_B = longest - self._prompts_B
-        columns_P = torch.arange(longest, device=shift_B.device)
-        source_BP = columns_P - shift_B.unsqueeze(1)
-        self._valid_BP = source_BP >= 0
-        ragged = bool((shift_B > 0).any())
-        for layer in cache.layers:
-            if ragged:
-                index = source_BP.clamp(min=0).to(layer.keys.device)[:, None, :, None]
-                layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-                layer.values = layer.values.gather(
-                    2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
-                )
-            else:
-                layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
-        self._cache = cache
 
 
 class _Renewal:

@@ -3,7 +3,7 @@
 All rows end in the same column, like a batch padded on the left, and grow in place. Taking a row out or putting one in
 copies that row alone, and no column is kept that is padding in every row.
 
-Dimensions: B = rows at work, R = prompts, N = heads of keys and values, S = positions, W = columns, E = size of a head.
+Dimensions: B = rows at work, N = heads of keys and values, S = positions, E = size of a head.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ class SlotsLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of a cache whose keys and values are a part of larger buffers.
 
     Args:
-        keys_RNSE: of the prompts, which end in the last column.
-        values_RNSE: as well.
+        like: this layer of a prompt's cache.
         slots: the most rows at a time.
         width: columns of the buffers.
     """
 
-    def __init__(self, keys_RNSE: Tensor, values_RNSE: Tensor, slots: int, width: int) -> None:
+    def __init__(self, like: DynamicLayer, slots: int, width: int) -> None:
         super().__init__()
-        self.lazy_initialization(keys_RNSE, values_RNSE)
-        self._prompts = (keys_RNSE, values_RNSE)
+        self.lazy_initialization(like.keys, like.values)
         # Zeros, since attention multiplies what is masked by 0, and not every number times 0 is 0.
         self._buffers = tuple(
-            states.new_zeros(slots, states.shape[1], width, states.shape[3]) for states in self._prompts
+            states.new_zeros(slots, states.shape[1], width, states.shape[3]) for states in (like.keys, like.values)
         )
 
-    def put(self, row: int, length: int, slot: int, end: int) -> None:
-        """A prompt's keys and values, with this many tokens, into a slot, up to this column."""
-        for buffer, states in zip(self._buffers, self._prompts, strict=True):
-            buffer[slot, :, end - length : end] = states[row, :, states.shape[2] - length :]
+    def put(self, prompt: DynamicLayer, slot: int, end: int) -> None:
+        """A prompt's keys and values into a slot, up to this column."""
+        for buffer, states in zip(self._buffers, (prompt.keys, prompt.values), strict=True):
+            buffer[slot, :, end - states.shape[2] : end] = states[0]
 
     def move(self, source: int, slot: int, begin: int, end: int) -> None:
         """What is in these columns of one slot into another."""
@@ -70,8 +68,7 @@ class Slots:
     """The prompts at work, and what their next tokens are run with.
 
     Args:
-        prompts: the KV cache of all prompts, which end in its last column.
-        lengths: tokens of each.
+        prompts: the KV cache of each prompt.
         count: the most prompts at work at a time.
         room: the most tokens that a prompt is continued by.
         device: of the model's inputs.
@@ -80,19 +77,16 @@ class Slots:
         rows: the prompts at work, by their number, in the order of the cache's rows.
     """
 
-    def __init__(
-        self, prompts: DynamicCache, lengths: Sequence[int], count: int, room: int, device: torch.device
-    ) -> None:
+    def __init__(self, prompts: Sequence[DynamicCache], count: int, room: int, device: torch.device) -> None:
         self.rows: list[int] = []
-        self._lengths, self._count, self._room, self._device = lengths, count, room, device
+        self._prompts, self._count, self._room, self._device = prompts, count, room, device
+        self._lengths = [prompt.get_seq_length() for prompt in prompts]
         # Where prompts wait for a slot, as many columns more: the rows are shifted once in so many tokens.
-        self._width = max(lengths) + (room if count >= len(lengths) else 2 * room)
+        self._width = max(self._lengths) + (room if count >= len(prompts) else 2 * room)
         self._begins: list[int] = []  # the first column of each row
         self._end = 0
         self._cache = DynamicCache()
-        self._cache.layers = [
-            SlotsLayer(layer.keys, layer.values, min(count, len(lengths)), self._width) for layer in prompts.layers
-        ]
+        self._cache.layers = [SlotsLayer(layer, min(count, len(prompts)), self._width) for layer in prompts[0].layers]
 
     @property
     def free(self) -> int:
@@ -105,8 +99,8 @@ class Slots:
         if longest > self._end or self._end + self._room > self._width:
             self._shift(longest)
         for row in rows:
-            for layer in self._cache.layers:
-                layer.put(row, self._lengths[row], len(self.rows), self._end)
+            for layer, prompt in zip(self._cache.layers, self._prompts[row].layers, strict=True):
+                layer.put(prompt, len(self.rows), self._end)
             self.rows.append(row)
             self._begins.append(self._end - self._lengths[row])
         self._show()

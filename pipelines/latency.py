@@ -211,9 +211,9 @@ def _timed(
     if pruner is not None:
         pruner.prepare()
     times.append(_now(device))
-    step, cache = model, roomy(prefilled, room)  # as generation tasks decode
+    step, cache = model, roomy([prefilled], room)  # as generation tasks decode
     if compiled:
-        cache = static(prefilled, model.config, prompt.shape[1] + room)
+        cache = static([prefilled], model.config, prompt.shape[1] + room)
         step = model.get_compiled_call(compiling(device))
     token = output.logits[:, -1:].argmax(dim=-1)
     began = _now(device)
