@@ -8,7 +8,7 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
 
 from griffin.budgets import BUDGETS, kept_per_layer
 from griffin.compensation import COMPENSATIONS, Compensation
-from griffin.continuing import continue_prompts
+from griffin.continuing import Decoding, continue_in_turn, continue_together
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.modes import MODES
@@ -31,6 +31,7 @@ __all__ = [
     "STATISTICS",
     "Compensation",
     "Correction",
+    "Decoding",
     "FeedForwardBlock",
     "Offload",
     "Pruner",
@@ -39,7 +40,8 @@ __all__ = [
     "Statistic",
     "UnsupportedModelError",
     "aggregate",
-    "continue_prompts",
+    "continue_in_turn",
+    "continue_together",
     "find_feedforward_blocks",
     "kept_neurons",
     "kept_per_layer",

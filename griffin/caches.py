@@ -15,7 +15,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer

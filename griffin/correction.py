@@ -42,15 +42,6 @@ class Correction:
         """B, the number of prompts that have a correction of their own."""
         return next(len(part) for part in (self.weights_BTH, self.bias_BH) if part is not None)
 
-    def of_rows(self, rows: Sequence[int]) -> Correction:
-        """That of these prompts; the one that serves all, where there is only one."""
-        if self.prompts == 1:
-            return self
-        basis, weights, bias = (
-            None if part is None else part[list(rows)] for part in (self.basis_BTK, self.weights_BTH, self.bias_BH)
-        )
-        return Correction(basis, weights, bias)
-
     def output(self, kept_BSK: Tensor) -> Tensor:
         """What is added [B, S, H] at these activations of the experts."""
         written_BSH = torch.zeros((), device=kept_BSK.device)
@@ -66,3 +57,29 @@ class Correction:
         if self.basis_BTK is None or self.weights_BTH is None:
             return self.weights_BTH
         return self.basis_BTK.mT @ self.weights_BTH
+
+
+def together(corrections: Sequence[Correction | None]) -> Correction | None:
+    """The corrections of several prompts, each by one way to compensate, as those of the rows of a batch."""
+    given = [correction for correction in corrections if correction is not None]
+    if not given:
+        return None
+    biases = [one.bias_BH for one in given if one.bias_BH is not None]
+    bases = [one.basis_BTK for one in given if one.basis_BTK is not None]
+    weights = [one.weights_BTH for one in given if one.weights_BTH is not None]
+    if 0 < len(bases) < len(given):
+        # Prompts of many tokens have no basis: theirs is the kept activations.
+        kept = bases[0].shape[2]
+        every = torch.eye(kept, device=bases[0].device).unsqueeze(0)
+        bases = [every if one.basis_BTK is None else one.basis_BTK for one in given]
+    directions = max((one.shape[1] for one in weights), default=0)
+    return Correction(
+        torch.cat([_longer(one, directions) for one in bases]) if bases else None,
+        torch.cat([_longer(one, directions) for one in weights]) if weights else None,
+        torch.cat(biases) if biases else None,
+    )
+
+
+def _longer(directions: Tensor, count: int) -> Tensor:
+    """[B, count, ..]: zeros behind."""
+    return torch.nn.functional.pad(directions, (0, 0, 0, count - directions.shape[1]))

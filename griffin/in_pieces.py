@@ -24,7 +24,7 @@ PIECES = 4
 def dot_products(tokens_TH: Tensor, matrix_RH: Tensor) -> Tensor:
     """[T, R]: the products of each token with each row: an input projection."""
     pieces = gcd(len(matrix_RH), PIECES)
-    rows_PRH = matrix_RH.unflatten(0, (pieces, -1))
+    rows_PRH = matrix_RH.view(pieces, -1, matrix_RH.shape[1])
     products_PTR = torch.bmm(tokens_TH.expand(pieces, -1, -1), rows_PRH.transpose(1, 2))
     return products_PTR.transpose(0, 1).flatten(1)
 
@@ -32,8 +32,9 @@ def dot_products(tokens_TH: Tensor, matrix_RH: Tensor) -> Tensor:
 def weighted_sums(activations_TR: Tensor, matrix_RH: Tensor) -> Tensor:
     """[T, H]: the sums of the rows, weighted by each token's activations: an output projection."""
     pieces = gcd(len(matrix_RH), PIECES)
-    rows_PRH = matrix_RH.unflatten(0, (pieces, -1))
-    return torch.bmm(activations_TR.unflatten(1, (pieces, -1)).transpose(0, 1), rows_PRH).sum(dim=0)
+    rows_PRH = matrix_RH.view(pieces, -1, matrix_RH.shape[1])
+    activations_PTR = activations_TR.view(len(activations_TR), pieces, -1).transpose(0, 1)
+    return torch.bmm(activations_PTR, rows_PRH).sum(dim=0)
 
 
 @contextlib.contextmanager

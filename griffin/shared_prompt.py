@@ -16,6 +16,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +65,7 @@ class SharedPrompt:
 
     Attributes:
         takes_positions: whether the model's forward calls take `position_ids`.
-        head: the model's output embedding, where it may be called in another way.
+        caches: the KV cache of each prompt.
 
     Raises:
         UnsupportedModelError: the model has an FF block that cannot be pruned.
@@ -95,11 +96,21 @@ class SharedPrompt:
         }
         self._compaction, self._mask = Compaction(self._blocks, compiled=compiled), Mask(self._blocks)
         self._work: dict[str, Work] = {"compact": self._compaction, "masked": self._mask}
-        self._rows: RowsAtWork | None = None
-        self._caches: list[DynamicCache] = []  # of each prompt
+        self.caches: list[DynamicCache] = []
         self._beginning = SharedBeginning(self._gatherer, self._pass)
-        self.head: nn.Module | None = None if compiled else self._model.get_output_embeddings()
+        self._compiled = compiled
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's inputs."""
+        device: torch.device = self._model.device
+        return device
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The model's output embedding, where it may be called in another way."""
+        return None if self._compiled else self._model.get_output_embeddings()
 
     @torch.no_grad()
     def run(self, ids_BS: Tensor, prompt_lengths_B: Tensor, last: int = 0) -> Tensor:
@@ -122,7 +133,7 @@ class SharedPrompt:
         cache = DynamicCache()
         self._gatherer.reset()
         logits = self._pass(ids_BS, counted_BS, cache, last)
-        self._caches = rows(cache, prompt_lengths_B.tolist())
+        self.caches = rows(cache, prompt_lengths_B.tolist())
         return logits
 
     def _pass(self, ids_BS: Tensor, counted_BS: Tensor | None, cache: DynamicCache, last: int) -> Tensor:
@@ -161,7 +172,7 @@ class SharedPrompt:
         self._gatherer.stack(gathered)
         self._digests = digests
         self._prompts_B = torch.tensor([len(ids_S) for ids_S in prompts], device=prompts[0].device)
-        self._caches = caches
+        self.caches = caches
         return torch.cat(logits)
 
     def experts(
@@ -285,24 +296,16 @@ class SharedPrompt:
             yield
             return
         work = self._work[mode]
-        self._rows = RowsAtWork(self._blocks, experts, corrections) if mode == "masked" and reader is None else None
         try:
             work.attach(experts, corrections)
             with contextlib.nullcontext() if reader is None else reading(self._model, reader):
                 yield
         finally:
             work.detach()
-            if self._rows is not None:
-                self._compaction.detach()
-                self._rows = None
 
-    def work_on(self, rows: Sequence[int]) -> None:
-        """The rows of the coming forward calls in `pruned` are these of the prompts, in this order.
-
-        Where there is a reader, and in compact mode, they are all of them, whatever is said here.
-        """
-        if self._rows is not None:
-            self._rows.put_to_work(rows, self._compaction, self._mask)
+    def rows_at_work(self) -> RowsAtWork:
+        """For `continue_in_turn`: prompts that come and go, each with its own experts."""
+        return RowsAtWork(self._blocks, self._compaction, self._mask)
 
     def renewal(self, mode: str, choose: Callable[[SharedPrompt], Chosen]) -> Reader:
         """For `pruned`: what is generated joins the prompts, and experts are chosen again.
@@ -337,28 +340,38 @@ class SharedPrompt:
 
     def fork(self, room: int) -> DynamicCache:
         """A copy of the prompts' KV cache, with room in place for so many more tokens."""
-        return roomy(self._caches, room)
+        return roomy(self.caches, room)
 
-    def slots(self, count: int, room: int) -> Slots:
-        """For `continue_prompts`: at most `count` prompts at a time, each continued by at most `room` tokens."""
-        return Slots(self._caches, count, room, self._model.device)
+    def slots(self, lengths: Sequence[int], count: int, room: int) -> Slots:
+        """For prompts of these lengths: at most `count` at a time, each continued by at most `room` tokens."""
+        return Slots(lengths, count, room, self.device)
 
-    def lockstep(self, room: int) -> Lockstep:
-        """For `continue_prompts`: all prompts, until the last has ended, continued by at most `room` tokens."""
-        return Lockstep(self.fork(room), self._prompts_B.tolist(), None, self._model.device)
+    def lockstep(self, lengths: Sequence[int], room: int) -> Lockstep:
+        """The same for all prompts at once, until the last has ended."""
+        return Lockstep(lengths, partial(roomy, room=room), None, self.device)
 
-    def static_lockstep(self, positions: int) -> Lockstep:
+    def static_lockstep(self, lengths: Sequence[int], positions: int) -> Lockstep:
         """The same for a compiled call: a KV cache of so many positions, prompts included."""
-        cache = static(self._caches, self._model.config, positions)
-        return Lockstep(cache, self._prompts_B.tolist(), positions, self._model.device)
+        together = partial(static, config=self._model.config, positions=positions)
+        return Lockstep(lengths, together, positions, self.device)
 
     def part(self, rows: slice) -> SharedPrompt:
         """Some of the prompts by themselves; what is done with them leaves the others alone."""
         part = copy.copy(self)
         part._gatherer = self._gatherer.fork(rows)
         part._digests, part._prompts_B = self._digests[rows], self._prompts_B[rows]
-        part._caches = self._caches[rows]
+        part.caches = self.caches[rows]
         return part
+
+    def joined(self, parts: Sequence[SharedPrompt]) -> SharedPrompt:
+        """Prompts that ran one by one, as if they had run in one `run_each`."""
+        joined = copy.copy(self)
+        joined._gatherer = self._gatherer.fork()
+        joined._gatherer.stack([part._gatherer.whole() for part in parts])
+        joined._digests = [digest for part in parts for digest in part._digests]
+        joined._prompts_B = torch.cat([part._prompts_B for part in parts])
+        joined.caches = [cache for part in parts for cache in part.caches]
+        return joined
 
 
 class _Renewal:

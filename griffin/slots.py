@@ -8,7 +8,7 @@ Dimensions: B = rows at work, N = heads of keys and values, S = positions, E = s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,41 +68,43 @@ class Slots:
     """The prompts at work, and what their next tokens are run with.
 
     Args:
-        prompts: the KV cache of each prompt.
+        lengths: tokens of each prompt.
         count: the most prompts at work at a time.
         room: the most tokens that a prompt is continued by.
         device: of the model's inputs.
 
     Attributes:
+        lengths: tokens of each prompt.
         rows: the prompts at work, by their number, in the order of the cache's rows.
     """
 
-    def __init__(self, prompts: Sequence[DynamicCache], count: int, room: int, device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], count: int, room: int, device: torch.device) -> None:
+        self.lengths = lengths
         self.rows: list[int] = []
-        self._prompts, self._count, self._room, self._device = prompts, count, room, device
-        self._lengths = [prompt.get_seq_length() for prompt in prompts]
+        self._count, self._room, self._device = min(count, len(lengths)), room, device
         # Where prompts wait for a slot, as many columns more: the rows are shifted once in so many tokens.
-        self._width = max(self._lengths) + (room if count >= len(prompts) else 2 * room)
+        self._width = max(lengths) + (room if count >= len(lengths) else 2 * room)
         self._begins: list[int] = []  # the first column of each row
         self._end = 0
         self._cache = DynamicCache()
-        self._cache.layers = [SlotsLayer(layer, min(count, len(prompts)), self._width) for layer in prompts[0].layers]
 
     @property
     def free(self) -> int:
         """How many more prompts there is a slot for."""
         return self._count - len(self.rows)
 
-    def put(self, rows: Sequence[int]) -> None:
-        """Put these prompts to work."""
-        longest = max([self._end - begin for begin in self._begins] + [self._lengths[row] for row in rows])
+    def put(self, row: int, prompt: DynamicCache) -> None:
+        """Put a prompt to work that has run: its KV cache is copied."""
+        if not self._cache.layers:
+            self._cache.layers = [SlotsLayer(layer, self._count, self._width) for layer in prompt.layers]
+        length = self.lengths[row]
+        longest = max([length, *(self._end - begin for begin in self._begins)])
         if longest > self._end or self._end + self._room > self._width:
             self._shift(longest)
-        for row in rows:
-            for layer, prompt in zip(self._cache.layers, self._prompts[row].layers, strict=True):
-                layer.put(prompt, len(self.rows), self._end)
-            self.rows.append(row)
-            self._begins.append(self._end - self._lengths[row])
+        for layer, ran in zip(self._cache.layers, prompt.layers, strict=True):
+            layer.put(ran, len(self.rows), self._end)
+        self.rows.append(row)
+        self._begins.append(self._end - length)
         self._show()
 
     def remove(self, row: int) -> None:
@@ -143,22 +145,42 @@ class Lockstep:
     For what counts the steps of a generation, and for compiled decoding, whose shapes stay as they are.
 
     Args:
-        cache: the KV cache of all prompts, which end in the same column; it grows.
-        lengths: tokens of each.
+        lengths: tokens of each prompt.
+        together: gives one KV cache of those of all prompts, which end in the same column of it; it grows.
         columns: of a static cache; None: it has as many as it holds.
         device: of the model's inputs.
+
+    Attributes:
+        lengths: tokens of each prompt.
+        rows: the prompts that were put to work.
     """
 
-    def __init__(self, cache: Cache, lengths: Sequence[int], columns: int | None, device: torch.device) -> None:
-        self.rows = list(range(len(lengths)))
-        self.free = len(lengths)
-        self._cache, self._columns = cache, columns
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        together: Callable[[Sequence[DynamicCache]], Cache],
+        columns: int | None,
+        device: torch.device,
+    ) -> None:
+        self.lengths = lengths
+        self.rows: list[int] = []
+        self._together, self._columns = together, columns
+        self._prompts: list[DynamicCache] = []
         self._end = max(lengths)
         self._begins_B1 = self._end - torch.tensor(lengths, device=device).unsqueeze(1)
         self._padded = len(set(lengths)) > 1
 
-    def put(self, rows: Sequence[int]) -> None:
-        """All prompts are at work from the beginning."""
+    @property
+    def free(self) -> int:
+        """How many prompts have not been put to work."""
+        return len(self.lengths) - len(self.rows)
+
+    def put(self, row: int, prompt: DynamicCache) -> None:
+        """Put a prompt to work that has run. When all are, their KV caches are copied."""
+        self.rows.append(row)
+        self._prompts.append(prompt)
+        if not self.free:
+            self._cache, self._prompts = self._together(self._prompts), []
 
     def remove(self, row: int) -> None:
         """What has ended is computed on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 import griffin
 from pipelines.compiling import compiling
 from pipelines.config import RunConfig
-from pipelines.methods import Method, pruned, shared_prompt
+from pipelines.methods import Method, chooser, pruned, shared_prompt
 from pipelines.models import LoadedModel
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
@@ -24,8 +25,9 @@ from pipelines.task_config import GenerationTask
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-# Where every prompt has its own experts, so many batches of prompts are at hand to take the slots of those that end.
-_BATCHES = 2
+# Where every prompt has its own experts, so many batches of prompts take turns: a prompt that ends makes room for the
+# next. Such a group is what is run again when a run was cut off, so that its texts are what they would have been.
+_BATCHES = 4
 
 # rouge-score with its defaults, no stemming: F-scores, printed times 100 as the field does.
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
@@ -67,14 +69,19 @@ def evaluate(
     shared = shared_prompt(loaded.model, methods, compiled=config.compile)
     # One compiled graph serves all prompts: its cache has the room that the longest needs.
     positions = max((len(encoded[prompt.index]) for prompt in fitting), default=0) + config.task.max_new_tokens
-    own_experts = config.batch_size > 1 and not config.shared_experts
-    size = config.batch_size * (_BATCHES if own_experts else 1)
+    size = config.batch_size * (_BATCHES if _own_experts(config) else 1)
     for start in range(0, len(fitting), size):
         # What was cut off is run as a whole: its rows may share their experts, or take turns in the batch.
-        batch = fitting[start : start + size]
-        needed = [method for method in methods if any(prompt.index not in done[method] for prompt in batch)]
-        for method, samples in _generate(loaded, shared, batch, encoded, config, positions, needed):
-            yield method, [sample for sample in samples if sample["index"] not in done[method]]
+        group = fitting[start : start + size]
+        needed = [method for method in methods if any(prompt.index not in done[method] for prompt in group)]
+        begun = _Begun(loaded, shared, group, [encoded[prompt.index] for prompt in group], len(needed))
+        for method in needed:
+            # One group, one seed: its texts depend neither on what ran before them nor on a resumption.
+            torch.manual_seed(zlib.crc32(f"{config.seed} {group[0].index}".encode()))
+            for row, tokens, seconds in _timed(begun, _continued(loaded, begun, method, config, positions)):
+                if group[row].index not in done[method]:
+                    sample = _scored(group[row], len(begun.ids[row]), tokens, seconds, loaded.tokenizer, config.task)
+                    yield method, [sample]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -95,66 +102,104 @@ def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
     return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
 
 
-def _generate(
-    loaded: LoadedModel,
-    shared: griffin.SharedPrompt,
-    batch: Sequence[Prompt],
-    encoded: dict[int, list[int]],
-    config: RunConfig,
-    positions: int,
-    methods: Sequence[Method],
-) -> Iterator[tuple[Method, list[Sample]]]:
-    """The samples of one batch under each method, scored, in the batch's order."""
-    if not methods:
-        return
-    task: GenerationTask = config.task
-    rows = [encoded[prompt.index] for prompt in batch]
-    start = time.perf_counter()
-    # The last token may be another one where an article follows.
-    beginning = torch.tensor(loaded.encode(batch[0].beginning)[:-1], device=loaded.model.device)
-    prompts = [torch.tensor(ids, device=loaded.model.device) for ids in rows]
-    logits_RV = shared.run_each(prompts, beginning if len(beginning) else None)
-    shared_seconds = (time.perf_counter() - start) / len(methods)
-    for method in methods:
-        if task.decoding == "reference_sampling":
-            # One prompt, one seed: the text depends neither on the prompts before it nor on a resumption.
-            torch.manual_seed(zlib.crc32(f"{config.seed} {batch[0].index}".encode()))
+class _Begun:
+    """The prompts of a group. Each runs dense once, when it is wanted, for all methods.
+
+    Args:
+        loaded: the model.
+        shared: runs them.
+        group: the prompts.
+        ids: their token ids.
+        methods: how many methods will want each of them: for one, nothing is kept.
+
+    Attributes:
+        ids: their token ids.
+        lengths: tokens of each.
+        seconds: what running each took, for each of the methods.
+        spent: seconds that all of them took, so far.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        shared: griffin.SharedPrompt,
+        group: Sequence[Prompt],
+        ids: Sequence[list[int]],
+        methods: int,
+    ) -> None:
+        self.shared, self.ids, self.lengths = shared, ids, [len(one) for one in ids]
+        self.seconds = [0.0] * len(ids)
+        self.spent = 0.0
+        self._methods = methods
+        self._device = loaded.model.device
+        # The last token may be another one where an article follows.
+        beginning = torch.tensor(loaded.encode(group[0].beginning)[:-1], device=self._device)
+        self._beginning = beginning if len(beginning) else None
+        self._kept: dict[int, tuple[Tensor, griffin.SharedPrompt]] = {}
+
+    def run(self, row: int) -> tuple[Tensor, griffin.SharedPrompt]:
+        """The logits [1, V] after a prompt, and the prompt by itself."""
+        if row in self._kept:
+            return self._kept[row]
         start = time.perf_counter()
-        generated: list[list[int]] = []
-        for some in _together(method, config, len(batch)):
-            part = shared if some == slice(0, len(batch)) else shared.part(some)
-            with pruned(part, method, config):
-                generated += _continue(loaded, part, logits_RV[some], method, config, positions)
-        seconds = (shared_seconds + time.perf_counter() - start) / len(batch)
-        yield (
-            method,
-            [
-                _scored(prompt, len(ids), tokens, seconds, loaded.tokenizer, task)
-                for prompt, ids, tokens in zip(batch, rows, generated, strict=True)
-            ],
-        )
+        ids_S = torch.tensor(self.ids[row], device=self._device)
+        begun = self.shared.run_each([ids_S], self._beginning), self.shared.part(slice(0, 1))
+        if self._methods > 1:
+            self._kept[row] = begun
+        seconds = time.perf_counter() - start
+        self.seconds[row] = seconds / self._methods
+        self.spent += seconds
+        return begun
 
 
-def _refreshes(method: Method) -> bool:
-    """Whether the method counts the steps of a generation, so that its prompts must begin together."""
-    return method.refresh != "none" and not method.dense
+def _timed(begun: _Begun, texts: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int], float]]:
+    """Texts as they come, and the seconds of each: since the one before, and this method's part of its prompt."""
+    with contextlib.closing(texts):
+        start, spent = time.perf_counter(), begun.spent
+        for row, tokens in texts:
+            own = time.perf_counter() - start - (begun.spent - spent)
+            yield row, tokens, own + begun.seconds[row]
+            start, spent = time.perf_counter(), begun.spent
 
 
-def _together(method: Method, config: RunConfig, prompts: int) -> list[slice]:
-    """Which of the prompts are continued together."""
-    size = config.batch_size if _refreshes(method) else prompts
-    return [slice(start, min(start + size, prompts)) for start in range(0, prompts, size)]
+def _own_experts(config: RunConfig) -> bool:
+    """Whether several prompts are at work at a time, each with its own experts."""
+    return config.batch_size > 1 and not config.shared_experts
 
 
-def _continue(
-    loaded: LoadedModel,
-    shared: griffin.SharedPrompt,
-    logits_RV: Tensor,
-    method: Method,
-    config: RunConfig,
-    positions: int,
-) -> list[list[int]]:
-    """Each prompt's new tokens; an end token counts as one."""
+def _continued(
+    loaded: LoadedModel, begun: _Begun, method: Method, config: RunConfig, positions: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Prompts of a group, by their row in it, and their new tokens under one method, as they come."""
+    count, most = len(begun.ids), config.task.max_new_tokens
+    shared, decoding = begun.shared, _decoding(loaded, config)
+    # A method that counts the steps of a generation wants its prompts to begin together.
+    counts = method.refresh != "none" and not method.dense
+    if _own_experts(config) and not counts:
+        if config.compile:
+            slots: Any = shared.static_lockstep(begun.lengths, positions)
+        else:
+            slots = shared.slots(begun.lengths, config.batch_size, most)
+        yield from griffin.continue_in_turn(shared, begun.run, chooser(method, config.seed), slots, decoding)
+        return
+    for start in range(0, count, config.batch_size):
+        rows = range(start, min(start + config.batch_size, count))
+        lengths = [begun.lengths[row] for row in rows]
+        logits, parts = zip(*(begun.run(row) for row in rows), strict=True)
+        together = shared.joined(parts)
+        if config.compile:
+            slots = together.static_lockstep(lengths, positions)
+        elif counts:
+            slots = together.lockstep(lengths, most)
+        else:
+            slots = together.slots(lengths, config.batch_size, most)
+        with pruned(together, method, config):
+            texts = griffin.continue_together(together, torch.cat(logits), slots, decoding)
+        yield from zip(rows, texts, strict=True)
+
+
+def _decoding(loaded: LoadedModel, config: RunConfig) -> griffin.Decoding:
+    """The task's way to choose tokens. An end token counts as one."""
     task, model = config.task, loaded.model
     eos = model.generation_config.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos])}
@@ -163,15 +208,9 @@ def _continue(
         # What follows the stop text would be cut anyway.
         return tokens[-1] in ends or task.stop in loaded.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    if config.compile:
-        call: Any = model.get_compiled_call(compiling(model.device))
-        slots: Any = shared.static_lockstep(positions)
-    elif _refreshes(method):
-        call, slots = model, shared.lockstep(task.max_new_tokens)
-    else:
-        call, slots = model, shared.slots(config.batch_size, task.max_new_tokens)
     choose = _sampled if task.decoding == "reference_sampling" else _greedy
-    return griffin.continue_prompts(shared, logits_RV, slots, task.max_new_tokens, choose, ended, call)
+    call: Any = model.get_compiled_call(compiling(model.device)) if config.compile else model
+    return griffin.Decoding(task.max_new_tokens, choose, ended, call)
 
 
 def _greedy(logits_BV: Tensor) -> Tensor:

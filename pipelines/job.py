@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import traceback
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -209,7 +209,9 @@ def _evaluate(
         refusals = {method: refusal for method in folders if (refusal := _refusal(loaded, config, method))}
         possible = [method for method in folders if method not in refusals]
         stack.enter_context(griffin.Offload(loaded.model) if offloaded else nullcontext())
-        for method, batch in evaluated(kind, loaded, items, config, possible, done) if possible else ():
+        # Closed whatever happens here: the model may be pruned in between.
+        batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
+        for method, batch in batches if possible else ():
             folders[method].append(batch)
             samples[method] += batch
             metrics = kind.metrics(samples[method])

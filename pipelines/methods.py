@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,9 @@ from pipelines.data import EMBEDDED, digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    Chosen = tuple[list[Tensor], list[griffin.Correction | None]]
+    Choose = Callable[[griffin.SharedPrompt], Chosen]
 
 # A file named on the command line is read instead of what the task's file names.
 _INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
@@ -176,37 +179,43 @@ def shared_prompt(model: nn.Module, methods: Sequence[Method], *, compiled: bool
 
 def pruned(shared: griffin.SharedPrompt, method: Method, config: Execution) -> AbstractContextManager[None]:
     """The model on a method's experts for the shared prompts, in the mode of the configuration."""
-    if method.dense:
-        return nullcontext()
-    experts, corrections, reader = _chosen(shared, method, config.seed, config.mode, config.shared_experts)
+    experts, corrections, reader = _put_to_work(shared, method, config.seed, config.mode, config.shared_experts)
     return shared.pruned(experts, corrections, config.mode, reader)
 
 
 def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, lengths_B: Tensor, seed: int) -> Tensor:
     """The logits [B, C, V] of a given continuation of the shared prompts under one method."""
-    if method.dense:
-        return shared.continued(ids_BC, lengths_B, None)
-    experts, corrections, reader = _chosen(shared, method, seed, "masked", False)
+    experts, corrections, reader = _put_to_work(shared, method, seed, "masked", False)
     return shared.continued(ids_BC, lengths_B, experts, corrections, reader)
 
 
-def _chosen(
-    shared: griffin.SharedPrompt, method: Method, seed: int, mode: str, shared_experts: bool
-) -> tuple[list[Tensor], list[griffin.Correction | None], griffin.Reader | None]:
-    """A method's experts for the shared prompts, what it adds with them, and what is to follow the text."""
-    learns = method.refresh == "compensation"
+def chooser(method: Method, seed: int, *, shared_experts: bool = False) -> Choose | None:
+    """Chooses a method's experts for prompts that ran, and what it adds with them; None: dense."""
+    if method.dense:
+        return None
 
-    def choose(prompts: griffin.SharedPrompt) -> tuple[list[Tensor], list[griffin.Correction | None]]:
+    def choose(prompts: griffin.SharedPrompt) -> Chosen:
         experts = prompts.experts(
             method.statistic, method.selection, method.sparsity, seed, method.budget, shared_experts=shared_experts
         )
+        learns = method.refresh == "compensation"
         added = prompts.corrections(method.compensation, experts, shared_experts=shared_experts, fits=learns)
         return experts, added
 
+    return choose
+
+
+def _put_to_work(
+    shared: griffin.SharedPrompt, method: Method, seed: int, mode: str, shared_experts: bool
+) -> tuple[list[Tensor] | None, list[griffin.Correction | None], griffin.Reader | None]:
+    """A method's experts for the shared prompts, what it adds with them, and what is to follow the text."""
+    choose = chooser(method, seed, shared_experts=shared_experts)
+    if choose is None:
+        return None, [], None
     experts, corrections = choose(shared)
     reader: griffin.Reader | None = None
     if method.refresh == "experts":
         reader = shared.renewal(mode, choose)
-    elif learns:
+    elif method.refresh == "compensation":
         reader = shared.refit(mode, method.compensation, experts, corrections, shared_experts=shared_experts)
     return experts, corrections, reader

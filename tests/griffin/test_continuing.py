@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,9 +13,12 @@ from families import FAMILIES, ONE_PER_LAYOUT, tiny
 from prompts import prompt
 from running import generate, new_tokens
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import griffin
-from griffin import SharedPrompt, continue_prompts
+from griffin import Decoding, SharedPrompt, continue_in_turn, continue_together
+from griffin.correction import together
+from griffin.slots import Lockstep, Slots
 
 LIMIT = 9
 LENGTHS = [13, 12, 11, 7, 4, 1]  # more than the slots, the longest first, some beyond the sliding windows
@@ -41,15 +47,66 @@ def alone(family: str, ended: Callable[[list[int]], bool], compensation: str = "
     return [until(text, ended) for text in texts]
 
 
+def in_turn(
+    shared: SharedPrompt,
+    model: PreTrainedModel,
+    slots: Slots | Lockstep,
+    ended: Callable[[list[int]], bool],
+    sparsity: float | None = 0.5,
+    compensation: str = "none",
+    many: Sequence[Tensor] = tuple(prompts()),
+    choose: Callable[[Tensor], Tensor] = greedy,
+) -> list[list[int]]:
+    """The new tokens of prompts that run when there is a slot for them, in the prompts' order; None: dense."""
+
+    def begin(row: int) -> tuple[Tensor, SharedPrompt]:
+        return shared.run_each([many[row]]), shared.part(slice(0, 1))
+
+    def choose_experts(prompt: SharedPrompt) -> tuple[list[Tensor], list[griffin.Correction | None]]:
+        experts = prompt.experts("griffin", "topk", sparsity or 0.0)
+        return experts, prompt.corrections(compensation, experts)
+
+    found = dict(
+        continue_in_turn(
+            shared, begin, None if sparsity is None else choose_experts, slots, Decoding(LIMIT, choose, ended, model)
+        )
+    )
+    return [found[row] for row in range(len(many))]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 4, 6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_gets_the_tokens_that_it_gets_alone(family: str, slots: int) -> None:
     model, ended = tiny(family), ends_at(3)
     shared = SharedPrompt(model, ["griffin"])
-    logits = shared.run_each(prompts())
-    with shared.pruned(shared.experts("griffin", "topk", 0.5), None, "masked"):
-        found = continue_prompts(shared, logits, shared.slots(slots, LIMIT), LIMIT, greedy, ended, model)
-    assert found == alone(family, ended)
+    assert in_turn(shared, model, shared.slots(LENGTHS, slots, LIMIT), ended) == alone(family, ended)
+
+
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_all_at_once_in_lockstep(family: str) -> None:
+    model, ended = tiny(family), ends_at(3)
+    shared = SharedPrompt(model, ["griffin"])
+    assert in_turn(shared, model, shared.lockstep(LENGTHS, LIMIT), ended) == alone(family, ended)
+
+
+def test_a_prompt_runs_when_there_is_a_slot_for_it() -> None:
+    # Else the caches of all prompts would be held at once.
+    model, ended, came = tiny("llama"), ends_at(3), []
+    shared = SharedPrompt(model, [])
+    ran = itertools.count()
+
+    def begin(row: int) -> tuple[Tensor, SharedPrompt]:
+        next(ran)
+        return shared.run_each([prompts()[row]]), shared.part(slice(0, 1))
+
+    texts = continue_in_turn(
+        shared, begin, None, shared.slots(LENGTHS, 2, LIMIT), Decoding(LIMIT, greedy, ended, model)
+    )
+    for ended_already, (row, _) in enumerate(texts):
+        came.append(row)
+        assert next(copy.copy(ran)) <= ended_already + 2
+    assert sorted(came) == list(range(len(LENGTHS)))
+    assert came != sorted(came), "as they end"
 
 
 def test_prompts_end_at_different_times() -> None:
@@ -64,56 +121,102 @@ def test_prompts_end_at_different_times() -> None:
 def test_each_has_its_own_correction(family: str, compensation: str) -> None:
     model, ended = tiny(family), ends_at(3)
     shared = SharedPrompt(model, ["griffin"], [compensation])
-    logits = shared.run_each(prompts())
-    experts = shared.experts("griffin", "topk", 0.5)
-    with shared.pruned(experts, shared.corrections(compensation, experts), "masked"):
-        found = continue_prompts(shared, logits, shared.slots(2, LIMIT), LIMIT, greedy, ended, model)
+    found = in_turn(shared, model, shared.slots(LENGTHS, 2, LIMIT), ended, compensation=compensation)
     assert found == alone(family, ended, compensation)
 
 
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_a_part_goes_on_in_lockstep_by_itself(family: str) -> None:
-    model, ended = tiny(family), ends_at(3)
+def test_corrections_of_long_and_short_prompts_go_together() -> None:
+    # A prompt of more tokens than twice the kept neurons has its correction in another form.
+    model = tiny("llama")
     shared = SharedPrompt(model, ["griffin"], ["ridge"])
-    logits, found = shared.run_each(prompts()), []
+    forms, outputs, given = [], [], []
+    for length in (200, 9, 30):
+        shared.run_each([prompt(length, length)[0]])
+        experts = shared.experts("griffin", "topk", 0.5)
+        (correction,) = shared.corrections("ridge", experts)[:1]
+        assert correction is not None
+        kept_1SK = torch.randn(1, 4, experts[0].shape[1])
+        given.append((correction, kept_1SK))
+        forms.append(correction.basis_BTK is None)
+        outputs.append(correction.output(kept_1SK))
+    assert forms == [True, False, False]
+    joined = together([correction for correction, _ in given])
+    assert joined is not None
+    found = joined.output(torch.cat([kept for _, kept in given]))
+    torch.testing.assert_close(found, torch.cat(outputs))
+
+
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_prompts_that_ran_one_by_one_go_on_together(family: str) -> None:
+    model, ended = tiny(family), ends_at(3)
+    shared, found = SharedPrompt(model, ["griffin"], ["ridge"]), []
     for rows in (slice(0, 2), slice(2, 6)):
-        part = shared.part(rows)
-        experts = part.experts("griffin", "topk", 0.5)
-        with part.pruned(experts, part.corrections("ridge", experts), "masked"):
-            found += continue_prompts(part, logits[rows], part.lockstep(LIMIT), LIMIT, greedy, ended, model)
+        some = prompts()[rows]
+        logits, parts = zip(*((shared.run_each([one]), shared.part(slice(0, 1))) for one in some), strict=True)
+        joined = shared.joined(parts)
+        experts = joined.experts("griffin", "topk", 0.5)
+        slots, decoding = joined.lockstep(LENGTHS[rows], LIMIT), Decoding(LIMIT, greedy, ended, model)
+        with joined.pruned(experts, joined.corrections("ridge", experts), "masked"):
+            found += continue_together(joined, torch.cat(logits), slots, decoding)
     assert found == alone(family, ended, "ridge")
+
+
+@pytest.mark.parametrize("statistic", [name for name, one in griffin.STATISTICS.items() if not one.hindsight])
+@pytest.mark.parametrize("compensation", ["none", "ridge"])
+def test_joined_prompts_are_those_of_one_run(statistic: str, compensation: str) -> None:
+    whole, shared = (SharedPrompt(tiny("llama"), [statistic], [compensation]) for _ in range(2))
+    whole.run_each(prompts())
+    parts = []
+    for one in prompts():
+        shared.run_each([one])
+        parts.append(shared.part(slice(0, 1)))
+    joined = shared.joined(parts)
+    for options in ({}, {"shared_experts": True}):
+        experts = whole.experts(statistic, "sample", 0.5, **options)
+        found = joined.experts(statistic, "sample", 0.5, **options)
+        assert all(torch.equal(*layer) for layer in zip(found, experts, strict=True))
+        expected = whole.corrections(compensation, experts, **options)
+        for one, other in zip(joined.corrections(compensation, found, **options), expected, strict=True):
+            assert (one is None) == (other is None) == (compensation == "none")
+            assert one is None or other is None or torch.equal(one.change(), other.change())
 
 
 def test_rows_shorter_than_those_that_wait() -> None:
     # Slots do not need the longest first.
     model, ended = tiny("llama"), ends_at(3)
     shared = SharedPrompt(model, ["griffin"])
-    logits = shared.run_each(prompts()[::-1])
-    with shared.pruned(shared.experts("griffin", "topk", 0.5), None, "masked"):
-        found = continue_prompts(shared, logits, shared.slots(2, LIMIT), LIMIT, greedy, ended, model)
-    assert found == alone("llama", ended)[::-1]
+    slots = shared.slots(LENGTHS[::-1], 2, LIMIT)
+    assert in_turn(shared, model, slots, ended, many=prompts()[::-1]) == alone("llama", ended)[::-1]
 
 
-@pytest.mark.parametrize("statistic", ["magnitude", "griffin"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.9])  # all, nearly all and few of the neurons at work
-def test_compact_weights_go_when_the_context_ends(sparsity: float, statistic: str) -> None:
+@pytest.mark.parametrize("how", ["an error", "no more wanted"])
+def test_the_model_is_as_it_was_however_it_ends(sparsity: float, how: str) -> None:
     model = tiny("llama")
     weights = dict(model.named_parameters())
-    shared = SharedPrompt(model, [statistic])
-    logits = shared.run_each(prompts())
+    shared = SharedPrompt(model, ["griffin"])
 
-    def broken(tokens: list[int]) -> bool:
-        return len(tokens) > 1 and 1 / 0 > 0
+    def ended(tokens: list[int]) -> bool:
+        return len(tokens) == 3 if how == "no more wanted" else len(tokens) > 1 and 1 / 0 > 0
 
+    def begin(row: int) -> tuple[Tensor, SharedPrompt]:
+        return shared.run_each([prompts()[row]]), shared.part(slice(0, 1))
+
+    def choose_experts(prompt: SharedPrompt) -> tuple[list[Tensor], list[griffin.Correction | None]]:
+        return prompt.experts("griffin", "topk", sparsity), [None] * 3
+
+    slots = shared.slots(LENGTHS, 2, LIMIT)
+    texts = continue_in_turn(shared, begin, choose_experts, slots, Decoding(LIMIT, greedy, ended, model))
     with (
-        pytest.raises(ZeroDivisionError),
-        shared.pruned(shared.experts(statistic, "topk", sparsity), None, "masked"),
+        contextlib.closing(texts),
+        contextlib.nullcontext() if how == "no more wanted" else pytest.raises(ZeroDivisionError),
     ):
-        continue_prompts(
-            shared, logits, shared.slots(2, 3), 3, greedy, lambda tokens: len(tokens) > 1 and 1 / 0 > 0, model
-        )
+        assert len(next(texts)[1]) == 3
     assert all(weights[name] is parameter for name, parameter in model.named_parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert "forward" not in vars(module)
 
 
 def test_sparsity_0_is_bit_identical_to_dense() -> None:
@@ -123,11 +226,9 @@ def test_sparsity_0_is_bit_identical_to_dense() -> None:
         seen.append(logits_BV)
         return greedy(logits_BV)
 
-    for experts in (None, [torch.arange(80).expand(len(LENGTHS), -1)] * 3):
+    for sparsity in (None, 0.0):
         shared = SharedPrompt(model, ["griffin"])
-        logits = shared.run_each(prompts())
-        with shared.pruned(experts, None, "masked"):
-            continue_prompts(shared, logits, shared.slots(3, LIMIT), LIMIT, choose, ends_at(3), model)
+        in_turn(shared, model, shared.slots(LENGTHS, 3, LIMIT), ends_at(3), sparsity, choose=choose)
     dense, pruned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert all(torch.equal(*step) for step in zip(dense, pruned, strict=True))
 

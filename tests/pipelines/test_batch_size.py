@@ -62,7 +62,7 @@ def test_it_is_the_largest_half_that_fits(
 
 
 def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Memory runs out in the second group of prompts, under the second method: that alone is run again.
+    # Memory runs out at the last prompt of the second group, under the second method: that alone is run again.
     monkeypatch.setattr(batch_size, "ROWS_CPU", 2)
     from pipelines import generation
 
@@ -71,16 +71,16 @@ def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, mon
 
     def failing(prompt: Any, *arguments: Any) -> Any:
         scored.append(prompt.index)
-        if len(scored) == 11:  # two batches of two under each method, one under the first, and the first of two
+        if len(scored) == 20:  # a group of eight under each method, one of two under the first, and the second of two
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(prompt, *arguments)
 
     monkeypatch.setattr(generation, "_scored", failing)
-    assert call(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=6)).code == 0
-    assert len(scored) == 11 + 2
+    assert call(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=10)).code == 0
+    assert len(scored) == 20 + 1
     dense, pruned = run_folders(tmp_path / "auto")
     assert {sample["batch_size"] for sample in read_samples(dense)} == {2}
-    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [1, 1, 2, 2, 2, 2]
+    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [1, *[2] * 9]
     assert [read_record(folder)["environment"]["batch_size"] for folder in (dense, pruned)] == [2, 1]
 
 
