@@ -49,7 +49,7 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Generate and score, group by group: one dense pass over a group's prompts, then each method's continuation.
+    """Generate and score, group by group: every prompt runs dense once, for the continuations of all methods.
 
     A group is a batch, or several of which the prompts take turns. It holds prompts of like length, the longest first,
     so that little of it is padding and what does not fit into memory fails at once. A prompt that leaves no room for

@@ -71,16 +71,17 @@ def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, mon
 
     def failing(prompt: Any, *arguments: Any) -> Any:
         scored.append(prompt.index)
-        if len(scored) == 20:  # a group of eight under each method, one of two under the first, and the second of two
+        if len(scored) == 12:  # a group of four under each method, one of two under the first, and the second of two
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(prompt, *arguments)
 
     monkeypatch.setattr(generation, "_scored", failing)
-    assert call(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=10)).code == 0
-    assert len(scored) == 20 + 1
+    monkeypatch.setattr(generation, "_BATCHES", 2)
+    assert call(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=6)).code == 0
+    assert len(scored) == 12 + 1
     dense, pruned = run_folders(tmp_path / "auto")
     assert {sample["batch_size"] for sample in read_samples(dense)} == {2}
-    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [1, *[2] * 9]
+    assert sorted(sample["batch_size"] for sample in read_samples(pruned)) == [1, 2, 2, 2, 2, 2]
     assert [read_record(folder)["environment"]["batch_size"] for folder in (dense, pruned)] == [2, 1]
 
 
