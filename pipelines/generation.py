@@ -25,8 +25,8 @@ from pipelines.task_config import GenerationTask
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-# Where every prompt has its own experts, so many batches of prompts take turns: a prompt that ends makes room for the
-# next. Such a group is what is run again when a run was cut off, so that its texts are what they would have been.
+# Where prompts take turns, one that ends makes room for the next, among so many batches of them. Such a group is run
+# again when a run was cut off, so that its texts are what they would have been.
 _BATCHES = 4
 
 # rouge-score with its defaults, no stemming: F-scores, printed times 100 as the field does.
@@ -163,7 +163,7 @@ def _timed(begun: _Begun, texts: Iterator[tuple[int, list[int]]]) -> Iterator[tu
 
 
 def _own_experts(config: RunConfig) -> bool:
-    """Whether several prompts are at work at a time, each with its own experts."""
+    """Whether several prompts are at work at a time, each with its own experts; never in a compiled call."""
     return config.batch_size > 1 and not config.shared_experts
 
 
@@ -176,10 +176,7 @@ def _continued(
     # A method that counts the steps of a generation wants its prompts to begin together.
     counts = method.refresh != "none" and not method.dense
     if _own_experts(config) and not counts:
-        if config.compile:
-            slots: Any = shared.static_lockstep(begun.lengths, positions)
-        else:
-            slots = shared.slots(begun.lengths, config.batch_size, most)
+        slots: Any = shared.slots(begun.lengths, config.batch_size, most)
         yield from griffin.continue_in_turn(shared, begun.run, chooser(method, config.seed), slots, decoding)
         return
     for start in range(0, count, config.batch_size):
