@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import griffin
 from griffin.compaction import COPY_AFTER, CompactProjection
+from griffin.in_pieces import FEW
 
 PROMPTS = 200
 
@@ -89,7 +90,7 @@ def places(model: PreTrainedModel) -> dict[str, int]:
     return {name: weight.data_ptr() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("compiled", "tokens"), [(True, 1), (False, 2)], ids=["compiled", "many-tokens"])
+@pytest.mark.parametrize(("compiled", "tokens"), [(True, 1), (False, FEW + 1)], ids=["compiled", "many-tokens"])
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 @torch.no_grad()
 def test_every_prompt_uses_the_same_buffers(family: str, compiled: bool, tokens: int) -> None:

@@ -222,12 +222,12 @@ def test_slurm_where_there_is_none_is_told_before_anything_is_written(
 
 
 def test_a_mistake_is_told_within_seconds(tmp_path: Path) -> None:
-    # Seconds of the processor: what it takes on a machine with nothing else to do.
+    # Seconds of the processor, with room for slow machines; one that loads a model takes more than that.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = process(command(*with_bad(tiny(tmp_path / "out"), ["sparsity=1"])), tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert_one_error(ended, "sparsity=1")
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
 
 
 @pytest.mark.parametrize(
