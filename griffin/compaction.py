@@ -6,8 +6,8 @@ is allocated after the first prompt. Nothing here waits for the device.
 On a CPU, in float32 and float64, a single token reads the kept neurons' rows one by one, which is faster than a product
 with them (`griffin.in_place`). So the first tokens after a prompt read them where they are in the dense weights and
 nothing is copied for them; rows that stand together are read faster still, so from `COPY_AFTER` tokens on they do. The
-results are the same to the bit. Many tokens at once multiply with the copies, and an output projection whose weights
-are corrected has them from the beginning.
+results are the same to the bit. Several tokens at once multiply with the copies (a few of them in pieces:
+`griffin.in_pieces`), and an output projection whose weights are corrected has them from the beginning.
 
 Where a projection stores its neurons as columns (the output projection of most models), a transposed copy is made once
 to read from: columns cost more than twice as much. So compact mode holds, on top of the dense model, one more copy of
