@@ -1,14 +1,12 @@
 """lm-eval: its tasks, its metrics, its HFLM, our experts.
 
-The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's own command line with one more model:
-
-    python -m pipelines.harness --model griffin --model_args pretrained=NAME,sparsity=0.5,statistic=griffin --tasks piqa
+The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's own command line with one more model,
+`griffin`, which importing this module registers.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,9 +33,9 @@ from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
 from pipelines.methods import Method, pruned, shared_prompt
 from pipelines.models import LoadedModel
-from pipelines.scoring import Request, score
-from pipelines.squad import provide_to_lm_eval
 from pipelines.task_config import PROTOCOLS, HarnessTask
+from pipelines.tasks.scoring import Request, score
+from pipelines.tasks.squad import provide_to_lm_eval
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -230,10 +228,8 @@ def _definition(task: HarnessTask) -> Path:
     return own if own.is_file() else LM_EVAL_TASKS / task.definition
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """lm-eval's own command line, `lm_eval`, which now knows the model `griffin`."""
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except UserError as mistake:
-        sys.exit(f"error: {mistake}")
+    cli_evaluate()
