@@ -1,0 +1,25 @@
+"""`python -m pipelines.harness`: lm-eval's own command line with one more model.
+
+The model is called `griffin`, and takes the arguments of `GriffinLM`:
+
+    python -m pipelines.harness --model griffin --model_args pretrained=NAME,sparsity=0.5,statistic=griffin --tasks piqa
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipelines.errors import UserError
+from pipelines.tasks.lm_eval_adapter import command_line
+
+
+def main() -> None:
+    """Call lm-eval; a mistake in the model's arguments ends the process with one line."""
+    try:
+        command_line()
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
+
+
+if __name__ == "__main__":
+    main()
