@@ -13,8 +13,8 @@ import numpy as np
 
 from analysis.drawing import Drawing, Group, file_name
 from analysis.run_folders import Runs
-from pipelines.flocking_figures import MEASURES, heatmap_figure, jaccard_figure, score_figure, shown_layers
 from pipelines.records import Sample, read_arrays
+from pipelines.tasks.flocking_figures import MEASURES, heatmap_figure, jaccard_figure, score_figure, shown_layers
 
 _CAPTIONS = {
     "jaccard_sequences": "How alike the top-k sets of different texts are, averaged over all pairs",

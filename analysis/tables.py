@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.frame import select
 from analysis.metrics import Metric, metric, order
-from pipelines.flocking_measures import MEASURES, TEXTS
+from pipelines.tasks.flocking_measures import MEASURES, TEXTS
 
 QUALITY = {
     "generation": "Generation",

@@ -27,9 +27,9 @@ from pipelines.batch_size import batch_size, evaluated
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
-from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
-from pipelines.points import Point
 from pipelines.records import Record, RunFolder, run_id
+from pipelines.sweeps.manifest import Point
+from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 # and may have versions(items) -> what else belongs into the record's environment,
 # and media(folder, samples, config) -> Media, what there is to look at, drawn into the run folder.
 KINDS = {
-    "generation": "pipelines.generation",
-    "classification": "pipelines.harness_evaluation",
-    "question_answering": "pipelines.harness_evaluation",
-    "perplexity": "pipelines.perplexity",
-    "fidelity": "pipelines.fidelity",
-    "latency": "pipelines.latency",
-    "flocking": "pipelines.flocking",
+    "generation": "pipelines.tasks.generation",
+    "classification": "pipelines.tasks.classification_and_qa",
+    "question_answering": "pipelines.tasks.classification_and_qa",
+    "perplexity": "pipelines.tasks.perplexity",
+    "fidelity": "pipelines.tasks.fidelity",
+    "latency": "pipelines.tasks.latency",
+    "flocking": "pipelines.tasks.flocking",
 }
 
 # What became of the runs of each point of this call, for the summary at its end: a sweep or a single job puts it here.

@@ -16,8 +16,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from pipelines import config, job
 from pipelines.errors import UserError
-from pipelines.outcomes import FAILED, outcome_table
 from pipelines.summary import flocking_table, latency_table, perplexity_table, summary_table
+from pipelines.sweeps.run_status import FAILED, outcome_table
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 TABLES = (summary_table, perplexity_table, latency_table, flocking_table)

@@ -63,7 +63,7 @@ class HarnessTask:
 
     name: str = described("name in records and tables")
     kind: str = described("which kind of task, and the job type in W&B")
-    definition: str = described("the task's YAML file, in pipelines/harness_tasks or lm-eval's tasks")
+    definition: str = described("the task's YAML file, in pipelines/tasks/harness_tasks or lm-eval's tasks")
     embedded: str | None = described("the project's own data: a file in pipelines/data", None)
     data_files: str | None = described("a JSON Lines file in the data set's layout, instead of the hub", None)
     protocol: str = described("paper (the last input position is pruned) or continuation (all its positions)", "paper")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hydra_plugins.griffin_sweeps.checks import check
 
 if TYPE_CHECKING:
-    from pipelines.outcomes import Outcome
+    from pipelines.sweeps.run_status import Outcome
 
 # Where and how a sweep runs, as against what it runs.
 _WHERE = ("launcher", "output_dir", "wandb.mode", "wandb.project", "wandb.entity")
@@ -51,7 +51,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         """
         from pipelines import job
         from pipelines.errors import UserError
-        from pipelines.outcomes import held_folders, merged, wait_for
+        from pipelines.sweeps.run_status import held_folders, merged, wait_for
 
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
             [*self._parse_config(), *arguments]
@@ -104,8 +104,8 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         """Outcomes of a point that needs no launch, being wrong or finished; else it is written down as planned."""
         from pipelines.config import typed
         from pipelines.errors import UserError
-        from pipelines.outcomes import FAILED, SKIPPED, Outcome
-        from pipelines.points import Point
+        from pipelines.sweeps.manifest import Point
+        from pipelines.sweeps.run_status import FAILED, SKIPPED, Outcome
 
         try:
             point = Point(typed(composed))
@@ -126,7 +126,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
     ) -> Iterator[tuple[int, list[Outcome]]]:
         """The outcomes of the points with these numbers, launched in batches."""
         from pipelines.config import typed
-        from pipelines.points import Point
+        from pipelines.sweeps.manifest import Point
 
         size = self.max_batch_size or len(numbers)
         for start in range(0, len(numbers), size):

@@ -17,7 +17,7 @@ from pathlib import Path
 from calling import Outcome
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pipelines.generation", "pipelines.models", "pipelines.run"])
+_SERVER.set_forkserver_preload(["pipelines.tasks.generation", "pipelines.models", "pipelines.run"])
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_it_is_the_largest_half_that_fits(
 def test_what_is_written_stays(call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Memory runs out at the last prompt of the second group, under the second method: that alone is run again.
     monkeypatch.setattr(batch_size, "ROWS_CPU", 2)
-    from pipelines import generation
+    from pipelines.tasks import generation
 
     scored: list[int] = []
     original = generation._scored
@@ -118,7 +118,7 @@ def test_other_errors_are_not_taken_for_memory(
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("pipelines.generation._scored", broken)
+    monkeypatch.setattr("pipelines.tasks.generation._scored", broken)
     ended = call(*tiny(tmp_path / "out", "batch_size=auto"))
     assert ended.code == 1
     assert not ended.lines("batch_size=auto")

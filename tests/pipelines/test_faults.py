@@ -29,7 +29,7 @@ from calling import (
 from test_tracking import summary_of
 
 from pipelines.records import RunFolder
-from pipelines.status import BROKEN_OFF, FAILED, read
+from pipelines.sweeps.progress import BROKEN_OFF, FAILED, read
 
 
 def many(output_dir: Path, rows: int, *more: str, tokens: int = 16) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
         raise LookupError("a fault of our own")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.generation._scored", broken)
+        patch.setattr("pipelines.tasks.generation._scored", broken)
         ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
     assert ended.code == 1
     assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"

@@ -25,7 +25,7 @@ from calling import (
     tiny,
 )
 
-from pipelines import generation
+from pipelines.tasks import generation
 
 
 def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:

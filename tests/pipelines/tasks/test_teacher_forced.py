@@ -11,9 +11,9 @@ import torch
 from calling import Outcome, composed, read_record, read_samples, run_folder, run_folders, tiny
 
 import griffin
-from pipelines.fidelity import compare
 from pipelines.models import load
-from pipelines.prompts import read_prompts
+from pipelines.tasks.fidelity import compare
+from pipelines.tasks.prompts import read_prompts
 
 TEXT = "The tide comes in twice a day, and the harbour fills slowly. " * 30
 

@@ -28,7 +28,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import griffin
 from pipelines import models
-from pipelines.prompts import read_prompts
+from pipelines.tasks.prompts import read_prompts
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 SAMPLED = "task.decoding=reference_sampling"  # random weights repeat themselves greedily, and vary when sampled

@@ -15,10 +15,10 @@ import torch
 from calling import ARTICLES, Outcome, composed, read_record, read_samples, run_folder, write_rows
 
 import griffin
-from pipelines.flocking import _controls, read
-from pipelines.flocking_measures import TEXTS, between_sequences, chance, jaccard, sets_of
 from pipelines.models import load
 from pipelines.records import read_arrays
+from pipelines.tasks.flocking import _controls, read
+from pipelines.tasks.flocking_measures import TEXTS, between_sequences, chance, jaccard, sets_of
 
 
 def options(out: Path, *more: str) -> list[str]:

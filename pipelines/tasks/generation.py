@@ -19,9 +19,9 @@ from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.methods import Method, chooser, pruned, shared_prompt
 from pipelines.models import LoadedModel
-from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import GenerationTask
+from pipelines.tasks.prompts import Prompt, read_prompts
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.squad import compute_exact, compute_f1
+from pipelines.tasks.squad import compute_exact, compute_f1
 
 Doc = dict[str, Any]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from calling import Outcome, composed, read_record, read_samples, run_folder
 
-from pipelines.latency import decode_bytes, metrics
 from pipelines.models import load
+from pipelines.tasks.latency import decode_bytes, metrics
 
 
 def options(out: Path, *more: str) -> list[str]:

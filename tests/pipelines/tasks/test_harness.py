@@ -14,13 +14,13 @@ from calling import Outcome, composed, prompts_run, read_record, read_samples, r
 from lm_eval.models.huggingface import HFLM
 
 import griffin
-from pipelines import harness, harness_evaluation
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import methods, pruner_options
 from pipelines.models import load
+from pipelines.tasks import classification_and_qa, lm_eval_adapter
 
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[3].parent / "shared" / "data"
 # Tasks with the file that stands in for the hub's data set, in its layout.
 LOCAL = {
     "piqa": "piqa",
@@ -42,7 +42,7 @@ def hflm(config: RunConfig) -> dict[str, float]:
     """The same task by lm-eval itself: its HFLM, its evaluator."""
     loaded = load(config.model, "cpu", config.seed)
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=config.batch_size, add_bos_token=False)
-    task = harness._build(config.task)
+    task = lm_eval_adapter._build(config.task)
     results = lm_eval.evaluate(lm, {config.task.name: task}, limit=config.limit, bootstrap_iters=0)["results"]
     return {
         key.removesuffix(",none"): value for key, value in results[config.task.name].items() if key.endswith(",none")
@@ -71,8 +71,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_gen_toks": 1
 def asking(folder: Path, kwargs: dict[str, Any]) -> list[str]:
     """Options for a task like briefs_qa, with other generation kwargs."""
     definition = folder / "asking.yaml"
-    scored = "!function " + str(harness.OWN_TASKS / "question_answering.briefs_qa")
-    plain = {"include": str(harness.OWN_TASKS / "briefs_qa.yaml"), "generation_kwargs": kwargs}
+    scored = "!function " + str(lm_eval_adapter.OWN_TASKS / "question_answering.briefs_qa")
+    plain = {"include": str(lm_eval_adapter.OWN_TASKS / "briefs_qa.yaml"), "generation_kwargs": kwargs}
     definition.write_text(f"process_results: {scored}\n{yaml.safe_dump(plain)}")
     return [f"task.definition={definition}"]
 
@@ -87,7 +87,7 @@ def plain_answers(config: RunConfig) -> list[list[str]]:
     loaded = load(config.model, "cpu", config.seed)
     length = loaded.context_length
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False, max_length=length)
-    instances = [instance for document in harness.read(config) for instance in document.instances]
+    instances = [instance for document in lm_eval_adapter.read(config) for instance in document.instances]
     (method,) = methods(config)
     if method.dense:
         return [[text] for text in lm.generate_until(instances, disable_tqdm=True)]
@@ -229,7 +229,7 @@ def test_the_record_says_protocol_and_versions(call: Callable[..., Outcome], tmp
 def test_the_rest_of_a_grid_that_was_cut_off_is_as_undisturbed(
     task: str, options: list[str], call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness_evaluation, "_BLOCK_DOCUMENTS", 2)
+    monkeypatch.setattr(classification_and_qa, "_BLOCK_DOCUMENTS", 2)
     grid = arguments(tmp_path / "out", task, *options, "grid.sparsity=[0,0.5]")
     assert call(*grid).code == 0
     whole = [untimed(folder) for folder in run_folders(tmp_path / "out")]
@@ -248,14 +248,14 @@ def test_the_rest_of_a_grid_that_was_cut_off_is_as_undisturbed(
 def test_answers_are_written_batch_by_batch(
     batch_size: int, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, calls = harness_evaluation._sample, itertools.count()
+    made, calls = classification_and_qa._sample, itertools.count()
 
     def breaking(*arguments: Any) -> dict[str, Any]:
         if next(calls) == 3 * batch_size:  # the second batch of the second method
             raise MemoryError
         return made(*arguments)
 
-    monkeypatch.setattr(harness_evaluation, "_sample", breaking)
+    monkeypatch.setattr(classification_and_qa, "_sample", breaking)
     assert call(*arguments(tmp_path, "briefs_qa", f"batch_size={batch_size}", "grid.sparsity=[0,0.5]")).code == 1
     assert [len(read_samples(folder)) for folder in run_folders(tmp_path)] == [2 * batch_size, batch_size]
 
@@ -275,7 +275,7 @@ def test_lm_eval_can_use_the_model_by_name(call: Callable[..., Outcome], tmp_pat
     results = lm_eval.simple_evaluate(
         model="griffin",
         model_args=f"pretrained={tmp_path / 'model'},sparsity=0.5,statistic=griffin,dtype=float32",
-        tasks=[harness._build(config.task), harness._build(generating.task)],
+        tasks=[lm_eval_adapter._build(config.task), lm_eval_adapter._build(generating.task)],
         device="cpu",
         limit=6,
         bootstrap_iters=0,
@@ -299,7 +299,7 @@ def test_lm_eval_can_use_the_model_by_name(call: Callable[..., Outcome], tmp_pat
 )
 def test_lm_eval_is_told_mistakes_before_it_loads_a_model(mistake: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        harness.GriffinLM(pretrained="no-such-model", **mistake)
+        lm_eval_adapter.GriffinLM(pretrained="no-such-model", **mistake)
 
 
 def test_data_of_another_layout_is_told_in_one_line(call: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from calling import Outcome, composed, run_folders, tiny
 
 from pipelines import status
-from pipelines.points import Point
 from pipelines.records import RunFolder
-from pipelines.status import Row, duration, seconds_left
+from pipelines.sweeps import progress
+from pipelines.sweeps.manifest import Point
+from pipelines.sweeps.progress import Row, duration, seconds_left
 
 
 def make(output_dir: Path, name: str, samples: int, total: int | None = 4) -> RunFolder:
@@ -41,7 +42,7 @@ def all_states(tmp_path: Path) -> Path:
 def test_every_state_is_told(all_states: Path) -> None:
     running = RunFolder(all_states, "xsum-tiny-wanda-50-4")
     assert running.claim()
-    rows = {row.run: row for row in status.read(all_states)}
+    rows = {row.run: row for row in progress.read(all_states)}
     running.release()
     assert {name: (row.state, row.samples, row.total, row.reason) for name, row in rows.items()} == {
         "xsum-tiny-dense-1": ("done", 4, 4, ""),
@@ -54,7 +55,7 @@ def test_every_state_is_told(all_states: Path) -> None:
 
 
 def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: Path) -> None:
-    rows = {row.run: row for row in status.read(all_states)}
+    rows = {row.run: row for row in progress.read(all_states)}
     slow = Row("xsum-tiny-slow-5", "xsum-tiny", "broken off", samples=1, total=4, seconds=10.0)
     fresh = Row("xsum-tiny-fresh-6", "xsum-tiny", "missing")
     known = list(rows.values())
@@ -63,7 +64,7 @@ def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: P
     assert seconds_left(slow, known) == 30.0
     assert seconds_left(fresh, known) == 8.0
     assert seconds_left(rows["briefs tiny griffin 90% (sparsity=0.9)"], known) is None
-    closing = status.status_table(known).splitlines()[-1]
+    closing = progress.status_table(known).splitlines()[-1]
     assert closing == (
         "6 runs: 1 done, 2 failed, 2 broken off, 1 missing; about 12 s left with 1 at a time; no pace known yet of 2"
     )
@@ -72,7 +73,7 @@ def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: P
 def test_points_that_differ_in_their_seed_only_are_told_apart(tmp_path: Path) -> None:
     for seed in range(3):
         Point(composed(*tiny(tmp_path / "out", f"seed={seed}"))).plan(f"seed={seed}", "local")
-    rows = status.read(tmp_path / "out")
+    rows = progress.read(tmp_path / "out")
     assert [row.run.rpartition(" ")[2] for row in rows] == ["(seed=0)", "(seed=1)", "(seed=2)"]
 
 
@@ -80,7 +81,7 @@ def test_reading_the_status_changes_nothing(all_states: Path) -> None:
     half = all_states / "xsum-tiny-griffin-50-2" / "samples.jsonl"
     half.write_bytes(half.read_bytes()[:-5])
     before = {path: path.read_bytes() for path in all_states.rglob("*") if path.is_file()}
-    assert next(row for row in status.read(all_states) if row.run.endswith("-2")).samples == 2
+    assert next(row for row in progress.read(all_states) if row.run.endswith("-2")).samples == 2
     assert {path: path.read_bytes() for path in all_states.rglob("*") if path.is_file()} == before
 
 
@@ -89,21 +90,21 @@ def test_damaged_notes_are_passed_over(damage: str, all_states: Path) -> None:
     for path in (all_states / ".sweep").iterdir():
         path.write_text(damage)
     (all_states / "xsum-tiny-griffin-75-3" / "state.json").write_text(damage)
-    rows = {row.run: row.state for row in status.read(all_states)}
+    rows = {row.run: row.state for row in progress.read(all_states)}
     assert len(rows) == 4
     assert rows["xsum-tiny-griffin-75-3"] == "broken off"
 
 
 def test_a_damaged_record_is_told(all_states: Path) -> None:
-    (done,) = [row.run for row in status.read(all_states) if row.state == "done"]
+    (done,) = [row.run for row in progress.read(all_states) if row.state == "done"]
     (all_states / done / "record.json").write_text('{"run_id": ')
-    (row,) = [row for row in status.read(all_states) if row.run == done]
+    (row,) = [row for row in progress.read(all_states) if row.run == done]
     assert (row.state, "record.json cannot be read" in row.reason) == ("broken off", True)
 
 
 def test_a_sweep_is_done_when_all_its_points_are(call: Callable[..., Outcome], tmp_path: Path) -> None:
     call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
-    rows = status.read(tmp_path / "out")
+    rows = progress.read(tmp_path / "out")
     assert [row.run for row in rows] == [folder.name for folder in run_folders(tmp_path / "out")]
     assert {row.state for row in rows} == {"done"}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from calling import composed, write_rows
 
-from pipelines.prompts import read_prompts, summarization_prompt
+from pipelines.tasks.prompts import read_prompts, summarization_prompt
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 REFERENCE = SHARED / "xsum_1shot_prompts.jsonl"  # third-party text, so it lies beside the repository
 
 

@@ -25,10 +25,11 @@ from calling import (
 from hydra import compose, initialize_config_dir
 
 from pipelines import config
-from pipelines.outcomes import FAILED
-from pipelines.points import Point
 from pipelines.records import RunFolder
 from pipelines.run import CONF
+from pipelines.sweeps.manifest import Point
+from pipelines.sweeps.run_status import FAILED
+from pipelines.tasks import generation
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -84,13 +85,13 @@ def test_points_are_written_down_before_the_first_one_runs(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    read = __import__("pipelines.generation").generation.read
+    read = generation.read
 
     def counted(config: object) -> object:
         seen.append(len(list((tmp_path / "out" / ".sweep").iterdir())))
         return read(config)
 
-    monkeypatch.setattr("pipelines.generation.read", counted)
+    monkeypatch.setattr("pipelines.tasks.generation.read", counted)
     assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
     assert seen == [2, 2]
 

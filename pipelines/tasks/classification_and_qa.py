@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from pipelines.config import RunConfig
-from pipelines.harness import Document, GriffinLM, read, versions
 from pipelines.methods import Method
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
-from pipelines.scoring import Request, score
+from pipelines.tasks.lm_eval_adapter import Document, GriffinLM, read, versions
+from pipelines.tasks.scoring import Request, score
 
 __all__ = ["evaluate", "metrics", "read", "versions"]
 

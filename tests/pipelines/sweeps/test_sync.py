@@ -15,7 +15,7 @@ from calling import ALPHABET, Outcome, process, read_record, run_folder, tiny, w
 
 from pipelines.records import RunFolder
 
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
+sys.path.append(str(Path(__file__).parents[2] / "analysis"))
 from loopback import KEY, LoopbackWandb
 
 ROWS = 150

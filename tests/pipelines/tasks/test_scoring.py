@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.methods import Method
 from pipelines.models import LoadedModel, load
-from pipelines.scoring import PROTOCOLS, Request, score
+from pipelines.tasks.scoring import PROTOCOLS, Request, score
 
 DENSE = Method("griffin", "topk", 0.0)
 GRIFFIN = Method("griffin", "topk", 0.5)

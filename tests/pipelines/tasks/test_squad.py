@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.squad import compute_exact, compute_f1, normalize_answer, provide_to_lm_eval
+from pipelines.tasks.squad import compute_exact, compute_f1, normalize_answer, provide_to_lm_eval
 
 
 def test_answers_are_normalised() -> None:

@@ -26,11 +26,11 @@ from griffin.selection import kept_neurons
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, read_jsonl, read_text_file
 from pipelines.errors import UserError
-from pipelines.flocking_figures import save_figures
-from pipelines.flocking_measures import TEXTS, jaccard, layer_table, overall
 from pipelines.methods import Method
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
+from pipelines.tasks.flocking_figures import save_figures
+from pipelines.tasks.flocking_measures import TEXTS, jaccard, layer_table, overall
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit

@@ -15,8 +15,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pipelines.figure_style import COLOURS, LIGHT, NEUTRAL, drawn_in, new_figure, save
-from pipelines.flocking_measures import chance
 from pipelines.records import Sample
+from pipelines.tasks.flocking_measures import chance
 
 _LOOKS = {"natural": (COLOURS[2], "o"), "permuted": (COLOURS[3], "s"), "random": (COLOURS[4], "D")}
 _SHADES = 16

@@ -18,8 +18,8 @@ from typing import Any
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import identity, methods
-from pipelines.outcomes import FAILED, FINISHED, HELD, Outcome
 from pipelines.records import RunFolder, write_in_one_step
+from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, Outcome
 
 FOLDER = ".sweep"
 

@@ -19,8 +19,8 @@ import griffin
 from pipelines.config import RunConfig
 from pipelines.methods import Method, continued, shared_prompt
 from pipelines.models import LoadedModel
-from pipelines.prompts import Prompt, read_prompts
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.prompts import Prompt, read_prompts
 
 
 def read(config: RunConfig) -> list[Prompt]:
