@@ -4,20 +4,26 @@ The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three l
 
     with griffin.prune(model, sparsity=0.5, statistic="griffin"):
         model.generate(**inputs)
+
+Evaluations use the engine beneath: `prefill` runs a prompt dense, `begin` chooses a method's experts for it, `decode`
+and `score` continue any number of such rows together.
 """
 
-from griffin.budgets import BUDGETS, kept_per_layer
+from griffin.activations import record_activations, relative_activations
 from griffin.compensation import COMPENSATIONS, Compensation
-from griffin.continuing import Decoding, continue_in_turn, continue_together
 from griffin.correction import Correction
+from griffin.decoding import Generation, Row, begin, decode, greedy, score
+from griffin.engine import Engine, refuse_uncroppable
+from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.modes import MODES
+from griffin.linear_in_pieces import linear_in_pieces
+from griffin.method import LEARNING, Method
 from griffin.offloading import Offload, move_without_dense
-from griffin.prefilled import prefilled
+from griffin.prompt import PromptState, choose, prefill, wanted
 from griffin.pruner import Pruner, prune
-from griffin.refresh import REFRESHES, Reader
-from griffin.selection import SELECTIONS, kept_neurons, select
-from griffin.shared_prompt import SharedPrompt
+from griffin.refresh import REFRESHES
+from griffin.selection import BUDGETS, SELECTIONS, kept_neurons, kept_per_layer, select
+from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS, Statistic, aggregate
 
 __version__ = "0.1.0"
@@ -25,28 +31,41 @@ __version__ = "0.1.0"
 __all__ = [
     "BUDGETS",
     "COMPENSATIONS",
+    "LEARNING",
     "MODES",
     "REFRESHES",
     "SELECTIONS",
     "STATISTICS",
     "Compensation",
     "Correction",
-    "Decoding",
+    "Engine",
+    "Experts",
     "FeedForwardBlock",
+    "Generation",
+    "Method",
     "Offload",
+    "PromptState",
     "Pruner",
-    "Reader",
-    "SharedPrompt",
+    "Row",
     "Statistic",
     "UnsupportedModelError",
     "aggregate",
-    "continue_in_turn",
-    "continue_together",
+    "begin",
+    "choose",
+    "decode",
     "find_feedforward_blocks",
+    "greedy",
     "kept_neurons",
     "kept_per_layer",
+    "linear_in_pieces",
     "move_without_dense",
-    "prefilled",
+    "prefill",
+    "prepare",
     "prune",
+    "record_activations",
+    "refuse_uncroppable",
+    "relative_activations",
+    "score",
     "select",
+    "wanted",
 ]

@@ -132,6 +132,11 @@ def added(before: Tensor, part: Tensor, positions: TokenPositions) -> Tensor:
     return before + part
 
 
+def newest(before: Tensor, part: Tensor, positions: TokenPositions) -> Tensor:
+    """Joins parts of which the last is all that matters."""
+    return part
+
+
 @dataclass(frozen=True)
 class ActivationStatistic:
     """What is recorded of a prompt, block by block, in two pure functions.
@@ -209,7 +214,7 @@ class Recorder:
             for statistic, parts in self._parts.items():
                 earlier = before.totals.get(statistic)
                 totals[statistic] = tuple(
-                    part if earlier is None else statistic.join(earlier[layer], part, positions)
+                    part if earlier is None else statistic.join(earlier[layer], part, _on(positions, part.device))
                     for layer, part in sorted(parts.items())
                 )
             tokens_B = before.tokens_B + positions.count_B.to(before.tokens_B.device)

@@ -1,52 +1,341 @@
-"""Which ways to decode a pruned model can follow."""
+"""Decoding: rows, each a (prompt, method) pair, that go on together, freely or along a given text.
+
+Dimensions: B = rows of a batch, T = tokens of a row in one step, P = columns of the KV cache, N = tokens that a refresh
+reads again, V = vocabulary.
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from transformers.generation import GenerationMode
+import torch
+from torch import Tensor
 
-# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are
-# rows with the same experts, so swapping them is harmless.
-_DECODINGS = {
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-}
+from griffin.activations import ActivationStatistic, PrefillChunk, Recorded, newest
+from griffin.compensation import COMPENSATIONS
+from griffin.engine import Engine
+from griffin.executors import Experts
+from griffin.feedforward import FeedForwardBlock
+from griffin.method import Method
+from griffin.offloading import bring
+from griffin.prompt import PromptState, choose, wanted
+from griffin.refresh import WEIGHT, call_ends, next_refresh
 
 
-def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
-    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
+@dataclass(eq=False)
+class Row:
+    """A prompt that one method continues.
 
-    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
+    Attributes:
+        state: the prompt; with `refresh=experts`, also what was generated since.
+        method: how it is pruned.
+        experts: what it computes with; None: dense. Rows that share their experts have the same object.
+        seed: of random selections.
+        label: whatever tells the row from others, for whoever asked for it.
+        sharing: the rows that share its experts, itself included.
+        tokens: new tokens so far; the last one has not run yet.
+        ran: how many tokens of its continuation have run.
+        unread: those of them that have run pruned since its last refresh.
+    """
+
+    state: PromptState
+    method: Method
+    experts: Experts | None
+    seed: int = 0
+    label: Any = None
+    sharing: list[Row] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ran: int = 0
+    unread: list[Tensor] = field(default_factory=list)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether some of its steps are dense ones."""
+        return self.method.refresh != "none" and self.experts is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether its next step is a dense one."""
+        return self.refreshes and self.ran >= next_refresh(self.ran - sum(len(ids) for ids in self.unread))
+
+
+def begin(
+    engine: Engine, states: Sequence[PromptState], method: Method, seed: int = 0, labels: Sequence[Any] = (None,)
+) -> list[Row]:
+    """The row of a prompt under a method, with its experts; or those of several prompts that share one set of experts.
+
+    Rows that share their experts must run in one batch.
+    """
+    experts = choose(engine, states, method, seed)
+    rows = [Row(state, method, experts, seed, label) for state, label in zip(states, labels, strict=True)]
+    for row in rows:
+        row.sharing = rows
+    return rows
+
+
+class Batch:
+    """Rows that run together. They may come and go; where the engine is compiled, they all come first and stay.
 
     Args:
-        default: the model's generation config.
-        given: the one passed to `generate`, or None.
-        kwargs: the other arguments of `generate`.
-        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
-
-    Raises:
-        ValueError: names the option.
+        engine: the model.
+        rows: the most rows at a time.
+        longest: tokens of the longest prompt.
+        room: the most tokens that a row is continued by.
+        waiting: whether more rows will come when some have ended.
     """
-    merged = copy.deepcopy(default)
-    for options in (vars(given) if given is not None else {}, kwargs):
-        for name, value in options.items():
-            if value is not None and hasattr(merged, name):
-                setattr(merged, name, value)
 
-    if merged.use_cache is False:
-        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
-    if merged.guidance_scale not in (None, 1):
-        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
-    if kwargs.get("custom_generate") is not None:
-        raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    for name in ("num_beams", "num_return_sequences"):
-        if one_text and (getattr(merged, name) or 1) > 1:
-            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
-    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
-    if decoding not in _DECODINGS:
-        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
-        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
+    def __init__(self, engine: Engine, rows: int, longest: int, room: int, *, waiting: bool = False) -> None:
+        self.rows: list[Row] = []
+        self._engine, self._most, self._room = engine, rows, room
+        # Where rows wait, as many columns more: the batch is moved back once in so many tokens.
+        self._columns = longest + (2 * room if waiting else room)
+        self._cache = engine.decoding_cache(rows, self._columns)
+        self._begins: list[int] = []  # the first column of each row
+        self._end = 0
+        self._changed = True
+
+    @property
+    def free(self) -> int:
+        """How many more rows there is room for."""
+        return self._most - len(self.rows)
+
+    def add(self, row: Row) -> None:
+        """Take in a row: its prompt's KV cache is copied, and no longer held by the row."""
+        length = row.state.length
+        longest = max([length, *(self._end - begin for begin in self._begins)])
+        if longest > self._end or self._end + self._room > self._columns:
+            self._cache.shift(len(self.rows), min(self._begins, default=self._end), self._end, longest)
+            self._begins = [begin + longest - self._end for begin in self._begins]
+            self._end = longest
+        assert row.state.cache is not None
+        self._cache.put(len(self.rows), row.state.cache, self._end)
+        row.state = row.state.without_cache()
+        self.rows.append(row)
+        self._begins.append(self._end - length)
+        self._changed = True
+
+    def remove(self, row: Row) -> None:
+        """Let a row go: the last one takes its place."""
+        place, last = self.rows.index(row), len(self.rows) - 1
+        if place != last:
+            self._cache.move(last, place, self._begins[last], self._end)
+        self.rows[place], self._begins[place] = self.rows[last], self._begins[last]
+        del self.rows[last], self._begins[last]
+        self._changed = True
+
+    @torch.no_grad()
+    def step(self, ids_BT: Tensor) -> Tensor:
+        """Run the next tokens of every row, [B, T]; returns their logits [B, T, V].
+
+        A row whose refresh is due runs dense, over all tokens since its last one.
+        """
+        due = {row: place for place, row in enumerate(self.rows) if row.due}
+        for row, ids_T in zip(self.rows, ids_BT, strict=True):
+            row.ran += len(ids_T)
+            row.unread += [ids_T] if row.refreshes else []
+        logits: list[Tensor] = []
+        if len(due) < len(self.rows):
+            self._engine.load([row.experts for row in self.rows])
+            logits = list(self._forward(ids_BT))
+        self._end += ids_BT.shape[1]
+        if not due:
+            return torch.stack(logits) if len(logits) > 1 else logits[0].unsqueeze(0)
+        self._changed = True
+        read = {row: self._read_again(row, place) for row, place in due.items()}
+        for row in due:
+            if row.sharing[0] is row or row.sharing[0] not in due:
+                _renew(self._engine, {member: read[member][1] for member in row.sharing if member in read})
+        tokens = ids_BT.shape[1]
+        return torch.stack(
+            [read[row][0][-tokens:] if row in read else logits[place] for place, row in enumerate(self.rows)]
+        )
+
+    def _forward(self, ids_BT: Tensor) -> Tensor:
+        whole = self._cache.whole
+        begin = 0 if whole else min(self._begins)
+        if self._changed:
+            self._cache.show(len(self.rows), begin, self._end)
+            self._changed = False
+        begins_B1 = torch.tensor(self._begins, device=ids_BT.device).unsqueeze(1)
+        mask_BP = None
+        if any(other != begin for other in self._begins):
+            last = self._cache.columns if whole else self._end + ids_BT.shape[1]
+            mask_BP = (torch.arange(begin, last, device=ids_BT.device) >= begins_B1).long()
+        positions_BT = self._end - begins_B1 + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return self._engine.forward(ids_BT, self._cache, mask_BP=mask_BP, positions_BS=positions_BT)
+
+    def _read_again(self, row: Row, place: int) -> tuple[Tensor, Recorded]:
+        """Run a row's tokens since its last refresh dense, instead of how they ran.
+
+        Returns:
+            Their logits [N, V], and what was recorded of them.
+        """
+        ids_1N = torch.cat(row.unread).unsqueeze(0)
+        count, row.unread = ids_1N.shape[1], []
+        cache = self._cache.row(place, self._begins[place], self._end - count)
+        first = self._end - count - self._begins[place]
+        positions_1N = torch.arange(first, first + count, device=ids_1N.device).unsqueeze(0)
+        learns = row.method.refresh == "compensation"
+        statistics = [_fresh] if learns else wanted([row.method])
+        engine = self._engine
+        with engine.recording(statistics, row.state.recorded, 1, count, None, WEIGHT) as recorder:
+            logits_1NV = engine.dense(ids_1N, cache, positions_BS=positions_1N)
+        if not learns:
+            row.state = row.state.extended(row.tokens[row.ran - count : row.ran], recorder.recorded)
+        return logits_1NV[0], recorder.recorded
+
+
+def _fresh_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
+    """[B, N, D]: z[b, t, :] / ||z[b, t, :]||, times the root of what a token counts as."""
+    scale: float = chunk.positions.weight**0.5
+    return scale * chunk.relative_BSD
+
+
+_fresh = ActivationStatistic(_fresh_activations, join=newest)
+
+
+def _renew(engine: Engine, read: dict[Row, Recorded]) -> None:
+    """New experts, or corrections that have learned more, for rows that share them and have just been read again."""
+    row, *_ = read
+    experts = row.experts
+    assert experts is not None
+    if row.method.refresh == "experts":
+        experts = choose(engine, [member.state for member in row.sharing], row.method, row.seed)
+    else:
+        compensation = COMPENSATIONS[row.method.compensation]
+        assert compensation is not None
+        assert compensation.learn is not None
+        learned = []
+        for layer, (block, neurons_K) in enumerate(zip(engine.blocks, experts.neurons, strict=True)):
+            before = experts.corrections[layer]
+            if before:
+                fresh_ND = torch.cat([recorded.totals[_fresh][layer][0] for recorded in read.values()])
+                bring(block)
+                before = (*before, compensation.learn(before, fresh_ND, block, neurons_K))
+            learned.append(before)
+        experts = Experts(experts.neurons, tuple(learned))
+    for member in row.sharing:
+        member.experts = experts
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are generated.
+
+    Attributes:
+        limit: the most new tokens of a row.
+        pick: (rows, float32 logits [B, V]) -> the next token of each row [B].
+        ended: whether a row that got its newest token is done.
+    """
+
+    limit: int
+    pick: Callable[[Sequence[Row], Tensor], Tensor]
+    ended: Callable[[Row], bool]
+
+
+def greedy(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+    """The most likely token of each row [B]."""
+    return logits_BV.argmax(dim=-1)
+
+
+def decode(
+    engine: Engine, rows: Iterable[Row], count: int, most: int, longest: int, generation: Generation
+) -> Iterator[Row]:
+    """Generate: every row's `tokens` grow until it has ended. The one loop behind all generated text.
+
+    Args:
+        engine: the model.
+        rows: the rows, taken one by one when there is room for them, so that their prompts run no sooner.
+        count: how many they are.
+        most: how many run at a time. Those that have ended make room for others, unless the engine is compiled.
+        longest: tokens of the longest prompt.
+        generation: how tokens are picked, and until when.
+
+    Yields:
+        Each row as it ends.
+    """
+    coming = iter(rows)
+    batch = Batch(engine, min(most, count), longest, generation.limit, waiting=count > most)
+    ended: set[Row] = set()  # rows of a compiled batch whose tokens are discarded
+
+    def grow(rows: Sequence[Row], logits_BV: Tensor) -> Iterator[Row]:
+        for row, token in zip(rows, generation.pick(rows, logits_BV.float()).tolist(), strict=True):
+            if row in ended:
+                continue
+            row.tokens.append(token)
+            if len(row.tokens) == generation.limit or generation.ended(row):
+                if engine.compiled is None:
+                    batch.remove(row)
+                else:
+                    ended.add(row)
+                yield row
+
+    try:
+        while True:
+            arrived = []
+            while batch.free and (row := next(coming, None)) is not None:
+                batch.add(row)
+                arrived.append(row)
+            if arrived:
+                yield from grow(arrived, torch.stack([row.state.logits_TV[-1] for row in arrived]))
+            elif not batch.rows:
+                return
+            if len(ended) == len(batch.rows):
+                if batch.rows:  # compiled: they all ended together
+                    return
+                continue
+            latest_B1 = torch.tensor([row.tokens[-1:] for row in batch.rows], device=engine.device)
+            yield from grow(list(batch.rows), batch.step(latest_B1)[:, -1])
+    finally:
+        engine.use_dense()
+
+
+# -- along a given text -----------------------------------------------------------------------------------------------
+
+
+def score(engine: Engine, rows: Iterable[tuple[Row, Sequence[int]]], most: int) -> Iterator[tuple[Row, Tensor]]:
+    """Run rows along given continuations (teacher forcing).
+
+    Args:
+        engine: the model.
+        rows: each row with the tokens that follow its prompt, at least one.
+        most: how many run at a time.
+
+    Yields:
+        Each row with its logits [C, V] after each of these tokens, in the order of the rows.
+    """
+    try:
+        for batch_rows in _batches(rows, most):
+            width = max(len(ids) for _, ids in batch_rows)
+            # Padding on the right is behind all that is looked at.
+            ids_BC = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in batch_rows], device=engine.device)
+            batch = Batch(engine, len(batch_rows), max(row.state.length for row, _ in batch_rows), width)
+            for row, ids in batch_rows:
+                row.tokens = list(ids)
+                batch.add(row)
+            ends = call_ends(width) if any(row.refreshes for row, _ in batch_rows) else [0, width]
+            logits_BCV = torch.cat([batch.step(ids_BC[:, first:last]) for first, last in pairwise(ends)], dim=1)
+            for place, (row, ids) in enumerate(batch_rows):
+                yield row, logits_BCV[place, : len(ids)]
+    finally:
+        engine.use_dense()
+
+
+def _batches(rows: Iterable[tuple[Row, Sequence[int]]], most: int) -> Iterator[list[tuple[Row, Sequence[int]]]]:
+    """Rows in order, `most` at a time; those that are refreshed only beside rows of the same length."""
+    batch: list[tuple[Row, Sequence[int]]] = []
+    for row, ids in rows:
+        refreshed = row.refreshes or any(other.refreshes for other, _ in batch)
+        if batch and (len(batch) == most or (refreshed and len(ids) != len(batch[0][1]))):
+            yield batch
+            batch = []
+        batch.append((row, ids))
+    if batch:
+        yield batch

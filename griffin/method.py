@@ -48,9 +48,9 @@ class Method:
         ):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
-        for value in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
-            if not 0 <= value < 1:
-                raise ValueError(f"sparsity={value}: expected 0 <= sparsity < 1")
+        for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
+            if not 0 <= share < 1:
+                raise ValueError(f"sparsity={share}: expected 0 <= sparsity < 1")
         if isinstance(self.sparsity, tuple) and self.budget != "uniform" and not self.dense:
             raise ValueError(f"budget={self.budget!r} with a sparsity for each layer: expected one of the two")
         if self.refresh == "compensation" and self.compensation not in LEARNING:

@@ -1,15 +1,18 @@
 """The pruner: a context in which prompts run dense and what follows a prompt runs on the prompt's experts.
 
-Which of the two a forward call is follows from the KV cache, never from the length of its input: an empty cache
-begins a new prompt; inside `model.generate` the prompt lasts until the cache holds all of its tokens, however it
-is chunked; outside of it, until the first call has been made, or for as long as `Pruner.prefill()` lasts.
+It is an adapter: `model.generate`, in any of its ways to decode, and plain forward calls go on working. Which of the two
+a forward call is follows from the KV cache, never from the length of its input: an empty cache begins a new prompt;
+inside `model.generate` the prompt lasts until the cache holds all of its tokens, however it is chunked; outside of it,
+until the first call has been made, or for as long as `Pruner.prefill()` lasts. With `refresh`, `model.generate` runs
+our own decoding loop.
 
-Dimensions: B = batch rows, S = positions of one forward call, D = FF width, K = kept neurons.
+Dimensions: B = rows of a batch, S = positions of one forward call, D = FF width, K = kept neurons, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,26 +21,33 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from griffin.budgets import kept_per_layer
-from griffin.compensation import COMPENSATIONS
-from griffin.decoding import refuse_decoding
-from griffin.experts import choose_experts, corrections, prompt_digests
-from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.gathering import Gatherer
-from griffin.modes import MODES, work
+from griffin.activations import Recorded, Recorder
+from griffin.decoding import Generation, Row, begin, decode
+from griffin.engine import Engine, refuse_uncroppable
+from griffin.executors import MODES, Experts
+from griffin.feedforward import FeedForwardBlock, UnsupportedModelError
+from griffin.method import Method
 from griffin.offloading import Offload
-from griffin.own_text import gathered_over_own_text
-from griffin.refit import Refit
-from griffin.refresh import REFRESHES, WEIGHT, Rereading
-from griffin.selection import SELECTIONS
+from griffin.prompt import choose_from, draws, prefill, prompt_digest, score_neurons, wanted
+from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
 
+# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
+# with the same experts, so swapping them is harmless.
+_DECODINGS = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
+
 
 @dataclass
-class _Generation:
+class _Call:
     """What `model.generate` knows of a running call and the forward calls do not."""
 
     prompt_length: int  # positions, padding and earlier turns included
@@ -46,83 +56,52 @@ class _Generation:
 
 
 class Pruner:
-    """Prunes the FF blocks of a model per prompt. Use `griffin.prune` to make one, and it as a context manager."""
+    """Prunes the FF blocks of a model per prompt. Use `griffin.prune` to make one, and it as a context manager.
+
+    Attributes:
+        blocks: the FF blocks, in layer order.
+        kept: how many neurons each layer keeps.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        sparsity: float | Sequence[float],
-        statistic: str,
-        selection: str,
-        mode: str,
-        shared_experts: bool,
-        seed: int,
-        compensation: str,
-        budget: str,
-        refresh: str,
-        offload_dense: bool,
-        compiled: bool,
+        self, model: nn.Module, method: Method, mode: str, *, shared_experts: bool, seed: int, offload_dense: bool
     ) -> None:
-        for key, value, allowed in (
-            ("statistic", statistic, STATISTICS),
-            ("selection", selection, SELECTIONS),
-            ("mode", mode, MODES),
-            ("compensation", compensation, COMPENSATIONS),
-            ("refresh", refresh, REFRESHES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
-        self.model: Any = model
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
         if offload_dense and mode != "compact":
             raise ValueError(
                 f"offload_dense=True with mode={mode!r}: expected 'compact', which needs dense weights for prompts only"
             )
-        self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model)
-        self.kept: list[int] = kept_per_layer([block.width for block in self.blocks], sparsity, budget)
-        self.statistic = STATISTICS[statistic]
-        if self.statistic.hindsight:
-            raise ValueError(f"statistic={statistic!r} knows what comes after the prompt: it cannot generate")
-        self.compensation = COMPENSATIONS[compensation]
-        if refresh == "compensation" and (self.compensation is None or self.compensation.learn is None):
-            learning = [name for name, one in COMPENSATIONS.items() if one is not None and one.learn is not None]
-            raise ValueError(
-                f"refresh={refresh!r} with compensation={compensation!r}, which cannot go on learning: expected "
-                f"compensation={', '.join(learning)}"
-            )
-        self.selection = selection
-        self.mode = mode
-        self.shared_experts = shared_experts
-        self.seed = seed
-
+        if STATISTICS[method.statistic].oracle:
+            raise ValueError(f"statistic={method.statistic!r} knows what comes after the prompt: it cannot generate")
+        self.model: Any = model
+        self._engine = Engine(model, mode=mode)
+        self.blocks: list[FeedForwardBlock] = self._engine.blocks
+        self.kept = method.kept(self._engine.widths)
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
             )
-        self._draws = self.statistic.random or selection != "topk"
-        self._gatherer = Gatherer(
-            self.blocks, [self.statistic.gathering, self.compensation.gathering if self.compensation else None]
-        )
-        self._own_text: list[Tensor] | None = None
-        self._offload = Offload(model) if offload_dense else None
-        self._compiled = compiled
-        self._work = work(mode, self.blocks, compiled=compiled)
         # Where nothing is dropped there is nothing to refresh, and decoding stays dense to the bit.
-        dropping = any(kept < block.width for kept, block in zip(self.kept, self.blocks, strict=True))
-        self._refreshes = refresh != "none" and dropping
-        self._learns = refresh == "compensation" and dropping
-        self._rereading = Rereading(model, self)
-        self._refit: Refit | None = None
+        self._refreshes = method.refresh != "none" and self.kept != self._engine.widths
+        if self._refreshes:
+            refuse_uncroppable(model)
+        self.method, self.mode, self.seed = method, mode, seed
+        self._shared = shared_experts or mode == "compact"
+        self._shared_experts = shared_experts
+        self._offload = Offload(model) if offload_dense else None
         self._signature = inspect.signature(model.forward)
         self._root_hooks: list[Any] = []
-        self._generation: _Generation | None = None
+        self._recorder = Recorder(self.blocks, wanted([method]))
+        self._call: _Call | None = None
         self._in_prefill = False
+        self._own_loop = False
         # The cache after the last call and the positions in it, so that the next call is known to continue it.
         self._cache: ReferenceType[Any] | None = None
         self._positions = 0
-        self._phase: Literal["none", "prompt", "generation"] = "none"
         self._forget_prompt()
 
-    # -- the context ----------------------------------------------------------------------------------------------
+    # -- the context --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Pruner:
         if self.model in _pruned_models:
@@ -130,8 +109,7 @@ class Pruner:
         with contextlib.ExitStack() as entered:
             if self._offload is not None:
                 entered.enter_context(self._offload)
-            if self.statistic.own_text and self.statistic.gathering is not None:
-                self._own_text = gathered_over_own_text(self.model, self.blocks, self.statistic.gathering)
+            prepare(self._engine, [self.method])
             self._entered = entered.pop_all()
         _pruned_models.add(self.model)
         uncompiled: Any = torch.compiler.disable  # a compiled model runs the hooks as they are
@@ -140,8 +118,6 @@ class Pruner:
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(after),
         ]
-        if self._refreshes:
-            self._rereading.attach()
         self._own_generate = vars(self.model).get("generate")
         if hasattr(self.model, "generate"):  # a decoder without its language modelling head has none
             self._dense_generate = self.model.generate
@@ -149,11 +125,8 @@ class Pruner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._work.detach()
-        self._work = work(self.mode, self.blocks, compiled=self._compiled)  # what the old one holds can go
-        self._gatherer.detach()
-        self._rereading.detach()
-        self.stop()
+        self._engine.unload()
+        self._recorder.detach()
         for hook in self._root_hooks:
             hook.remove()
         vars(self.model).pop("generate", None)  # uncovers the class's own
@@ -166,24 +139,14 @@ class Pruner:
 
     @contextlib.contextmanager
     def prefill(self) -> Iterator[None]:
-        """Forward calls in this context are stretches of one prompt: for chunked prefill outside `generate`."""
+        """Forward calls in this context are chunks of one prompt: for chunked prefill outside `generate`."""
         self._in_prefill = True
         try:
             yield
         finally:
             self._in_prefill = False
 
-    def prepare(self) -> None:
-        """Choose the prompt's experts and put them to work now, instead of in the next generation call.
-
-        Raises:
-            RuntimeError: no prompt has run yet.
-        """
-        if self._phase == "none":
-            raise RuntimeError("no prompt has run yet")
-        self._continue_generation(self._rows)
-
-    # -- what was chosen ------------------------------------------------------------------------------------------
+    # -- what was chosen ----------------------------------------------------------------------------------------------
 
     @property
     def scores(self) -> list[Tensor]:
@@ -193,8 +156,15 @@ class Pruner:
             RuntimeError: no prompt has run yet.
         """
         self._choose()
-        assert self._scores is not None
-        return self._scores
+        statistic = STATISTICS[self.method.statistic]
+        groups = self._groups
+        if statistic.activations is None and not statistic.random:
+            groups = groups[:1]
+        each = [
+            score_neurons(self._engine, [one for one, _ in group], [digest for _, digest in group], self.method, self.seed)
+            for group in groups
+        ]
+        return [torch.cat(layer) for layer in zip(*each, strict=True)]
 
     @property
     def experts(self) -> list[Tensor]:
@@ -204,10 +174,21 @@ class Pruner:
             RuntimeError: no prompt has run yet.
         """
         self._choose()
-        assert self._experts is not None
-        return self._experts
+        chosen = self._chosen[: len(self._groups)]
+        statistic = STATISTICS[self.method.statistic]
+        if statistic.activations is None and not draws(self.method):
+            chosen = chosen[:1]
+        return [
+            torch.stack(
+                [
+                    torch.arange(block.width, device=self.model.device) if one is None else one.neurons[layer]
+                    for one in chosen
+                ]
+            )
+            for layer, block in enumerate(self.blocks)
+        ]
 
-    # -- phases ---------------------------------------------------------------------------------------------------
+    # -- phases -------------------------------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
@@ -218,19 +199,31 @@ class Pruner:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             raise ValueError("generate needs a prompt: pass input_ids or inputs_embeds")
+        if self._refreshes:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("refresh needs input_ids: what was generated is read again")
+            self._refuse_batch(inputs.shape[0])
+            streamer = kwargs.get("streamer")
+
+            # `generate` calls it as it calls its own decoding methods, with everything prepared.
+            def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+                return self._refreshed(input_ids, streamer, **prepared)
+
+            return self._dense_generate(*args, **kwargs, custom_generate=loop)
         mask = kwargs.get("attention_mask")
         length = inputs.shape[1] if mask is None else mask.shape[1]
-        self._generation = _Generation(length, inputs.shape[0], mask)
+        self._call = _Call(length, inputs.shape[0], mask)
         try:
             return self._dense_generate(*args, **kwargs)
         finally:
-            self._generation = None
+            self._call = None
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._own_loop:
+            return
         call = self._signature.bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
-        inputs = call.get("input_ids")
-        ids = inputs
+        ids = inputs = call.get("input_ids")
         if inputs is None:
             inputs = call.get("inputs_embeds")
         if inputs is None:
@@ -239,12 +232,11 @@ class Pruner:
         cached = 0 if cache is None else int(cache.get_seq_length())
         rows, positions = inputs.shape[:2]
 
-        if self._generation is not None:
-            in_prompt = cached < self._generation.prompt_length
+        if self._call is not None:
+            in_prompt = cached < self._call.prompt_length
         else:
             in_prompt = cached == 0 or self._in_prefill
         if in_prompt:
-            self._rereading.end()
             known = self._cache is None or self._cache() is cache
             if cached == 0 or cached != self._positions or not known:
                 self._begin_prompt(rows)  # a cache filled elsewhere begins a new prompt too
@@ -258,82 +250,60 @@ class Pruner:
         self._cache = None if cache is None else ref(cache)
 
     def _forget_prompt(self) -> None:
-        self._phase = "none"
+        self._phase: Literal["none", "prompt", "generation"] = "none"
         self._rows = 0
         self._rows_per_prompt = 1  # beams, or several returned sequences
-        self._refit = None
-        self._lengths_B: Tensor | None = None
-        self._digests: list[int] = []
-        self._gatherer.reset()
-        self._scores: list[Tensor] | None = None
-        self._experts: list[Tensor] | None = None
+        self._ids: list[list[int]] = []
+        # Of each prompt, or of all that share their experts together: what was recorded, and its digest.
+        self._groups: list[list[tuple[Recorded, int]]] = []
+        self._chosen: list[Experts | None] = []
 
-    def _begin_prompt(self, rows: int) -> None:
-        prompts = self._generation.prompts if self._generation is not None else rows
-        if self.mode == "compact" and prompts > 1 and not self.shared_experts:
+    def _refuse_batch(self, prompts: int) -> None:
+        if self.mode == "compact" and prompts > 1 and not self._shared_experts:
             raise ValueError(
                 f"mode='compact' holds one expert set and the batch has {prompts} prompts: "
                 "use mode='masked', or shared_experts=True"
             )
+
+    def _begin_prompt(self, rows: int) -> None:
+        prompts = self._call.prompts if self._call is not None else rows
+        self._refuse_batch(prompts)
         self._forget_prompt()
         self._rows = rows
         self._rows_per_prompt = rows // prompts
-        self._digests = [0] * rows
+        self._ids = [[] for _ in range(rows)]
+        self._recorder.begin(Recorded(torch.zeros(rows, dtype=torch.int64, device=self.model.device)))
 
-    def _continue_prompt(
-        self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None, weight: float = 1.0
-    ) -> None:
+    def _continue_prompt(self, rows: int, positions: int, ids: Tensor | None, valid_BS: Tensor | None) -> None:
         if rows != self._rows:
-            raise ValueError(f"the prompt has {self._rows} rows and its next stretch {rows}")
-        self._work.detach()
-        self._gatherer.expect(rows, positions, valid_BS, self.model.device, weight)
-        self._gatherer.attach()
+            raise ValueError(f"the prompt has {self._rows} rows and its next chunk {rows}")
+        self._engine.use_dense()
+        self._recorder.expect(rows, positions, valid_BS)
+        self._recorder.attach()
         self._phase = "prompt"
-        self._scores = self._experts = None
-        lengths_B = torch.full((rows,), positions) if valid_BS is None else valid_BS.sum(dim=1)
-        self._lengths_B = lengths_B if self._lengths_B is None else self._lengths_B + lengths_B.to(self._lengths_B)
-        if self._draws:
+        self._groups, self._chosen = [], []
+        if draws(self.method):
             if ids is None:
                 raise ValueError("random statistics and selections need input_ids: their seed is the prompt")
-            self._digests = prompt_digests(ids, valid_BS, self._digests)
+            for row, known in enumerate(self._ids):
+                known += (ids[row] if valid_BS is None else ids[row][valid_BS[row].to(ids.device)]).tolist()
 
     def _continue_generation(self, rows: int) -> None:
         if self._phase == "none":
             raise ValueError("the KV cache was filled before pruning began: run the prompt inside the context")
         if self._phase == "generation":
             return
+        if self._refreshes:
+            raise ValueError(f"refresh={self.method.refresh!r} works within model.generate: it runs a loop of its own")
         self._choose()
-        assert self._experts is not None
-        self._gatherer.detach()
-        shared = self.shared_experts or self.mode == "compact"
-        prompts = self._rows // self._rows_per_prompt if shared else None
-        added = corrections(self.blocks, self._gatherer, self.compensation, self._experts, prompts, fits=self._learns)
-        if not shared and rows != self._rows:
+        self._recorder.detach()
+        if not self._shared and rows != self._rows:
             raise ValueError(f"the prompt has {self._rows} rows and its continuation {rows}")
-        if self._learns and self.compensation is not None:
-            added = iter(kept := list(added))
-            self._refit = Refit(self.blocks, self._work, self.compensation, self._experts, kept, shared=shared)
-        self._work.attach(self._experts, added)
-        self._phase = "generation"
-        if self._refreshes and not self._rereading.active:
-            self._rereading.begin()
-
-    def read(self, ids_BN: Tensor, counted_BN: Tensor | None) -> None:
-        """For `Rereading`: the coming call is dense, and reads what was generated."""
-        if self._refit is not None:
-            self._refit.read(ids_BN, counted_BN)
+        if self._shared:
+            self._engine.load([self._chosen[0]] * rows)
         else:
-            self._continue_prompt(ids_BN.shape[0], ids_BN.shape[1], ids_BN, counted_BN, WEIGHT)
-
-    def renew(self) -> None:
-        """For `Rereading`: it has been read. New experts are chosen by the next generation call, as after a prompt."""
-        if self._refit is not None:
-            self._refit.renew()
-
-    def stop(self) -> None:
-        """For `Rereading`: read no more."""
-        if self._refit is not None:
-            self._refit.stop()
+            self._engine.load([experts for experts in self._chosen for _ in range(self._rows_per_prompt)])
+        self._phase = "generation"
 
     def _valid_positions(self, call: dict[str, Any], cached: int, rows: int, positions: int) -> Tensor | None:
         """[B, S] bool, False where this call's tokens are padding; None where there is none."""
@@ -342,7 +312,7 @@ class Pruner:
             return None
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             # `generate` has built the masks of a static cache by now; the caller's own tells the padding.
-            mask = self._generation.padding_mask if self._generation is not None else None
+            mask = self._call.padding_mask if self._call is not None else None
             if mask is None:
                 raise ValueError("padding is read from a 2-D attention_mask: pass one")
             mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
@@ -352,27 +322,116 @@ class Pruner:
             )
         return mask[:, cached : cached + positions].bool()
 
-    # -- the experts at work --------------------------------------------------------------------------------------
-
     def _choose(self) -> None:
-        """Scores and experts of the prompt, once it is complete."""
-        if self._experts is not None:
+        """The experts of the prompt, once it is complete."""
+        if self._chosen:
             return
         if self._phase == "none":
             raise RuntimeError("no prompt has run yet")
-        assert self._lengths_B is not None
-        shared = self.shared_experts or self.mode == "compact"
-        self._scores, self._experts = choose_experts(
-            self.blocks,
-            self._gatherer,
-            self.statistic,
-            self.selection,
-            self.kept,
-            self._digests,
-            self.seed,
-            self._lengths_B[:: self._rows_per_prompt] if shared else None,
-            self._own_text,
-        )
+        recorded = self._recorder.recorded
+        prompts = [
+            (recorded.row(row, recorded.columns), prompt_digest(self._ids[row]))
+            for row in range(0, self._rows, self._rows_per_prompt)
+        ]
+        self._groups = [prompts] if self._shared else [[prompt] for prompt in prompts]
+        for group in self._groups:
+            found, digests = [one for one, _ in group], [digest for _, digest in group]
+            digests = digests if draws(self.method) else []
+            self._chosen.append(choose_from(self._engine, found, found, digests, self.method, self.seed))
+
+    # -- refresh ------------------------------------------------------------------------------------------------------
+
+    def _refreshed(
+        self,
+        ids_BS: Tensor,
+        streamer: Any,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """A decoding method of `model.generate`: our loop, with its logits processors, stopping criteria and streamer."""
+        engine, mask = self._engine, model_kwargs.get("attention_mask")
+        prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(ids_BS)]
+        texts_BS = ids_BS
+        ended: set[int] = set()
+
+        def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+            nonlocal texts_BS
+            places_B = torch.tensor([row.label for row in rows], device=ids_BS.device)
+            scores_BV = logits_processor(texts_BS[places_B], logits_BV.to(copy=True))
+            if generation_config.do_sample:
+                tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens_B = scores_BV.argmax(dim=-1)
+            padding = generation_config._pad_token_tensor if len(rows) < len(texts_BS) else tokens_B[0]
+            newest_B = padding.to(tokens_B).expand(len(texts_BS)).clone()
+            newest_B[places_B] = tokens_B
+            texts_BS = torch.cat([texts_BS, newest_B.unsqueeze(1)], dim=1)
+            if streamer is not None:
+                streamer.put(newest_B.cpu())
+            done_B = stopping_criteria(texts_BS[places_B], None)
+            ended.update(row.label for row, done in zip(rows, done_B.tolist(), strict=True) if done)
+            return tokens_B
+
+        self._own_loop = True
+        try:
+            states = [prefill(engine, [ids.tolist()], wanted([self.method]))[0] for ids in prompts]
+            groups = [states] if self._shared else [[state] for state in states]
+            labels = iter(range(len(states)))
+            rows = [
+                row
+                for group in groups
+                for row in begin(engine, group, self.method, self.seed, [next(labels) for _ in group])
+            ]
+            limit = generation_config.max_length - ids_BS.shape[1]
+            generation = Generation(limit, pick, lambda row: row.label in ended)
+            longest = max(len(ids) for ids in prompts)
+            for _ in decode(engine, rows, len(rows), len(rows), longest, generation):
+                pass
+        finally:
+            self._own_loop = False
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=texts_BS)
+        return texts_BS
+
+
+def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
+    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
+
+    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
+
+    Args:
+        default: the model's generation config.
+        given: the one passed to `generate`, or None.
+        kwargs: the other arguments of `generate`.
+        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
+
+    Raises:
+        ValueError: names the option.
+    """
+    merged = copy.deepcopy(default)
+    for options in (vars(given) if given is not None else {}, kwargs):
+        for name, value in options.items():
+            if value is not None and hasattr(merged, name):
+                setattr(merged, name, value)
+
+    if merged.use_cache is False:
+        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
+    if merged.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("custom_generate is not supported: its forward calls are unknown")
+    for name in ("num_beams", "num_return_sequences"):
+        if one_text and (getattr(merged, name) or 1) > 1:
+            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
+    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
+    if decoding not in _DECODINGS:
+        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
+        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
 
 
 def prune(
@@ -388,7 +447,6 @@ def prune(
     budget: str = "uniform",
     refresh: str = "none",
     offload_dense: bool = False,
-    compiled: bool = False,
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -412,34 +470,23 @@ def prune(
         seed: of random statistics and selections; a prompt draws the same in any batch.
         compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`; not in the paper.
         budget: how the layers share what is kept, one of `BUDGETS`; not in the paper.
-        refresh: what follows the text that is generated, one of `REFRESHES`; not in the paper.
+        refresh: what follows the text that is generated, one of `REFRESHES`; not in the paper. It works within
+            `model.generate`, one text a prompt, for models whose KV cache can be cropped.
         offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
             and their compaction; for `compact` only, and to the bit the same. See `Offload`.
-        compiled: the model's call is going to be compiled, so `compact` always copies the kept neurons' weights into
-            buffers of one shape. Otherwise, on a CPU, it reads them where they are, which is faster uncompiled.
 
     Returns:
         The context manager; entering it gives itself.
 
     Raises:
         ValueError: an argument is out of range.
-        UnsupportedModelError: the model has an FF block that cannot be pruned.
+        UnsupportedModelError: the model has an FF block that cannot be pruned, or, with `refresh`, a KV cache that
+            cannot be cropped.
 
     Source:
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    return Pruner(
-        model,
-        sparsity,
-        statistic,
-        selection,
-        mode,
-        shared_experts,
-        seed,
-        compensation,
-        budget,
-        refresh,
-        offload_dense,
-        compiled,
-    )
+    amount = sparsity if isinstance(sparsity, int | float) else tuple(sparsity)
+    method = Method(statistic, selection, amount, compensation, budget, refresh)
+    return Pruner(model, method, mode, shared_experts=shared_experts, seed=seed, offload_dense=offload_dense)

@@ -1,11 +1,10 @@
 """The selection statistics: how much each FF neuron matters for this prompt.
 
-A statistic maps the activations of a prompt [B, S, D], with padding marked, and the block's weights to scores
-[B, D]: `STATISTICS[name](z_BSD, block, counted_BS)`. It is made of pure functions: what it gathers of each stretch of
-a prompt (see `griffin.gathering`), and `score`, which turns what was gathered into scores. Static statistics gather
-nothing. Adding one is writing one function, or two, and one line of `STATISTICS`.
+A statistic is made of pure functions: `activations` says what is recorded of a prompt while it runs dense (see
+`griffin.activations`), and `score` turns that into one number per neuron. Static statistics record nothing. Adding one
+is writing one function, or two, and one line of `STATISTICS`.
 
-Dimensions: B = batch rows, S = positions, D = FF width.
+Dimensions: B = rows of a batch, S = positions, D = FF width.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from griffin.activations import ActivationStatistic, PrefillChunk, TokenPositions, unit_rows
 from griffin.feedforward import FeedForwardBlock
-from griffin.gathering import Gathering, Places, Stretch, unit_rows
 
 # Tokens after which a token counts half in `recency`.
 _HALF_LIFE = 128
@@ -29,15 +28,16 @@ class Evidence:
 
     Attributes:
         block: the block, with its weights.
-        total: what the statistic's gathering came to over the prompt, B first; None without a gathering.
+        total: what the statistic's activations came to over the prompt, B first; None where it records none.
         draw_BD: uniform numbers that depend on the prompt and the layer only; None unless the statistic is random.
-        own_text: what the gathering came to over text that the model wrote by itself, [1, ..]; None unless asked for.
+        self_generated: what the same activations came to over text that the model wrote by itself, [1, ..]; None
+            unless the statistic asks for it.
     """
 
     block: FeedForwardBlock
     total: Tensor | None = None
     draw_BD: Tensor | None = None
-    own_text: Tensor | None = None
+    self_generated: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Statistic:
 
     Attributes:
         score: evidence -> scores_BD, float32, larger means kept first; [1, D] where it is static.
-        gathering: what is collected of the prompt; None for a statistic that does not read activations.
+        activations: what is recorded of the prompt; None for a statistic that does not read activations.
         random: whether `score` needs `draw_BD`.
-        own_text: whether `score` needs to know the same of the model's own text (see `griffin.own_text`).
-        hindsight: whether the gathering is of the tokens after the prompt: a bound for analysis, not a method, since
-            it needs to know the dense continuation before the experts that generate it.
+        self_generated: whether `score` needs the same of the model's own text (see `griffin.self_generated`).
+        oracle: whether it reads the tokens after the prompt instead. Such a statistic is a bound for analysis and not a
+            method, since it must know the dense continuation before the experts that generate it.
     """
 
     score: Callable[[Evidence], Tensor]
-    gathering: Gathering | None = None
+    activations: ActivationStatistic | None = None
     random: bool = False
-    own_text: bool = False
-    hindsight: bool = False
+    self_generated: bool = False
+    oracle: bool = False
 
     def __call__(
         self,
@@ -65,7 +65,7 @@ class Statistic:
         block: FeedForwardBlock,
         counted_BS: Tensor | None = None,
         draw_BD: Tensor | None = None,
-        own_text: Tensor | None = None,
+        self_generated: Tensor | None = None,
     ) -> Tensor:
         """Scores [B, D] float32, or [1, D] where static, of whole prompts.
 
@@ -74,78 +74,80 @@ class Statistic:
             block: the block that they come from.
             counted_BS: bool, False at padding; None: there is none.
             draw_BD: uniform numbers, for random statistics.
-            own_text: see `Evidence`.
+            self_generated: see `Evidence`.
         """
-        if counted_BS is None:
-            counted_BS = torch.ones(z_BSD.shape[:2], dtype=torch.bool, device=z_BSD.device)
-        places = Places(counted_BS, counted_BS.new_zeros(len(counted_BS), dtype=torch.int64))
-        stretch = Stretch(z_BSD.float().masked_fill(~counted_BS.unsqueeze(-1), 0.0), places)
-        total = None if self.gathering is None else self.gathering.part(stretch, block)
-        return self.score(Evidence(block, total, draw_BD, own_text))
+        z_BSD = z_BSD.float()
+        if counted_BS is not None:
+            z_BSD = z_BSD.masked_fill(~counted_BS.unsqueeze(-1), 0.0)
+        rows, columns = z_BSD.shape[:2]
+        before_B = torch.zeros(rows, dtype=torch.int64, device=z_BSD.device)
+        chunk = PrefillChunk(z_BSD, TokenPositions(rows, columns, counted_BS, before_B))
+        total = None if self.activations is None else self.activations.part(chunk, block)
+        return self.score(Evidence(block, total, draw_BD, self_generated))
 
 
-# -- what is gathered of a stretch: [B, D] float32 each -----------------------------------------------------------
+# -- what is recorded of a chunk: [B, D] float32 each ------------------------------------------------------------------
 
 
-def squared_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def squared_relative_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """sum_t (z[b, t, j] / ||z[b, t, :]||)^2, a zero row counting as zero (arXiv 2404.01365)."""
-    return stretch.sum(stretch.relative_BSD.square())
+    return chunk.sum(chunk.relative_BSD.square())
 
 
-def squared_relative_contributions(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def squared_relative_contributions(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """sum_t (c[b, t, j] / ||c[b, t, :]||)^2 with c = z * ||Wd[:, j]||_2, the length of what a neuron writes."""
-    return stretch.sum(unit_rows(stretch.z_BSD * block.output_lengths.to(stretch.z_BSD.device)).square())
+    return chunk.sum(unit_rows(chunk.z_BSD * block.output_lengths.to(chunk.z_BSD.device)).square())
 
 
-def squares(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def squares(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """sum_t z[b, t, j]^2."""
-    return stretch.sum(stretch.z_BSD.square())
+    return chunk.sum(chunk.z_BSD.square())
 
 
-def magnitudes(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def magnitudes(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """sum_t |z[b, t, j]|."""
-    return stretch.sum(stretch.z_BSD.abs())
+    return chunk.sum(chunk.z_BSD.abs())
 
 
-def largest(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def largest(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """max_t |z[b, t, j]|."""
-    return stretch.z_BSD.abs().amax(dim=1)
+    return chunk.z_BSD.abs().amax(dim=1)
 
 
-def recent_squared_relative_activations(stretch: Stretch, block: FeedForwardBlock) -> Tensor:
+def recent_squared_relative_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """As `squared_relative_activations`, token t times 2^(-a / 128), a the number of tokens after it."""
-    places = stretch.places
-    after_BS = places.before_B.unsqueeze(1) + places.count_B.unsqueeze(1) - 1 - places.positions_BS
-    weights_BS = torch.exp2(-after_BS.to(stretch.z_BSD) / _HALF_LIFE)
-    return stretch.sum(stretch.relative_BSD.square() * weights_BS.unsqueeze(-1))
+    positions = chunk.positions
+    after_BS = positions.before_B.unsqueeze(1) + positions.count_B.unsqueeze(1) - 1 - positions.positions_BS
+    weights_BS = torch.exp2(-after_BS.to(chunk.z_BSD) / _HALF_LIFE)
+    return chunk.sum(chunk.relative_BSD.square() * weights_BS.unsqueeze(-1))
 
 
-# -- how stretches join, where they do not just add up ------------------------------------------------------------
+# -- how chunks join, where they do not just add up --------------------------------------------------------------------
 
 
-def larger(before_BD: Tensor, part_BD: Tensor, places: Places) -> Tensor:
-    """The largest over all stretches."""
+def larger(before_BD: Tensor, part_BD: Tensor, positions: TokenPositions) -> Tensor:
+    """The largest over all chunks."""
     return torch.maximum(before_BD, part_BD)
 
 
-def aged(before_BD: Tensor, part_BD: Tensor, places: Places) -> Tensor:
+def aged(before_BD: Tensor, part_BD: Tensor, positions: TokenPositions) -> Tensor:
     """What came before has aged by as many tokens as have come since."""
-    ages_B1 = torch.exp2(-places.count_B.to(before_BD) / _HALF_LIFE).unsqueeze(1)
+    ages_B1 = torch.exp2(-positions.count_B.to(before_BD) / _HALF_LIFE).unsqueeze(1)
     return before_BD * ages_B1 + part_BD
 
 
-# -- scores -------------------------------------------------------------------------------------------------------
+# -- scores ------------------------------------------------------------------------------------------------------------
 
 
 def root(evidence: Evidence) -> Tensor:
-    """The square root of what was gathered: an L2 norm over the prompt. With relative activations this is GRIFFIN's
+    """The square root of what was recorded: an L2 norm over the prompt. With relative activations this is GRIFFIN's
     own statistic, s[b, j] = || z[b, :, j] / ||z[b, t, :]|| ||_2 (arXiv 2404.01365)."""
     assert evidence.total is not None
     return evidence.total.sqrt()
 
 
-def gathered(evidence: Evidence) -> Tensor:
-    """What was gathered, as it is."""
+def recorded(evidence: Evidence) -> Tensor:
+    """What was recorded, as it is."""
     assert evidence.total is not None
     return evidence.total
 
@@ -173,8 +175,8 @@ def glass(evidence: Evidence) -> Tensor:
 
     A reconstruction from the description of GLASS (arXiv 2508.14302), not its code: equal weights, ranks from 1.
     """
-    assert evidence.own_text is not None
-    return _ranks(root(evidence)) + _ranks(evidence.own_text.to(_device(evidence)))
+    assert evidence.self_generated is not None
+    return _ranks(root(evidence)) + _ranks(evidence.self_generated.to(_device(evidence)))
 
 
 def magnitude(evidence: Evidence) -> Tensor:
@@ -198,20 +200,20 @@ def _device(evidence: Evidence) -> torch.device:
     return evidence.total.device
 
 
-_relative = Gathering(squared_relative_activations)
+_relative = ActivationStatistic(squared_relative_activations)
 
 STATISTICS: dict[str, Statistic] = {
     "griffin": Statistic(root, _relative),
     "magnitude": Statistic(magnitude),
-    "wanda": Statistic(wanda, Gathering(squares)),
+    "wanda": Statistic(wanda, ActivationStatistic(squares)),
     "random": Statistic(random, random=True),
     "impact": Statistic(impact, _relative),
     "joint": Statistic(joint, _relative),
-    "max": Statistic(gathered, Gathering(largest, join=larger)),
-    "mean_abs": Statistic(gathered, Gathering(magnitudes)),  # the sum ranks as the mean does
-    "recency": Statistic(root, Gathering(recent_squared_relative_activations, join=aged)),
-    "glass": Statistic(glass, _relative, own_text=True),
-    "oracle": Statistic(root, Gathering(squared_relative_contributions), hindsight=True),
+    "max": Statistic(recorded, ActivationStatistic(largest, join=larger)),
+    "mean_abs": Statistic(recorded, ActivationStatistic(magnitudes)),  # the sum ranks as the mean does
+    "recency": Statistic(root, ActivationStatistic(recent_squared_relative_activations, join=aged)),
+    "glass": Statistic(glass, _relative, self_generated=True),
+    "oracle": Statistic(root, ActivationStatistic(squared_relative_contributions), oracle=True),
 }
 
 

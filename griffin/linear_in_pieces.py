@@ -1,0 +1,67 @@
+"""Products of few tokens with a weight matrix, a piece of its rows at a time: a CPU's way to come near its memory's speed.
+
+A product of few tokens reads every weight once and does little else. On a CPU one large and flat product comes nowhere
+near the speed of memory; a stack of smaller ones, `torch.bmm`, is shared among threads better. So each linear layer of a
+model (attention, FF, output embedding) is multiplied in pieces, for dense and pruned alike. Of many tokens, and on
+other devices, one product makes the most.
+
+Dimensions: T = tokens, I = inputs, O = outputs, P = pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEW = 32  # tokens; of more, one product is as fast
+PIECES = 16
+
+
+def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[T, O]: `functional.linear`, up to rounding, in `PIECES` pieces; the rows that are left over are one more."""
+    outputs = len(weight_OI) // PIECES * PIECES
+    rows_PQI = weight_OI[:outputs].view(PIECES, -1, weight_OI.shape[1])
+    product_PTQ = torch.bmm(x_TI.expand(PIECES, -1, -1), rows_PQI.transpose(1, 2))
+    product_TO = product_PTQ.transpose(0, 1).flatten(1)
+    if outputs < len(weight_OI):
+        product_TO = torch.cat([product_TO, functional.linear(x_TI, weight_OI[outputs:])], dim=1)
+    return product_TO if bias_O is None else product_TO + bias_O
+
+
+@contextlib.contextmanager
+def linear_in_pieces(model: nn.Module) -> Iterator[None]:
+    """The model's linear layers multiply few tokens in pieces while the context lasts: in float32 on a CPU.
+
+    Layers with a forward of their own are left alone, and so are other devices and types: there nothing changes.
+
+    Args:
+        model: any module; results change by rounding only.
+    """
+    layers = [module for module in model.modules() if _plain(module)]
+    for module in layers:
+        vars(module)["forward"] = _forward(module)
+    try:
+        yield
+    finally:
+        for module in layers:
+            vars(module).pop("forward", None)  # uncovers the class's own
+
+
+def _plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        tokens = x.numel() // x.shape[-1]
+        if not 0 < tokens <= FEW or torch.is_autocast_enabled("cpu"):
+            return functional.linear(x, module.weight, module.bias)
+        return multiply(x.flatten(0, -2), module.weight, module.bias).view(*x.shape[:-1], -1)
+
+    return forward
