@@ -7,7 +7,6 @@ reads again, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any

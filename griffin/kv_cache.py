@@ -12,7 +12,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer

@@ -239,8 +239,9 @@ def corrections(
 def _same_length(totals: Sequence[Tensor]) -> Tensor:
     """[B, ..]: what is kept for the last tokens of a prompt [1, T, D] gets rows of zeros in front."""
     longest = max(total.shape[1] for total in totals)
-    return torch.cat([torch.nn.functional.pad(one, (0, 0, longest - one.shape[1], 0)) if one.dim() == 3 else one
-                      for one in totals])
+    return torch.cat(
+        [torch.nn.functional.pad(one, (0, 0, longest - one.shape[1], 0)) if one.dim() == 3 else one for one in totals]
+    )
 
 
 def prompt_digest(ids: Sequence[int]) -> int:

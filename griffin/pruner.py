@@ -161,7 +161,9 @@ class Pruner:
         if statistic.activations is None and not statistic.random:
             groups = groups[:1]
         each = [
-            score_neurons(self._engine, [one for one, _ in group], [digest for _, digest in group], self.method, self.seed)
+            score_neurons(
+                self._engine, [one for one, _ in group], [digest for _, digest in group], self.method, self.seed
+            )
             for group in groups
         ]
         return [torch.cat(layer) for layer in zip(*each, strict=True)]

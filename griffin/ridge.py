@@ -110,9 +110,7 @@ def ridge(total_1TD: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Corr
     return Correction(rows_TK, solution, fit=RidgeFit(rows_TK, inverse, penalty))
 
 
-def learn(
-    before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlock, experts_K: Tensor
-) -> Correction:
+def learn(before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Correction:
     """What comes on top of earlier corrections when more rows are learned with the same penalty and experts.
 
     The sum is the ridge solution of all rows together, at the cost of the new ones (recursive least squares).
