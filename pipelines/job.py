@@ -7,7 +7,6 @@ once.
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 import time
 import traceback
@@ -17,16 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import griffin
 from pipelines.batch_size import batch_size, evaluated
-from pipelines.config import ModelConfig, RunConfig, typed
+from pipelines.composition import Call, current_call
+from pipelines.config import RunConfig
+from pipelines.config_keys import typed
 from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
+from pipelines.model_config import ModelConfig
 from pipelines.records import Record, RunFolder, run_id
 from pipelines.sweeps.manifest import Point
 from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
@@ -60,27 +60,25 @@ def job(cfg: DictConfig) -> list[Outcome]:
 
     A single call waits for runs that another process holds; of a sweep's job they are the sweep's business.
     """
-    hydra = HydraConfig.get()
-    single = hydra.mode == RunMode.RUN
+    call = current_call()
     try:
         config = typed(cfg)
     except UserError as error:
-        found = [Outcome(" ".join(hydra.overrides.task), "", FAILED, reason=_told(error))]
+        found = [Outcome(" ".join(call.overrides), "", FAILED, reason=_told(error))]
     else:
-        experiment = hydra.runtime.choices.get("experiment")
-        found = attempt(config, experiment)
-        while single and (held := held_folders(found)):
+        found = attempt(config, call)
+        while call.single and (held := held_folders(found)):
             wait_for(held)
-            found = merged(found, attempt(config, experiment))
-    if single:
+            found = merged(found, attempt(config, call))
+    if call.single:
         outcomes.append(found)
     return found
 
 
-def attempt(config: RunConfig, experiment: str | None) -> list[Outcome]:
+def attempt(config: RunConfig, call: Call) -> list[Outcome]:
     """Evaluate every method of a configuration, and say what became of each."""
     try:
-        return run(config, experiment)
+        return run(config, call)
     except Exception as error:
         reason = _told(error)
     words = f"{config.task.name} {config.model.name}"
@@ -89,7 +87,7 @@ def attempt(config: RunConfig, experiment: str | None) -> list[Outcome]:
     return [Outcome(words, method.label, FAILED, reason=reason) for method in methods(config)]
 
 
-def run(config: RunConfig, experiment: str | None) -> list[Outcome]:
+def run(config: RunConfig, call: Call) -> list[Outcome]:
     """Evaluate every method of a configuration, skipping those that have a record or that another process holds.
 
     Raises:
@@ -120,7 +118,7 @@ def run(config: RunConfig, experiment: str | None) -> list[Outcome]:
         unfinished = {method: folder for method, folder in folders.items() if method not in states}
         if unfinished:
             try:
-                _evaluate(config, kind, items, unfinished, experiment)
+                _evaluate(config, kind, items, unfinished, call)
             except Exception as error:
                 reason = _told(error)
         for method, folder in unfinished.items():
@@ -148,9 +146,7 @@ def _told(error: Exception) -> str:
     return reason
 
 
-def _evaluate(
-    config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], experiment: str | None
-) -> None:
+def _evaluate(config: RunConfig, kind: ModuleType, items: Any, folders: dict[Method, RunFolder], call: Call) -> None:
     """Evaluate what is unfinished, and write each method's record when its last sample is there."""
     for method, folder in folders.items():
         folder.start(run_config(config, method), len(items))
@@ -175,7 +171,7 @@ def _evaluate(
         }
         media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
-        origin = {"data": data_digests(config), "command": _command()} | batch_size(samples[method])
+        origin = {"data": data_digests(config), "command": call.command} | batch_size(samples[method])
         records[method] = folders[method].finish(
             run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
         )
@@ -192,7 +188,7 @@ def _evaluate(
                     folder.path,
                     folder.run_id,
                     name=f"{what} {method.label}",
-                    group=config.wandb.group or experiment or f"{config.task.name}-{config.model.name}",
+                    group=config.wandb.group or call.experiment or f"{config.task.name}-{config.model.name}",
                     job_type=config.task.kind,
                     tags=config.tags,
                     config=run_config(config, method),
@@ -227,11 +223,6 @@ def _evaluate(
                 finish(method)
         for refusal in refusals.values():
             raise UserError(f"model={config.model.name}: {refusal}")  # the first: of one model they are alike
-
-
-def _command() -> str:
-    """The call of this job, as one would type it."""
-    return shlex.join(["python", "-m", "pipelines.run", *HydraConfig.get().overrides.task])
 
 
 def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:

@@ -21,9 +21,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import griffin
-from pipelines.config import ModelConfig
 from pipelines.errors import UserError, out_of_memory
 from pipelines.hub import prepare_hub
+from pipelines.model_config import ModelConfig
 from pipelines.packaged_models import converted
 
 

@@ -14,8 +14,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipelines.config import ModelConfig
 from pipelines.errors import UserError
+from pipelines.model_config import ModelConfig
 
 
 def cache_dir() -> Path:

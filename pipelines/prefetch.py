@@ -14,10 +14,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipelines.config import ModelConfig, typed
+from pipelines.composition import compose_and_call
+from pipelines.config_keys import typed
 from pipelines.errors import UserError
 from pipelines.job import KINDS
-from pipelines.run import compose_and_call
+from pipelines.model_config import ModelConfig
 
 # Weights in other formats than safetensors are never loaded; some repositories hold them twice more.
 _NEVER_LOADED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")

@@ -21,13 +21,22 @@ def launcher_keys() -> list[str]:
     return [f"hydra.launcher.{name}" for name in sorted(names)]
 
 
+def unknown_launcher_key(key: str) -> str:
+    """What to tell a user who set a key of `hydra.launcher` that the chosen launcher does not have."""
+    from pipelines.config_keys import no_such_key
+
+    keys = launcher_keys()
+    if key in keys:
+        return f"{key}: this launcher has no such key; see conf/launcher"
+    return no_such_key(key, keys)
+
+
 def check(hydra: DictConfig) -> None:
     """Check `hydra.sweeper` and `hydra.launcher`.
 
     Raises:
         UserError: names the key, its value and what is allowed.
     """
-    from pipelines.config import unknown_key
     from pipelines.config_fields import at_least
     from pipelines.errors import UserError
 
@@ -35,7 +44,7 @@ def check(hydra: DictConfig) -> None:
     at_least("hydra.sweeper.max_batch_size", hydra.sweeper.max_batch_size, 1)
     for key in launcher:
         if f"hydra.launcher.{key}" not in (*launcher_keys(), "hydra.launcher._target_"):
-            raise UserError(unknown_key(f"hydra.launcher.{key}"))  # +KEY=VALUE adds what no launcher has
+            raise UserError(unknown_launcher_key(f"hydra.launcher.{key}"))  # +KEY=VALUE adds what no launcher has
     if launcher.get("n_jobs") == 0:
         raise UserError("hydra.launcher.n_jobs=0: expected 1 or more, or -1 for as many as there are CPUs")
     for name in _COUNTS:

@@ -102,7 +102,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
 
     def _known(self, words: str, composed: DictConfig) -> list[Outcome]:
         """Outcomes of a point that needs no launch, being wrong or finished; else it is written down as planned."""
-        from pipelines.config import typed
+        from pipelines.config_keys import typed
         from pipelines.errors import UserError
         from pipelines.sweeps.manifest import Point
         from pipelines.sweeps.run_status import FAILED, SKIPPED, Outcome
@@ -125,7 +125,7 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         self, numbers: Sequence[int], points: Sequence[list[str]], configs: Sequence[DictConfig]
     ) -> Iterator[tuple[int, list[Outcome]]]:
         """The outcomes of the points with these numbers, launched in batches."""
-        from pipelines.config import typed
+        from pipelines.config_keys import typed
         from pipelines.sweeps.manifest import Point
 
         size = self.max_batch_size or len(numbers)

@@ -15,8 +15,9 @@ import hydra
 import pytest
 
 import griffin
-from pipelines import config, run
+from pipelines import composition, run
 from pipelines.config import RunConfig
+from pipelines.config_keys import typed
 
 REPOSITORY = Path(run.__file__).resolve().parents[1]
 
@@ -139,9 +140,9 @@ def texts(folder: Path) -> list[str]:
 
 def composed(*overrides: str) -> RunConfig:
     """The checked configuration of a call."""
-    config.register()
-    with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
-        return config.typed(hydra.compose("config", overrides=list(overrides)))
+    composition.register()
+    with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
+        return typed(hydra.compose("config", overrides=list(overrides)))
 
 
 def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -14,12 +14,14 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin.feedforward import LAYOUTS
-from pipelines import config, task_config
-from pipelines.run import CONF
+from pipelines import config, model_config, task_config
+from pipelines.composition import CONF
 
 NODES = list(
     dict.fromkeys(
-        node for module in (config, task_config) for _, node in inspect.getmembers(module, dataclasses.is_dataclass)
+        node
+        for module in (config, model_config, task_config)
+        for _, node in inspect.getmembers(module, dataclasses.is_dataclass)
     )
 )
 PROMISED_MODELS = (
@@ -59,7 +61,7 @@ def test_every_experiment_composes_and_says_what_to_run(name: str) -> None:
 def test_promised_models_say_their_dtype_and_whether_prompts_begin_with_bos(name: str) -> None:
     # Both change results, so neither is left to a default.
     written = as_written(name)
-    assert written["dtype"] in config.DTYPES
+    assert written["dtype"] in model_config.DTYPES
     assert isinstance(written["add_bos_token"], bool)
 
 
@@ -112,8 +114,8 @@ def test_help_prints_every_key_and_every_choice(call: Callable[..., Outcome]) ->
     assert shown.code == 0
     prefixes = {
         config.RunConfig: "",
-        config.ModelConfig: "model.",
-        config.HubDataset: "task.hub.",
+        model_config.ModelConfig: "model.",
+        task_config.HubDataset: "task.hub.",
         config.GridConfig: "grid.",
         config.WandbConfig: "wandb.",
     }

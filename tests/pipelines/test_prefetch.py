@@ -11,7 +11,7 @@ from calling import process, tiny
 from omegaconf import OmegaConf
 
 from pipelines import prefetch
-from pipelines.config import ModelConfig
+from pipelines.model_config import ModelConfig
 
 
 def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from calling import (
 )
 from hydra import compose, initialize_config_dir
 
-from pipelines import config
+from pipelines import composition
+from pipelines.composition import CONF
 from pipelines.records import RunFolder
-from pipelines.run import CONF
 from pipelines.sweeps.manifest import Point
 from pipelines.sweeps.run_status import FAILED
 from pipelines.tasks import generation
@@ -37,7 +37,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 def launcher_of(*overrides: str) -> dict[str, object]:
     """What `hydra` composes to."""
-    config.register()
+    composition.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return dict(compose("config", overrides=list(overrides), return_hydra_config=True).hydra)
 

@@ -1,0 +1,132 @@
+"""The command line, by Hydra: composes `conf/` with what it sets, and calls a task with the result.
+
+The only module here that imports Hydra.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from pipelines.config import RunConfig
+from pipelines.config_keys import help_text, unknown_key
+from pipelines.errors import UserError
+from pipelines.model_config import ModelConfig
+from pipelines.task_config import TASKS
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the job that is running was called.
+
+    Attributes:
+        overrides: what the command line sets; in a sweep, what this job of it sets.
+        experiment: the experiment that was chosen; None without one.
+        single: whether the job is the whole call, and not part of a sweep.
+    """
+
+    overrides: tuple[str, ...]
+    experiment: str | None
+    single: bool
+
+    @property
+    def command(self) -> str:
+        """The call of this job alone, as one would type it."""
+        return shlex.join(["python", "-m", "pipelines.run", *self.overrides])
+
+
+def current_call() -> Call:
+    """The call of the job that is running in this process."""
+    settings = HydraConfig.get()
+    experiment = settings.runtime.choices.get("experiment")
+    return Call(tuple(settings.overrides.task), experiment, settings.mode == RunMode.RUN)
+
+
+def register() -> None:
+    """Make our sweeper, our launcher and the classes that the files in `conf/` extend known to Hydra."""
+    plugins = Plugins.instance()  # reads all plugins that it finds: ours only where the project's folder is on the path
+    # Imported after that, because Hydra runs the plugins' modules again when it reads them, which makes new classes.
+    from hydra_plugins.griffin_sweeps.slurm import GriffinSlurmLauncher
+    from hydra_plugins.griffin_sweeps.sweeper import GriffinSweeper
+
+    plugins.register(GriffinSweeper)
+    plugins.register(GriffinSlurmLauncher)
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(group="schema", name="model", node=ModelConfig)
+    for name, node in TASKS.items():
+        store.store(group="schema", name=name, node=node)
+    store.store(group="hydra/help", name="griffin", node={"app_name": "pipelines.run", "template": help_text()})
+
+
+def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
+    """Call the task with what the command line composes to, by Hydra; a mistake ends the process with one line."""
+    register()
+    # Hydra then raises what goes wrong instead of printing it over several lines; we print one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except Terminated:
+        print("terminated; the same command continues after the last whole sample", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last whole sample", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {UserError(_readable(error))}")
+    except OSError as error:
+        sys.exit(f"error: output_dir: cannot write {error.filename}: {error.strerror}")
+    except (AssertionError, ValueError) as error:
+        # What Hydra does not foresee in a command line, such as a group set to null.
+        overrides = " ".join(sys.argv[1:])
+        sys.exit(f"error: {UserError(f'cannot compose {overrides}: {error}')}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as an interrupt: open runs are closed, their locks released, and the process ends."""
+
+
+def _terminated(*_: Any) -> None:
+    raise Terminated
+
+
+def _readable(error: Exception) -> str:
+    """What a composition error says to the user: the key, the value and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={choice}: expected one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form KEY=VALUE, or the value needs quotes"
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        key = str(cause.full_key)
+        if key.startswith("hydra.launcher."):
+            from hydra_plugins.griffin_sweeps.checks import unknown_launcher_key
+
+            return unknown_launcher_key(key)
+        return unknown_key(key)
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{str(error).removeprefix('Error merging override ')}: {str(cause.msg).splitlines()[0]}"
+    return str(error)
