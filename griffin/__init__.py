@@ -9,7 +9,7 @@ Evaluations use the engine beneath: `prefill` runs a prompt dense, `begin` choos
 and `score` continue any number of such rows together.
 """
 
-from griffin.activations import record_activations, relative_activations
+from griffin.activations import Recorded, record_activations, relative_activations
 from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.correction import Correction
 from griffin.decoding import Generation, Row, begin, decode, greedy, score
@@ -46,6 +46,7 @@ __all__ = [
     "Offload",
     "PromptState",
     "Pruner",
+    "Recorded",
     "Row",
     "Statistic",
     "UnsupportedModelError",

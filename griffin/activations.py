@@ -186,7 +186,8 @@ class Recorder:
 
     def begin(self, before: Recorded) -> None:
         """Go on after what was recorded before."""
-        self._before = self._recorded = before
+        self._before = before
+        self._recorded: Recorded | None = before
         self._parts: dict[ActivationStatistic, dict[int, Tensor]] = {}
 
     def expect(self, rows: int, columns: int, counted_BS: Tensor | None, weight: float = 1.0) -> None:

@@ -245,7 +245,14 @@ def greedy(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
 
 
 def decode(
-    engine: Engine, rows: Iterable[Row], count: int, most: int, longest: int, generation: Generation
+    engine: Engine,
+    rows: Iterable[Row],
+    count: int,
+    most: int,
+    longest: int,
+    generation: Generation,
+    *,
+    room: int | None = None,
 ) -> Iterator[Row]:
     """Generate: every row's `tokens` grow until it has ended. The one loop behind all generated text.
 
@@ -256,12 +263,13 @@ def decode(
         most: how many run at a time. Those that have ended make room for others, unless the engine is compiled.
         longest: tokens of the longest prompt.
         generation: how tokens are picked, and until when.
+        room: new tokens that the KV cache has room for; None: as many as may come.
 
     Yields:
         Each row as it ends.
     """
     coming = iter(rows)
-    batch = Batch(engine, min(most, count), longest, generation.limit, waiting=count > most)
+    batch = Batch(engine, min(most, count), longest, room or generation.limit, waiting=count > most > 1)
     ended: set[Row] = set()  # rows of a compiled batch whose tokens are discarded
 
     def grow(rows: Sequence[Row], logits_BV: Tensor) -> Iterator[Row]:

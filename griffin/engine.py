@@ -163,7 +163,7 @@ class Engine:
 
 
 def refuse_uncroppable(model: nn.Module) -> None:
-    """Refuse models whose layers keep more than keys and values: their states cannot be rolled back or copied by column.
+    """Refuse models whose layers keep more than keys and values, which cannot be rolled back or copied by column.
 
     Raises:
         UnsupportedModelError: names the layer, for example one with a recurrent state.

@@ -1,8 +1,8 @@
-"""Products of few tokens with a weight matrix, a piece of its rows at a time: a CPU's way to come near its memory's speed.
+"""Products of few tokens with a weight matrix, a piece of its rows at a time: how a CPU nears its memory's speed.
 
 A product of few tokens reads every weight once and does little else. On a CPU one large and flat product comes nowhere
-near the speed of memory; a stack of smaller ones, `torch.bmm`, is shared among threads better. So each linear layer of a
-model (attention, FF, output embedding) is multiplied in pieces, for dense and pruned alike. Of many tokens, and on
+near the speed of memory; a stack of smaller ones, `torch.bmm`, is shared among threads better. So each linear layer of
+a model (attention, FF, output embedding) is multiplied in pieces, for dense and pruned alike. Of many tokens, and on
 other devices, one product makes the most.
 
 Dimensions: T = tokens, I = inputs, O = outputs, P = pieces.
@@ -41,7 +41,7 @@ def linear_in_pieces(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module; results change by rounding only.
     """
-    layers = [module for module in model.modules() if _plain(module)]
+    layers = [module for module in model.modules() if type(module) is nn.Linear and _applies(module)]
     for module in layers:
         vars(module)["forward"] = _forward(module)
     try:
@@ -51,8 +51,8 @@ def linear_in_pieces(model: nn.Module) -> Iterator[None]:
             vars(module).pop("forward", None)  # uncovers the class's own
 
 
-def _plain(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or "forward" in vars(module):
+def _applies(module: nn.Linear) -> bool:
+    if "forward" in vars(module):
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 

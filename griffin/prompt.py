@@ -99,7 +99,10 @@ def prefill(
 
     Raises:
         UnsupportedModelError: the model keeps more than keys and values of a prompt, such as a recurrent state.
+        ValueError: the prefix was run without recording what is to be recorded.
     """
+    if prefix is not None and not {*record} <= {*prefix.recorded.totals}:
+        raise ValueError("the prefix was run without recording what is to be recorded of the prompt")
     refuse_uncroppable(engine.model)
     lengths = [len(ids) for ids in prompts]
     counts = list(prompt_lengths) if prompt_lengths is not None else lengths

@@ -1,7 +1,7 @@
 """The pruner: a context in which prompts run dense and what follows a prompt runs on the prompt's experts.
 
-It is an adapter: `model.generate`, in any of its ways to decode, and plain forward calls go on working. Which of the two
-a forward call is follows from the KV cache, never from the length of its input: an empty cache begins a new prompt;
+It is an adapter: `model.generate`, in many of its ways to decode, and plain forward calls go on working. Which of the
+two a forward call is follows from the KV cache, never from the length of its input: an empty cache begins a new prompt;
 inside `model.generate` the prompt lasts until the cache holds all of its tokens, however it is chunked; outside of it,
 until the first call has been made, or for as long as `Pruner.prefill()` lasts. With `refresh`, `model.generate` runs
 our own decoding loop.
@@ -99,6 +99,7 @@ class Pruner:
         # The cache after the last call and the positions in it, so that the next call is known to continue it.
         self._cache: ReferenceType[Any] | None = None
         self._positions = 0
+        self._phase: Literal["none", "prompt", "generation"]
         self._forget_prompt()
 
     # -- the context --------------------------------------------------------------------------------------------------
@@ -234,10 +235,9 @@ class Pruner:
         cached = 0 if cache is None else int(cache.get_seq_length())
         rows, positions = inputs.shape[:2]
 
+        in_prompt = cached == 0 or self._in_prefill
         if self._call is not None:
             in_prompt = cached < self._call.prompt_length
-        else:
-            in_prompt = cached == 0 or self._in_prefill
         if in_prompt:
             known = self._cache is None or self._cache() is cache
             if cached == 0 or cached != self._positions or not known:
@@ -252,7 +252,7 @@ class Pruner:
         self._cache = None if cache is None else ref(cache)
 
     def _forget_prompt(self) -> None:
-        self._phase: Literal["none", "prompt", "generation"] = "none"
+        self._phase = "none"
         self._rows = 0
         self._rows_per_prompt = 1  # beams, or several returned sequences
         self._ids: list[list[int]] = []
@@ -353,7 +353,7 @@ class Pruner:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """A decoding method of `model.generate`: our loop, with its logits processors, stopping criteria and streamer."""
+        """A decoding method for `model.generate`: our loop with its logits processors, stopping criteria and streamer."""
         engine, mask = self._engine, model_kwargs.get("attention_mask")
         prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(ids_BS)]
         texts_BS = ids_BS

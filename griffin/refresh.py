@@ -2,8 +2,8 @@
 
 A prompt tells which neurons matter for the prompt; what is generated moves away from it. So a few steps of the
 generation, after 8, 16, 32, .. tokens, run dense and read again what has been generated since the last of them: the KV
-cache then holds the dense model's entries of it, and its activations join the prompt's. Such a step costs little more than a dense
-one where decoding is bound by memory, and there are few: four in the first 128 tokens, eight in 2,048.
+cache then holds the dense model's entries of it, and its activations join the prompt's. Such a step costs little more
+than a dense one where decoding is bound by memory, and there are few: four in the first 128 tokens, eight in 2,048.
 
 Not in the paper, whose experts are the prompt's until the end. The step itself is `griffin.decoding.Batch`'s.
 """

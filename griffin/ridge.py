@@ -50,7 +50,7 @@ def latest_rows(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     target_BS = torch.where(counted_BS, prompt_B1 * length + row_BS, rows * length)
     sums = z_BSD.new_zeros(rows * length + 1, width)
     sums.index_add_(0, target_BS.flatten(), (positions.weight**0.5 * unit_rows(z_BSD)).flatten(0, 1))
-    return sums[:-1].unflatten(0, (rows, length))
+    return sums[:-1].view(rows, length, width)
 
 
 def joined_rows(before_BTD: Tensor, part_BTD: Tensor, positions: TokenPositions) -> Tensor:

@@ -25,10 +25,10 @@ SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 BUDGETS = tuple(griffin.BUDGETS)
 REFRESHES = tuple(griffin.REFRESHES)
-# Compensations that refresh=compensation can go on with.
-LEARNING = {name for name, one in griffin.COMPENSATIONS.items() if one is not None and one.learn is not None}
+LEARNING = griffin.LEARNING
 MODES = ("auto", *griffin.MODES)
-BATCHED = ("generation", "classification", "question_answering")  # the kinds of task that run rows together
+# The kinds of task whose rows, prompts times methods, run together.
+BATCHED = ("generation", "classification", "question_answering", "fidelity", "perplexity")
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 
@@ -88,10 +88,13 @@ class RunConfig:
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
+    cpu_pieces: bool = described("on a CPU, in float32, multiply few tokens in pieces, dense and pruned alike", True)
     offload_dense: bool = described(
         "keep the dense FF weights in host memory, on the device block by block: generated text and latency", False
     )
-    batch_size: Any = described("prompts run at once; auto: what a GPU's memory holds, up to 64, and 8 on a CPU", 1)
+    batch_size: Any = described(
+        "rows at once: the methods of a prompt, then further prompts; auto: what memory holds, up to 64, 8 on a CPU", 1
+    )
     limit: int | None = described("only the first N rows of the data", None)
     offset: int = described("rows of the data passed over before the first", 0)
     seed: int = described("of random statistics, selections and sampled decoding", 0)
@@ -160,8 +163,7 @@ class RunConfig:
         if self.shared_experts:
             raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
         # One row at a time is all that these can have, so that is what fits.
-        alone = self.mode == "compact" or self.compile or self.offload_dense or self.task.kind not in BATCHED
-        if alone or getattr(self.task, "decoding", None) == "reference_sampling":
+        if self.mode == "compact" or self.compile or self.offload_dense or self.task.kind not in BATCHED:
             self.batch_size = 1
 
     @property
@@ -175,11 +177,6 @@ class RunConfig:
             raise UserError(
                 f"mode=compact with batch_size={self.batch_size}: compact holds one expert set; "
                 "use mode=masked or shared_experts=true"
-            )
-        if getattr(self.task, "decoding", None) == "reference_sampling" and self._several:
-            raise UserError(
-                f"task.decoding=reference_sampling with batch_size={self.batch_size}: sampled text must not depend "
-                "on the batch; use batch_size=1 or task.decoding=greedy"
             )
         if self.task.kind == "latency" and (self.mode == "masked" or (self._several and not self.shared_experts)):
             raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
@@ -214,17 +211,17 @@ class RunConfig:
         """Something can be refreshed: a compensation that goes on learning, in calls that are not compiled."""
         key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])
         compensations = self.grid.compensation or [self.compensation]
-        if "compensation" in refreshes and not LEARNING & {*compensations}:
+        if "compensation" in refreshes and not {*LEARNING} & {*compensations}:
             raise UserError(
                 f"{key}=compensation with compensation={', '.join(compensations)}, which cannot go on learning: "
-                f"expected compensation={', '.join(sorted(LEARNING))}"
+                f"expected compensation={', '.join(LEARNING)}"
             )
         if self.compile and refreshes != ["none"]:
             raise UserError(f"compile=true with {key}={', '.join(refreshes)}: expected refresh=none, one static cache")
 
     def _realisable(self, key: str, statistic: str) -> None:
         """A statistic of the dense continuation needs a task that has one."""
-        if griffin.STATISTICS[statistic].hindsight and self.task.kind != "fidelity":
+        if griffin.STATISTICS[statistic].oracle and self.task.kind != "fidelity":
             raise UserError(
                 f"{key}={statistic}: scores the dense continuation itself, which task.kind=fidelity alone has"
             )

@@ -25,7 +25,7 @@ from pipelines.composition import Call, current_call
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
 from pipelines.errors import UserError, out_of_memory
-from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
+from pipelines.methods import Method, data_digests, engine_for, identity, methods, run_config
 from pipelines.model_config import ModelConfig
 from pipelines.records import Record, RunFolder, run_id
 from pipelines.sweeps.manifest import Point
@@ -155,6 +155,7 @@ def _evaluate(config: RunConfig, kind: ModuleType, items: Any, folders: dict[Met
     began = time.perf_counter()
     seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
     offloaded = config.offload_dense and config.task.kind != "latency"  # which times dense on the device
+    in_pieces = config.cpu_pieces and not config.compile and config.task.kind != "latency"  # which times both
     loaded = _load(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed, offloaded)
     load_seconds = time.perf_counter() - began
 
@@ -205,6 +206,7 @@ def _evaluate(config: RunConfig, kind: ModuleType, items: Any, folders: dict[Met
         refusals = {method: refusal for method in folders if (refusal := _refusal(loaded, config, method))}
         possible = [method for method in folders if method not in refusals]
         stack.enter_context(griffin.Offload(loaded.model) if offloaded else nullcontext())
+        stack.enter_context(griffin.linear_in_pieces(loaded.model) if in_pieces else nullcontext())
         # Closed whatever happens here: the model may be pruned in between.
         batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
         for method, batch in batches if possible else ():
@@ -227,11 +229,10 @@ def _evaluate(config: RunConfig, kind: ModuleType, items: Any, folders: dict[Met
 
 def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:
     """Why the model cannot be pruned by this method; None if it can."""
-    if not method.dense:
-        try:
-            griffin.prune(loaded.model, **pruner_options(config, method))
-        except ValueError as reason:
-            return str(reason)
+    try:
+        method.kept(engine_for(loaded.model, [method], config).widths)
+    except ValueError as reason:
+        return str(reason)
     return None
 
 

@@ -3,63 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import griffin
-from pipelines.config import LEARNING, RunConfig
+from griffin import LEARNING, Method
+from pipelines.compiling import compiling
+from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, digest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    Chosen = tuple[list[Tensor], list[griffin.Correction | None]]
-    Choose = Callable[[griffin.SharedPrompt], Chosen]
+__all__ = ["Method", "data_digests", "engine_for", "identity", "methods", "run_config"]
 
 # A file named on the command line is read instead of what the task's file names.
 _INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
-
-
-class Execution(Protocol):
-    """How the experts of any method are put to work: a configuration says it, among other things."""
-
-    mode: str
-    shared_experts: bool
-    seed: int
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to prune: how neurons are scored and chosen, how many, how the kept ones make up for the others, and
-    what follows the text that is generated; sparsity 0 is the dense model."""
-
-    statistic: str
-    selection: str
-    sparsity: float | tuple[float, ...]
-    compensation: str = "none"
-    budget: str = "uniform"
-    refresh: str = "none"
-
-    @property
-    def dense(self) -> bool:
-        """Whether nothing is pruned, so that statistic and selection mean nothing."""
-        values = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
-        return not any(values)
-
-    @property
-    def label(self) -> str:
-        """The method in words, for tables and run names."""
-        if self.dense:
-            return "dense"
-        amount = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
-        words = [self.statistic] if self.compensation == "none" else [f"{self.statistic}+{self.compensation}"]
-        words += [] if self.selection == "topk" else [self.selection]
-        words += [] if self.budget == "uniform" else [self.budget]
-        words += [] if self.refresh == "none" else [f"refresh={self.refresh}"]
-        return " ".join([*words, amount])
 
 
 def methods(config: RunConfig) -> list[Method]:
@@ -128,6 +89,7 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
         (plain, ("output_dir", "tags", "wandb")),
         (plain["model"], ("licence_gate", "install")),
         (plain, ("offload_dense",) if config.task.kind != "latency" else ()),  # changes times alone
+        (plain, () if device == "cpu" and config.model.dtype == "float32" else ("cpu_pieces",)),
         (plain, _PRUNING if method.dense else ()),
         (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
     ):
@@ -148,74 +110,16 @@ def data_digests(config: RunConfig) -> dict[str, str]:
     }
 
 
-def pruner_options(config: RunConfig, method: Method) -> dict[str, Any]:
-    """The method as arguments of `griffin.prune`."""
-    assert config.mode in griffin.MODES
-    return {
-        "sparsity": method.sparsity,
-        "statistic": method.statistic,
-        "selection": method.selection,
-        "mode": config.mode,
-        "shared_experts": config.shared_experts,
-        "seed": config.seed,
-        "compensation": method.compensation,
-        "budget": method.budget,
-        "refresh": method.refresh,
-        "offload_dense": config.offload_dense,
-        "compiled": config.compile,
-    }
+def engine_for(model: nn.Module, methods: Sequence[Method], config: RunConfig) -> griffin.Engine:
+    """The engine that evaluates these methods, in the configuration's mode.
 
-
-def shared_prompt(model: nn.Module, methods: Sequence[Method], *, compiled: bool = False) -> griffin.SharedPrompt:
-    """One dense prompt pass for all of these methods."""
-    pruning = [method for method in methods if not method.dense]
-    return griffin.SharedPrompt(
-        model,
-        sorted({method.statistic for method in pruning}),
-        sorted({method.compensation for method in pruning}),
-        compiled=compiled,
-    )
-
-
-def pruned(shared: griffin.SharedPrompt, method: Method, config: Execution) -> AbstractContextManager[None]:
-    """The model on a method's experts for the shared prompts, in the mode of the configuration."""
-    experts, corrections, reader = _put_to_work(shared, method, config.seed, config.mode, config.shared_experts)
-    return shared.pruned(experts, corrections, config.mode, reader)
-
-
-def continued(shared: griffin.SharedPrompt, method: Method, ids_BC: Tensor, lengths_B: Tensor, seed: int) -> Tensor:
-    """The logits [B, C, V] of a given continuation of the shared prompts under one method."""
-    experts, corrections, reader = _put_to_work(shared, method, seed, "masked", False)
-    return shared.continued(ids_BC, lengths_B, experts, corrections, reader)
-
-
-def chooser(method: Method, seed: int, *, shared_experts: bool = False) -> Choose | None:
-    """Chooses a method's experts for prompts that ran, and what it adds with them; None: dense."""
-    if method.dense:
-        return None
-
-    def choose(prompts: griffin.SharedPrompt) -> Chosen:
-        experts = prompts.experts(
-            method.statistic, method.selection, method.sparsity, seed, method.budget, shared_experts=shared_experts
-        )
-        learns = method.refresh == "compensation"
-        added = prompts.corrections(method.compensation, experts, shared_experts=shared_experts, fits=learns)
-        return experts, added
-
-    return choose
-
-
-def _put_to_work(
-    shared: griffin.SharedPrompt, method: Method, seed: int, mode: str, shared_experts: bool
-) -> tuple[list[Tensor] | None, list[griffin.Correction | None], griffin.Reader | None]:
-    """A method's experts for the shared prompts, what it adds with them, and what is to follow the text."""
-    choose = chooser(method, seed, shared_experts=shared_experts)
-    if choose is None:
-        return None, [], None
-    experts, corrections = choose(shared)
-    reader: griffin.Reader | None = None
-    if method.refresh == "experts":
-        reader = shared.renewal(mode, choose)
-    elif method.refresh == "compensation":
-        reader = shared.refit(mode, method.compensation, experts, corrections, shared_experts=shared_experts)
-    return experts, corrections, reader
+    Raises:
+        UnsupportedModelError: the model cannot be evaluated, or not be pruned where a method does.
+    """
+    griffin.refuse_uncroppable(model)
+    loaded: Any = model
+    compiled = loaded.get_compiled_call(compiling(loaded.device)) if config.compile else None
+    pruning = any(not method.dense for method in methods)
+    engine = griffin.Engine(model, pruning=pruning, mode=config.mode, compiled=compiled)
+    griffin.prepare(engine, methods)
+    return engine

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+import griffin
+from griffin import Method, Row
 from pipelines.config import RunConfig
-from pipelines.methods import Method
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks.lm_eval_adapter import Document, GriffinLM, read, versions
+from pipelines.tasks.generation import end_tokens, sampled
+from pipelines.tasks.grouping import BATCHES, groups
+from pipelines.tasks.lm_eval_adapter import (
+    Document,
+    GriffinLM,
+    TextRequest,
+    finished_text,
+    read,
+    text_request,
+    versions,
+)
 from pipelines.tasks.scoring import Request, score
 
 __all__ = ["evaluate", "metrics", "read", "versions"]
 
 # Log-likelihoods of so many documents are computed together, and samples are written when a block is done.
 _BLOCK_DOCUMENTS = 64
+
+# Per method, the answer to each request, by the request's identity.
+Answers = dict[Method, dict[int, Any]]
 
 
 def evaluate(
@@ -30,29 +43,26 @@ def evaluate(
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
     """Answer the requests of every document under every method, block by block: each prompt runs once for all."""
-    lm = GriffinLM.around(loaded, config, methods)
-    for block in _blocks(lm, documents, config.batch_size):
+    lm = GriffinLM.around(loaded, config)
+    engine = engine_for(loaded.model, methods, config)
+    for block in _blocks(lm, documents, methods, config):
         needed = [method for method in methods if any(document.index not in done[method] for document in block)]
         if not needed:
             continue
+        run = needed if config.batch_size == 1 else methods
         instances = [instance for document in block for instance in document.instances]
         began = time.perf_counter()
-        likelihoods = _loglikelihoods(lm, loaded, instances, config, needed)
-        shared_seconds = time.perf_counter() - began
+        answers = _loglikelihoods(lm, loaded, engine, instances, config, run)
+        for method, texts in _texts(lm, loaded, engine, instances, config, run).items():
+            answers[method] |= texts
+        seconds = (time.perf_counter() - began) / len(run) / len(block)
         for method in needed:
-            # One block, one seed: sampled text depends neither on the texts before it nor on a resumption.
-            torch.manual_seed(zlib.crc32(f"{config.seed} {block[0].index}".encode()))
-            began = time.perf_counter()
-            texts, prompt_seconds = _generations(lm, instances, method)
-            own_seconds = time.perf_counter() - began - prompt_seconds
-            shared_seconds += prompt_seconds  # the first method's: the others find the prompts run
-            seconds = (shared_seconds / len(needed) + own_seconds) / len(block)
-            answers = likelihoods[method] | texts
             samples = [
-                _sample(document, [answers[id(instance)] for instance in document.instances], seconds)
+                _sample(document, [answers[method][id(instance)] for instance in document.instances], seconds)
                 for document in block
+                if document.index not in done[method]
             ]
-            yield method, [sample for sample in samples if sample["index"] not in done[method]]
+            yield method, samples
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -64,33 +74,38 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return values | {"samples": len(samples)}
 
 
-def _blocks(lm: GriffinLM, documents: Sequence[Document], batch_size: int) -> Iterator[Sequence[Document]]:
+def _blocks(
+    lm: GriffinLM, documents: Sequence[Document], methods: Sequence[Method], config: RunConfig
+) -> Iterator[Sequence[Document]]:
     """The documents that are run, and whose samples are written, together.
 
-    Where text is generated it is a batch of prompts of like length, the longest first, as in HFLM. Blocks are the same
-    whatever is done already, so that a continued run batches like an undisturbed one.
+    Where text is generated they are of like length, the longest first, as in HFLM.
     """
-    size = _BLOCK_DOCUMENTS
-    if any(instance.request_type == "generate_until" for document in documents for instance in document.instances):
-        size = batch_size
-        if size > 1:
-            lengths = {one.index: len(lm.tok_encode(one.instances[0].args[0])) for one in documents}
-            documents = sorted(documents, key=lambda document: -lengths[document.index])
-    for start in range(0, len(documents), size):
-        yield documents[start : start + size]
+    if not any(instance.request_type == "generate_until" for document in documents for instance in document.instances):
+        for start in range(0, len(documents), _BLOCK_DOCUMENTS):
+            yield documents[start : start + _BLOCK_DOCUMENTS]
+        return
+    if config.batch_size > 1:
+        lengths = {one.index: len(lm.tok_encode(one.instances[0].args[0])) for one in documents}
+        documents = sorted(documents, key=lambda document: -lengths[document.index])
+    shared = config.shared_experts
+    yield from groups(documents, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES)
 
 
 def _loglikelihoods(
-    lm: GriffinLM, loaded: LoadedModel, instances: Sequence[Any], config: RunConfig, methods: Sequence[Method]
-) -> dict[Method, dict[int, tuple[float, bool]]]:
-    """Per method, the (log-likelihood, greedy) of each log-likelihood request, by the instance's identity."""
+    lm: GriffinLM,
+    loaded: LoadedModel,
+    engine: griffin.Engine,
+    instances: Sequence[Any],
+    config: RunConfig,
+    methods: Sequence[Method],
+) -> Answers:
+    """The (log-likelihood, greedy) of each log-likelihood request."""
     wanted = [instance for instance in instances if instance.request_type == "loglikelihood"]
+    if not wanted:
+        return {method: {} for method in methods}
     tokens = [Request(*map(tuple, _encode(lm, *instance.args))) for instance in wanted]
-    scores = (
-        score(loaded, tokens, methods, config.task.protocol, config.batch_size, config.seed)
-        if wanted
-        else {method: [] for method in methods}
-    )
+    scores = score(loaded, tokens, methods, engine, config.task.protocol, config.batch_size, config.seed)
     return {
         method: {id(instance): (one.loglikelihood, one.greedy) for instance, one in zip(wanted, each, strict=True)}
         for method, each in scores.items()
@@ -103,12 +118,65 @@ def _encode(lm: GriffinLM, context: str, continuation: str) -> tuple[list[int], 
     return lm._encode_pair(context, continuation)
 
 
-def _generations(lm: GriffinLM, instances: Sequence[Any], method: Method) -> tuple[dict[int, str], float]:
-    """The text of each generation request, by the instance's identity, and the seconds that went into prompts."""
-    wanted = [instance for instance in instances if instance.request_type == "generate_until"]
-    lm.method, lm.prompt_seconds = method, 0.0
-    texts = lm.generate_until(wanted, disable_tqdm=True)
-    return {id(instance): text for instance, text in zip(wanted, texts, strict=True)}, lm.prompt_seconds
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """A text that is wanted: its number among all, the request's identity, and what it is."""
+
+    index: int
+    instance: int
+    request: TextRequest
+
+
+def _texts(
+    lm: GriffinLM,
+    loaded: LoadedModel,
+    engine: griffin.Engine,
+    instances: Sequence[Any],
+    config: RunConfig,
+    methods: Sequence[Method],
+) -> Answers:
+    """The text of each generation request."""
+    wanted = [
+        _Wanted(instance.doc_id, id(instance), text_request(lm, instance))
+        for instance in instances
+        if instance.request_type == "generate_until"
+    ]
+    answers: Answers = {method: {} for method in methods}
+    if not wanted:
+        return answers
+    record = griffin.wanted(methods)
+
+    def rows() -> Iterator[Row]:
+        for one in wanted:
+            (state,) = griffin.prefill(engine, [one.request.ids], record)
+            for method in methods:
+                yield from griffin.begin(engine, [state], method, config.seed, [one])
+
+    if not config.shared_experts:
+        batches = [(rows(), len(wanted) * len(methods), config.batch_size)]
+    else:
+        states = [griffin.prefill(engine, [one.request.ids], record)[0] for one in wanted]
+        shared = [griffin.begin(engine, states, method, config.seed, wanted) for method in methods]
+        batches = [(iter(batch), len(batch), len(batch)) for batch in shared]
+    longest = max(len(one.request.ids) for one in wanted)
+    for batch, count, most in batches:
+        for row in griffin.decode(engine, batch, count, most, longest, _generation(lm, loaded, wanted, config)):
+            answers[row.method][row.label.instance] = finished_text(lm, row.tokens, row.label.request.stop)
+    return answers
+
+
+def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], config: RunConfig) -> griffin.Generation:
+    ends, temperature = end_tokens(loaded), wanted[0].request.temperature  # a task has one
+
+    def ended(row: Row) -> bool:
+        request = row.label.request
+        if row.tokens[-1] in ends or len(row.tokens) == request.limit:
+            return True
+        text = lm.tok_decode(row.tokens)  # what follows a stop text would be cut anyway
+        return any(stop in text for stop in request.stop if stop)
+
+    pick = sampled(config.seed, temperature) if temperature else griffin.greedy
+    return griffin.Generation(max(one.request.limit for one in wanted), pick, ended)
 
 
 def _sample(document: Document, answers: list[Any], seconds: float) -> Sample:

@@ -9,17 +9,22 @@ Dimensions: C = continuation tokens, V = vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import griffin
+from griffin import Method, Row
 from pipelines.config import RunConfig
-from pipelines.methods import Method, continued, shared_prompt
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.generation import end_tokens
+from pipelines.tasks.grouping import groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
 
@@ -39,44 +44,106 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Compare every method with dense, prompt by prompt: one dense pass, then one short pass a method."""
+    """Compare every method with dense: one dense pass a prompt, then one short pass a method, as rows of batches."""
     steps = config.task.max_new_tokens
     room = loaded.context_length - steps
-    shared = shared_prompt(loaded.model, methods)
+    engine = engine_for(loaded.model, methods, config)
+    fitting = []
     for prompt in prompts:
-        needed = [method for method in methods if prompt.index not in done[method]]
+        ids = loaded.encode(prompt.text)
+        if len(ids) <= room:
+            fitting.append((prompt, ids))
+            continue
+        skipped = _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
+        for method in methods:
+            if prompt.index not in done[method]:
+                yield method, [skipped]
+    for group in groups(fitting, methods, config.batch_size):
+        needed = [method for method in methods if any(prompt.index not in done[method] for prompt, _ in group)]
         if not needed:
             continue
-        ids = loaded.encode(prompt.text)
-        sample: Sample = {"index": prompt.index, "id": prompt.id, "prompt_tokens": len(ids)}
-        if len(ids) > room:
-            for method in needed:
-                yield method, [sample | {"skipped": f"longer than {room} tokens"}]
-            continue
+        run = needed if config.batch_size == 1 else methods
         began = time.perf_counter()
-        continuation_1C = _greedy(loaded, shared, ids, steps)
-        length_1 = torch.tensor([continuation_1C.shape[1]], device=continuation_1C.device)
-        dense_CV = shared.continued(continuation_1C, length_1, None)[0].float().log_softmax(dim=-1)
-        shared_seconds = (time.perf_counter() - began) / len(needed)
-        for method in needed:
+        dense = _dense(loaded, engine, group, config, methods)
+        seconds = (time.perf_counter() - began) / len(group) / len(run)
+
+        def rows(dense: Sequence[_Dense] = dense, run: Sequence[Method] = run) -> Iterator[tuple[Row, list[int]]]:
+            for one in dense:
+                for method in run:
+                    if not method.dense:
+                        (row,) = griffin.begin(engine, [one.state], method, config.seed, [one])
+                        yield row, one.tokens
+
+        scored: Iterator[tuple[Method, _Dense, Tensor]] = itertools.chain(
+            ((method, one, one.logprobs_CV) for one in dense for method in run if method.dense),
+            (
+                (row.method, row.label, logits_CV.float().log_softmax(dim=-1))
+                for row, logits_CV in griffin.score(engine, rows(), config.batch_size)
+            ),
+        )
+        began = time.perf_counter()
+        for method, one, logprobs_CV in scored:
+            if one.prompt.index not in done[method]:
+                kl_C, agreement_C = compare(one.logprobs_CV, logprobs_CV)
+                sample = _sample(one.prompt, one.state.length) | {
+                    "generated_tokens": len(one.tokens),
+                    "kl": float(kl_C.mean()),
+                    "top1_agreement": float(agreement_C.mean()),
+                    "seconds": round(seconds + time.perf_counter() - began, 4),
+                    "kl_by_token": [round(float(kl), 6) for kl in kl_C],
+                }
+                yield method, [sample]
             began = time.perf_counter()
-            logits = continued(shared, method, continuation_1C, length_1, config.seed)
-            pruned_CV = logits[0].float().log_softmax(dim=-1)
-            kl_C, agreement_C = compare(dense_CV, pruned_CV)
-            seconds = shared_seconds + time.perf_counter() - began
-            yield (
-                method,
-                [
-                    sample
-                    | {
-                        "generated_tokens": continuation_1C.shape[1],
-                        "kl": float(kl_C.mean()),
-                        "top1_agreement": float(agreement_C.mean()),
-                        "seconds": round(seconds, 4),
-                        "kl_by_token": [round(float(kl), 6) for kl in kl_C],
-                    }
-                ],
-            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """A prompt as the dense model continues it, and the log-probabilities [C, V] after each token that it wrote."""
+
+    prompt: Prompt
+    state: griffin.PromptState
+    tokens: list[int]
+    logprobs_CV: Tensor
+
+
+def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
+    return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
+
+
+def _dense(
+    loaded: LoadedModel,
+    engine: griffin.Engine,
+    group: Sequence[tuple[Prompt, list[int]]],
+    config: RunConfig,
+    methods: Sequence[Method],
+) -> list[_Dense]:
+    """The dense model's greedy continuations: up to `max_new_tokens` tokens, ending with an end token if it comes.
+
+    Statistics that are oracles record the activations of these tokens.
+    """
+    dense, ends = Method(sparsity=0.0), end_tokens(loaded)
+    oracles = [
+        statistic.activations
+        for method in methods
+        if not method.dense and (statistic := griffin.STATISTICS[method.statistic]).oracle and statistic.activations
+    ]
+    states = [griffin.prefill(engine, [ids], griffin.wanted(methods))[0] for _, ids in group]
+    rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], dense, 0, [number])]
+    longest = max(state.length for state in states)
+    generation = griffin.Generation(config.task.max_new_tokens, griffin.greedy, lambda row: row.tokens[-1] in ends)
+    texts = {
+        row.label: row.tokens for row in griffin.decode(engine, rows, len(rows), config.batch_size, longest, generation)
+    }
+    found = []
+    for number, (prompt, _) in enumerate(group):
+        state, tokens = states[number], texts[number]
+        nothing = griffin.Recorded(torch.zeros(1, dtype=torch.int64, device=engine.device))
+        with engine.recording(oracles, nothing, 1, len(tokens), None) as recorder:
+            ((_, logits_CV),) = griffin.score(engine, [(griffin.begin(engine, [state], dense)[0], tokens)], 1)
+        if oracles:
+            state = replace(state, continuation=recorder.recorded)
+        found.append(_Dense(prompt, state, tokens, logits_CV.float().log_softmax(dim=-1)))
+    return found
 
 
 def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,21 +165,3 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     for name in ("kl", "top1_agreement") if compared else ():
         values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in compared])
     return values | {"samples": len(compared), "skipped_prompts": len(samples) - len(compared)}
-
-
-def _greedy(loaded: LoadedModel, shared: griffin.SharedPrompt, ids: list[int], steps: int) -> Tensor:
-    """The dense model's greedy continuation, [1, C]: up to `steps` tokens, ending with an end token if it comes.
-
-    Runs the prompt through `shared`, which can be continued afterwards.
-    """
-    device = loaded.model.device
-    logits = shared.run(torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device), last=1)
-    eos = loaded.model.generation_config.eos_token_id
-    ends = {*(eos if isinstance(eos, list) else [eos])}
-    cache = shared.fork(steps)
-    tokens = [int(logits[0, -1].argmax())]
-    with torch.no_grad():
-        while len(tokens) < steps and tokens[-1] not in ends:
-            step = loaded.model(torch.tensor([tokens[-1:]], device=device), past_key_values=cache, use_cache=True)
-            tokens.append(int(step.logits[0, -1].argmax()))
-    return torch.tensor([tokens], device=device)

@@ -20,17 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.feedforward import UnsupportedModelError, find_feedforward_blocks
-from griffin.recording import record_activations, relative_activations
-from griffin.selection import kept_neurons
+import griffin
+from griffin import (
+    Method,
+    Row,
+    UnsupportedModelError,
+    find_feedforward_blocks,
+    kept_neurons,
+    record_activations,
+    relative_activations,
+)
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, read_jsonl, read_text_file
 from pipelines.errors import UserError
-from pipelines.methods import Method
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.flocking_figures import save_figures
 from pipelines.tasks.flocking_measures import TEXTS, jaccard, layer_table, overall
+from pipelines.tasks.generation import end_tokens
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit
@@ -176,13 +184,12 @@ def _measure(loaded: LoadedModel, ids: list[int], config: RunConfig, index: int)
     return sample
 
 
-@torch.no_grad()
 def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, heatmap: bool) -> list[list[Any]]:
     """What was seen of the prompt, then of each of `steps` tokens that the dense model continues it with greedily.
 
     End tokens are not taken, so that every generation has the same length.
     """
-    model, device, task = loaded.model, loaded.model.device, config.task
+    task, engine = config.task, engine_for(loaded.model, [], config)
 
     def look(layer: int, z_SD: Tensor) -> dict[str, Any]:
         relative_SD = relative_activations(z_SD)
@@ -203,14 +210,18 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
             **({"heatmap": crop_TM.cpu().numpy().astype(np.float16)} if heatmap else {}),
         }
 
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    with record_activations(model, look) as seen:
-        output = model(torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1)
-        for _ in range(steps):
-            logits = output.logits[0, -1]
-            logits[ends] = -torch.inf
-            output = model(logits.argmax().reshape(1, 1), past_key_values=output.past_key_values, use_cache=True)
+    ends = sorted(end_tokens(loaded))
+
+    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        logits_BV[:, ends] = -torch.inf
+        return logits_BV.argmax(dim=-1)
+
+    with record_activations(loaded.model, look) as seen:
+        (state,) = griffin.prefill(engine, [ids], [])
+        if steps:
+            rows = griffin.begin(engine, [state], Method(sparsity=0.0))
+            # The last token that is picked does not run.
+            list(griffin.decode(engine, rows, 1, 1, len(ids), griffin.Generation(steps + 1, pick, lambda row: False)))
     return seen
 
 

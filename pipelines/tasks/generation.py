@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -15,19 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import griffin
-from pipelines.compiling import compiling
+from griffin import Method, Row
 from pipelines.config import RunConfig
-from pipelines.methods import Method, chooser, pruned, shared_prompt
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import GenerationTask
+from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-# Where prompts take turns, one that ends makes room for the next, among so many batches of them. Such a group is run
-# again when a run was cut off, so that its texts are what they would have been.
-_BATCHES = 4
+# Of `task.decoding=reference_sampling`: the reference implementation's scripts sample from the whole vocabulary.
+TEMPERATURE = 0.3
 
 # rouge-score with its defaults, no stemming: F-scores, printed times 100 as the field does.
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
@@ -49,11 +48,11 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Generate and score, group by group: every prompt runs dense once, for the continuations of all methods.
+    """Generate and score: every prompt runs dense once, and each method continues it as a row of a batch.
 
-    A group is a batch, or several of which the prompts take turns. It holds prompts of like length, the longest first,
-    so that little of it is padding and what does not fit into memory fails at once. A prompt that leaves no room for
-    `max_new_tokens` in the model's context is not run and says so, as in the reference implementation.
+    Prompts are taken by length, the longest first, so that little of a batch is padding and what does not fit into
+    memory fails at once. A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says
+    so, as in the reference implementation.
     """
     room = loaded.context_length - config.task.max_new_tokens
     encoded = {prompt.index: loaded.encode(prompt.text) for prompt in prompts}
@@ -66,22 +65,21 @@ def evaluate(
             for method in methods:
                 if prompt.index not in done[method]:
                     yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
-    shared = shared_prompt(loaded.model, methods, compiled=config.compile)
-    # One compiled graph serves all prompts: its cache has the room that the longest needs.
-    positions = max((len(encoded[prompt.index]) for prompt in fitting), default=0) + config.task.max_new_tokens
-    size = config.batch_size * (_BATCHES if _own_experts(config) else 1)
-    for start in range(0, len(fitting), size):
-        # What was cut off is run as a whole: its rows may share their experts, or take turns in the batch.
-        group = fitting[start : start + size]
+    engine = engine_for(loaded.model, methods, config)
+    texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "")
+    shared = config.shared_experts
+    for group in groups(fitting, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES):
         needed = [method for method in methods if any(prompt.index not in done[method] for prompt in group)]
-        begun = _Begun(loaded, shared, group, [encoded[prompt.index] for prompt in group], len(needed))
-        for method in needed:
-            # One group, one seed: its texts depend neither on what ran before them nor on a resumption.
-            torch.manual_seed(zlib.crc32(f"{config.seed} {group[0].index}".encode()))
-            for row, tokens, seconds in _timed(begun, _continued(loaded, begun, method, config, positions)):
-                if group[row].index not in done[method]:
-                    sample = _scored(group[row], len(begun.ids[row]), tokens, seconds, loaded.tokenizer, config.task)
-                    yield method, [sample]
+        if not needed:
+            continue
+        if shared:
+            rows = texts.shared(group, needed)
+        else:
+            rows = texts.each(group, needed if config.batch_size == 1 else methods)
+        with closing(rows):
+            for row, seconds in rows:
+                if row.label.index not in done[row.method]:
+                    yield row.method, [_scored(row.label, row, seconds, loaded.tokenizer, config.task)]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -98,140 +96,133 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
-    return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
-
-
-class _Begun:
-    """The prompts of a group. Each runs dense once, when it is wanted, for all methods.
+class _Texts:
+    """Continues the prompts of a task.
 
     Args:
-        loaded: the model.
-        shared: runs them.
-        group: the prompts.
-        ids: their token ids.
-        methods: how many methods will want each of them: for one, nothing is kept.
-
-    Attributes:
-        ids: their token ids.
-        lengths: tokens of each.
-        seconds: what running each took, for each of the methods.
-        spent: seconds that all of them took, so far.
+        engine: the model.
+        config: of the run.
+        methods: all methods of the call.
+        encoded: token ids of each prompt, by its index.
+        loaded: the model and its tokenizer.
+        beginning: what all prompts begin with; it runs once.
     """
 
     def __init__(
         self,
+        engine: griffin.Engine,
+        config: RunConfig,
+        methods: Sequence[Method],
+        encoded: dict[int, list[int]],
         loaded: LoadedModel,
-        shared: griffin.SharedPrompt,
-        group: Sequence[Prompt],
-        ids: Sequence[list[int]],
-        methods: int,
+        beginning: str,
     ) -> None:
-        self.shared, self.ids, self.lengths = shared, ids, [len(one) for one in ids]
-        self.seconds = [0.0] * len(ids)
-        self.spent = 0.0
-        self._methods = methods
-        self._device = loaded.model.device
+        self._engine, self._config, self._encoded, self._loaded = engine, config, encoded, loaded
+        self._record = griffin.wanted(methods)
         # The last token may be another one where an article follows.
-        beginning = torch.tensor(loaded.encode(group[0].beginning)[:-1], device=self._device)
-        self._beginning = beginning if len(beginning) else None
-        self._kept: dict[int, tuple[Tensor, griffin.SharedPrompt]] = {}
+        self._beginning = loaded.encode(beginning)[:-1]
+        self._prefix: griffin.PromptState | None = None
+        self._longest = max(map(len, encoded.values()), default=0)
+        self._prefill_seconds: dict[int, float] = {}  # by the prompt's index
 
-    def run(self, row: int) -> tuple[Tensor, griffin.SharedPrompt]:
-        """The logits [1, V] after a prompt, and the prompt by itself."""
-        if row in self._kept:
-            return self._kept[row]
-        start = time.perf_counter()
-        ids_S = torch.tensor(self.ids[row], device=self._device)
-        begun = self.shared.run_each([ids_S], self._beginning), self.shared.part(slice(0, 1))
-        if self._methods > 1:
-            self._kept[row] = begun
-        seconds = time.perf_counter() - start
-        self.seconds[row] = seconds / self._methods
-        self.spent += seconds
-        return begun
+    def each(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[tuple[Row, float]]:
+        """Every prompt under every method, each with experts of its own; and the seconds that it took."""
 
+        def rows() -> Iterator[Row]:
+            for prompt in group:
+                state = self._prefilled(prompt)
+                for method in methods:
+                    yield from griffin.begin(self._engine, [state], method, self._config.seed, [prompt])
 
-def _timed(begun: _Begun, texts: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int], float]]:
-    """Texts as they come, and the seconds of each: since the one before, and this method's part of its prompt."""
-    with contextlib.closing(texts):
-        start, spent = time.perf_counter(), begun.spent
-        for row, tokens in texts:
-            own = time.perf_counter() - start - (begun.spent - spent)
-            yield row, tokens, own + begun.seconds[row]
-            start, spent = time.perf_counter(), begun.spent
+        if self._engine.compiled is None:
+            return self._timed(rows(), len(group) * len(methods), self._config.batch_size, len(methods))
+        return (timed for row in rows() for timed in self._timed([row], 1, 1, len(methods)))
 
+    def shared(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[tuple[Row, float]]:
+        """As `each`, with one set of experts for all prompts of the group."""
+        states = [self._prefilled(prompt) for prompt in group]
+        for method in methods:
+            rows = griffin.begin(self._engine, states, method, self._config.seed, group)
+            yield from self._timed(rows, len(rows), len(rows), len(methods))
 
-def _own_experts(config: RunConfig) -> bool:
-    """Whether several prompts are at work at a time, each with its own experts; never in a compiled call."""
-    return config.batch_size > 1 and not config.shared_experts
+    def _prefilled(self, prompt: Prompt) -> griffin.PromptState:
+        began = time.perf_counter()
+        if self._prefix is None and self._beginning:
+            (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record)
+        (state,) = griffin.prefill(self._engine, [self._encoded[prompt.index]], self._record, prefix=self._prefix)
+        self._prefill_seconds[prompt.index] = time.perf_counter() - began
+        return state
 
+    def _timed(self, rows: Iterable[Row], count: int, most: int, methods: int) -> Iterator[tuple[Row, float]]:
+        """Rows as they end, and the seconds of each: since the one before, and its part of its prompt's."""
 
-def _continued(
-    loaded: LoadedModel, begun: _Begun, method: Method, config: RunConfig, positions: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Prompts of a group, by their row in it, and their new tokens under one method, as they come."""
-    count, most = len(begun.ids), config.task.max_new_tokens
-    shared, decoding = begun.shared, _decoding(loaded, config)
-    # A method that counts the steps of a generation wants its prompts to begin together.
-    counts = method.refresh != "none" and not method.dense
-    if _own_experts(config) and not counts:
-        slots: Any = shared.slots(begun.lengths, config.batch_size, most)
-        yield from griffin.continue_in_turn(shared, begun.run, chooser(method, config.seed), slots, decoding)
-        return
-    for start in range(0, count, config.batch_size):
-        rows = range(start, min(start + config.batch_size, count))
-        lengths = [begun.lengths[row] for row in rows]
-        logits, parts = zip(*(begun.run(row) for row in rows), strict=True)
-        together = shared.joined(parts)
-        if config.compile:
-            slots = together.static_lockstep(lengths, positions)
-        elif counts:
-            slots = together.lockstep(lengths, most)
-        else:
-            slots = together.slots(lengths, config.batch_size, most)
-        with pruned(together, method, config):
-            texts = griffin.continue_together(together, torch.cat(logits), slots, decoding)
-        yield from zip(rows, texts, strict=True)
+        def prefilling() -> float:
+            return sum(self._prefill_seconds.values())
 
+        # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
+        texts = griffin.decode(self._engine, rows, count, most, self._longest, self._generation())
+        with closing(texts):
+            began, before = time.perf_counter(), prefilling()
+            for row in texts:
+                own = time.perf_counter() - began - (prefilling() - before)
+                yield row, own + self._prefill_seconds[row.label.index] / methods
+                began, before = time.perf_counter(), prefilling()
 
-def _decoding(loaded: LoadedModel, config: RunConfig) -> griffin.Decoding:
-    """The task's way to choose tokens. An end token counts as one."""
-    task, model = config.task, loaded.model
-    eos = model.generation_config.eos_token_id
-    ends = {*(eos if isinstance(eos, list) else [eos])}
+    def _generation(self) -> griffin.Generation:
+        """The task's way to pick tokens. An end token counts as one."""
+        task, tokenizer = self._config.task, self._loaded.tokenizer
+        ends = end_tokens(self._loaded)
 
-    def ended(tokens: list[int]) -> bool:
-        # What follows the stop text would be cut anyway.
-        return tokens[-1] in ends or task.stop in loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        def ended(row: Row) -> bool:
+            # What follows the stop text would be cut anyway.
+            return row.tokens[-1] in ends or task.stop in tokenizer.decode(row.tokens, skip_special_tokens=True)
 
-    choose = _sampled if task.decoding == "reference_sampling" else _greedy
-    call: Any = model.get_compiled_call(compiling(model.device)) if config.compile else model
-    return griffin.Decoding(task.max_new_tokens, choose, ended, call)
+        sampling = task.decoding == "reference_sampling"
+        return griffin.Generation(
+            task.max_new_tokens, sampled(self._config.seed) if sampling else griffin.greedy, ended
+        )
 
 
-def _greedy(logits_BV: Tensor) -> Tensor:
-    return logits_BV.argmax(dim=-1)
+def end_tokens(loaded: LoadedModel) -> set[int]:
+    """The tokens that end a generation of this model."""
+    eos = loaded.model.generation_config.eos_token_id
+    return {*(eos if isinstance(eos, list) else [] if eos is None else [eos])}
 
 
-def _sampled(logits_BV: Tensor) -> Tensor:
-    """At temperature 0.3 from the whole vocabulary, as in the reference implementation's scripts."""
-    return (logits_BV / 0.3).softmax(dim=-1).multinomial(1).squeeze(1)
+def sampled(seed: int, temperature: float = TEMPERATURE) -> Callable[[Sequence[Row], Tensor], Tensor]:
+    """Picks tokens by sampling from the whole vocabulary: every row from numbers of its own, which follow from seed and prompt.
+
+    So a text depends neither on the texts beside it nor on those before it, and methods are compared with the same
+    numbers.
+    """
+    numbers: dict[Row, torch.Generator] = {}
+
+    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        for row in rows:
+            if row not in numbers:
+                own = zlib.crc32(f"{seed} {row.label.index}".encode())
+                numbers[row] = torch.Generator(logits_BV.device).manual_seed(own)
+        chances_BV = (logits_BV / temperature).softmax(dim=-1)
+        drawn = [
+            chances_V.multinomial(1, generator=numbers[row]) for row, chances_V in zip(rows, chances_BV, strict=True)
+        ]
+        return torch.cat(drawn)
+
+    return pick
+
+
+def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
+    return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
 
 
 def _scored(
-    prompt: Prompt,
-    prompt_tokens: int,
-    generated: list[int],
-    seconds: float,
-    tokenizer: PreTrainedTokenizerBase,
-    task: GenerationTask,
+    prompt: Prompt, row: Row, seconds: float, tokenizer: PreTrainedTokenizerBase, task: GenerationTask
 ) -> Sample:
-    text = tokenizer.decode(generated, skip_special_tokens=True).partition(task.stop)[0]
+    text = tokenizer.decode(row.tokens, skip_special_tokens=True).partition(task.stop)[0]
     scores = _scorer.score(target=prompt.reference, prediction=text)
     return (
-        _sample(prompt, prompt_tokens)
-        | {"generated_tokens": len(generated), "seconds": round(seconds, 4)}
+        _sample(prompt, row.state.length)
+        | {"generated_tokens": len(row.tokens), "seconds": round(seconds, 4)}
         | {name: 100 * scores[name].fmeasure for name in ROUGE}
         | {"text": text, "reference": prompt.reference}
     )

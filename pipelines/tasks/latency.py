@@ -12,24 +12,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import griffin
-from griffin.caches import roomy, static
-from griffin.compaction import COPY_AFTER
+from griffin import Method
 from griffin.feedforward import weight_out_in
-from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
-from pipelines.methods import Method, pruner_options
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 
@@ -82,44 +79,43 @@ def evaluate(
                 f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
             )
     for method in methods:
-        kept = griffin.prune(loaded.model, **pruner_options(config, method)).kept
+        engine = engine_for(loaded.model, methods, config)
+        kept = method.kept([block.width for block in griffin.find_feedforward_blocks(loaded.model)])
         traffic = decode_bytes(loaded, kept)
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue
-            prompt = _prompt(loaded, repeat, config)
-            timed = partial(_timed, loaded, room=repeat.generation_length, compiled=config.compile)
-            if config.compile:
-                timed(prompt, 2, None)  # compiles
-            _forget_peak(loaded.model.device)
-            dense = timed(prompt, repeat.generation_length, None)
-            dense_peak = _peak_memory(loaded.model.device)
-            with griffin.prune(loaded.model, **pruner_options(config, method)) as pruner:
+            timing = _Timing(loaded, engine, repeat, config)
+            dense_method = Method(sparsity=0.0)
+            plain = timing.plain() if _pieces_apply(loaded, config) else None
+            with _fast(loaded, config):
+                if config.compile:
+                    timing.run(dense_method, 2)  # compiles
+                    timing.run(method, 2)
                 _forget_peak(loaded.model.device)
-                # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
-                # Compact mode may fill them some tokens after the prompt only.
-                other = _prompt(loaded, repeat, config, shift=1)
-                timed(other, min(repeat.generation_length, COPY_AFTER + 2), pruner)
-                pruned = timed(prompt, repeat.generation_length, pruner)
-                peak = _peak_memory(loaded.model.device)
-            yield (
-                method,
-                [
-                    {
-                        "index": repeat.index,
-                        "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
-                        "prompt_length": repeat.prompt_length,
-                        "generation_length": repeat.generation_length,
-                        "dense": dense,
-                        "pruned": pruned,
-                        "memcpy": _memcpy(loaded, kept),
-                        "bytes": traffic,
-                        "dense_peak_memory_bytes": dense_peak,
-                        "peak_memory_bytes": peak,
-                        "seconds": sum(dense.values()) + sum(pruned.values()),
-                    }
-                ],
-            )
+                dense = timing.run(dense_method)
+                dense_peak = _peak_memory(loaded.model.device)
+                with griffin.Offload(loaded.model) if config.offload_dense else nullcontext():
+                    _forget_peak(loaded.model.device)
+                    # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
+                    timing.run(method, 2, shift=1)
+                    pruned = timing.run(method)
+                    peak = _peak_memory(loaded.model.device)
+                engine.unload()
+            sample: Sample = {
+                "index": repeat.index,
+                "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
+                "prompt_length": repeat.prompt_length,
+                "generation_length": repeat.generation_length,
+                "dense": dense,
+                "pruned": pruned,
+                "memcpy": _memcpy(loaded, kept),
+                "bytes": traffic,
+                "dense_peak_memory_bytes": dense_peak,
+                "peak_memory_bytes": peak,
+                "seconds": sum(dense.values()) + sum(pruned.values()),
+            }
+            yield method, [sample if plain is None else sample | {"plain": plain}]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -186,43 +182,60 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
         "dense_peak_memory_bytes": max(sample["dense_peak_memory_bytes"] for sample in samples),
         "peak_memory_bytes": max(sample["peak_memory_bytes"] for sample in samples),
     }
+    if "plain" in first:
+        values["linear_in_pieces_speedup"] = median("plain", "decode") / median("dense", "decode")
     if dense > pruned:  # else no number of tokens pays for the preparation
         values["breakeven_tokens"] = overhead / (dense - pruned)
     return values
 
 
-@torch.no_grad()
-def _timed(
-    loaded: LoadedModel, prompt: Tensor, tokens: int, pruner: griffin.Pruner | None, room: int, compiled: bool
-) -> Seconds:
-    """Seconds of prefill, of choosing experts, of compacting, and of decoding `tokens` tokens greedily.
+class _Timing:
+    """Times one repeat, with the same parts as every other task: prefill, the choice of experts, the decoding loop."""
 
-    Where compact mode copies weights in the midst of a generation (on a CPU), that counts as decoding.
-    Decoding is compiled where asked for. Its cache has `room` for more tokens: a compiled graph is for one shape.
-    """
-    model, device = loaded.model, loaded.model.device
-    times = [_now(device)]
-    prefilled = DynamicCache()  # without the model's config it keeps every position, also in sliding windows
-    output = model(prompt, past_key_values=prefilled, use_cache=True, logits_to_keep=1)
-    times.append(_now(device))
-    if pruner is not None:
-        _ = pruner.experts
-    times.append(_now(device))
-    if pruner is not None:
-        pruner.prepare()
-    times.append(_now(device))
-    step, cache = model, roomy([prefilled], room)  # as generation tasks decode
-    if compiled:
-        cache = static([prefilled], model.config, prompt.shape[1] + room)
-        step = model.get_compiled_call(compiling(device))
-    token = output.logits[:, -1:].argmax(dim=-1)
-    began = _now(device)
-    for _ in range(tokens):
-        output = step(token, past_key_values=cache, use_cache=True)
-        token = output.logits[:, -1:].argmax(dim=-1)
-    decode = _now(device) - began
-    parts = dict(zip(("prefill", "choose", "compact"), [b - a for a, b in pairwise(times)], strict=True))
-    return parts | {"decode": decode}
+    def __init__(self, loaded: LoadedModel, engine: griffin.Engine, repeat: Repeat, config: RunConfig) -> None:
+        self._loaded, self._engine, self._repeat, self._config = loaded, engine, repeat, config
+
+    def run(self, method: Method, tokens: int | None = None, shift: int = 0) -> Seconds:
+        """Seconds of prefill, of choosing experts, of compacting, and of decoding greedily.
+
+        Args:
+            method: how the prompts are continued.
+            tokens: how many tokens are decoded; None: as many as the repeat says.
+            shift: another prompt.
+        """
+        engine, repeat, config = self._engine, self._repeat, self._config
+        prompts = _prompt(self._loaded, repeat, config, shift).tolist()
+        steps = tokens or repeat.generation_length
+        times = [_now(engine.device)]
+        states = griffin.prefill(engine, prompts, griffin.wanted([method]))
+        times.append(_now(engine.device))
+        rows = griffin.begin(engine, states, method, config.seed, range(len(states)))
+        times.append(_now(engine.device))
+        engine.load([row.experts for row in rows])
+        times.append(_now(engine.device))
+        # The first token is the prefill's; each of the others takes a step.
+        generation = griffin.Generation(steps + 1, griffin.greedy, lambda row: False)
+        for _ in griffin.decode(
+            engine, rows, len(rows), len(rows), repeat.prompt_length, generation, room=repeat.generation_length + 1
+        ):
+            pass
+        times.append(_now(engine.device))
+        names = ("prefill", "choose", "compact", "decode")
+        return dict(zip(names, [last - first for first, last in pairwise(times)], strict=True))
+
+    def plain(self) -> Seconds:
+        """The same of the dense model with torch's own products, as everybody has it."""
+        return self.run(Method(sparsity=0.0))
+
+
+def _pieces_apply(loaded: LoadedModel, config: RunConfig) -> bool:
+    """Whether the model's linear layers multiply few tokens in pieces here."""
+    model = loaded.model
+    return config.cpu_pieces and not config.compile and model.device.type == "cpu" and model.dtype == torch.float32
+
+
+def _fast(loaded: LoadedModel, config: RunConfig) -> AbstractContextManager[None]:
+    return griffin.linear_in_pieces(loaded.model) if _pieces_apply(loaded, config) else nullcontext()
 
 
 def _memcpy(loaded: LoadedModel, kept: Sequence[int]) -> float:

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
-import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 
 import griffin
-from griffin.decoding import refuse_decoding
-from pipelines.config import LEARNING, RunConfig
+from griffin import LEARNING, Method
+from pipelines.config import RunConfig
 from pipelines.config_fields import one_of
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
-from pipelines.methods import Method, pruned, shared_prompt
 from pipelines.models import LoadedModel
 from pipelines.task_config import PROTOCOLS, HarnessTask
 from pipelines.tasks.scoring import Request, score
@@ -92,10 +89,6 @@ class GriffinLM(HFLM):
         seed: of random statistics and selections.
         arguments: HFLM's own, `pretrained` first.
 
-    Attributes:
-        method: which answers the coming requests.
-        prompt_seconds: what dense passes over prompts to be continued have taken since it was last set.
-
     Raises:
         UserError: a value that is not allowed, before the model is loaded.
     """
@@ -113,7 +106,7 @@ class GriffinLM(HFLM):
         seed: int = 0,
         **arguments: Any,
     ) -> None:
-        realisable = tuple(name for name, one in griffin.STATISTICS.items() if not one.hindsight)
+        realisable = tuple(name for name, one in griffin.STATISTICS.items() if not one.oracle)
         for key, value, allowed in (
             ("statistic", statistic, realisable),
             ("selection", selection, griffin.SELECTIONS),
@@ -131,15 +124,11 @@ class GriffinLM(HFLM):
         self.method = Method(statistic, selection, float(sparsity), compensation, budget, refresh)
         self.protocol = protocol
         self.seed = int(seed)
-        self.mode, self.shared_experts = "masked", False
-        self.prompt_seconds = 0.0
-        self._methods: Sequence[Method] = [self.method]
-        self._prompts: list[list[int]] = []
 
     @classmethod
-    def around(cls, loaded: LoadedModel, config: RunConfig, methods: Sequence[Method]) -> GriffinLM:
-        """The model of our own pipeline as lm-eval sees it, for any of these methods: its `method` says which."""
-        lm = cls(
+    def around(cls, loaded: LoadedModel, config: RunConfig) -> GriffinLM:
+        """The model of our own pipeline as lm-eval sees it, for its tokens and texts."""
+        return cls(
             sparsity=0.0,
             seed=config.seed,
             pretrained=loaded.model,
@@ -148,8 +137,6 @@ class GriffinLM(HFLM):
             max_length=loaded.context_length,
             add_bos_token=loaded.add_bos_token,
         )
-        lm.mode, lm.shared_experts, lm._methods = config.mode, config.shared_experts, methods
-        return lm
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -159,32 +146,74 @@ class GriffinLM(HFLM):
         loaded = LoadedModel(self.model, self.tokenizer, False, self.max_length, str(self.device))
         tokens = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         batch_size = override_bs or (1 if self.batch_size == "auto" else self.batch_size)
-        scores = score(loaded, tokens, [self.method], self.protocol, batch_size, self.seed)[self.method]
+        engine = griffin.Engine(self.model)
+        griffin.prepare(engine, [self.method])
+        scores = score(loaded, tokens, [self.method], engine, self.protocol, batch_size, self.seed)[self.method]
         return [(one.loglikelihood, one.greedy) for one in scores]
 
-    @cached_property
-    def _shared(self) -> griffin.SharedPrompt:
-        return shared_prompt(self.model, self._methods)
-
-    def _model_generate(
-        self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **options: Any
-    ) -> Tensor:
-        """As HFLM, going on from the prompts' dense pass, which is run once for all methods in turn."""
-        refuse_decoding(self.model.generation_config, None, options, one_text=self.method.refresh != "none")
-        began = time.perf_counter()
-        prompts = [ids[kept] for ids, kept in zip(context, attention_mask.bool(), strict=True)]
-        rows = [ids.tolist() for ids in prompts]
-        if rows != self._prompts:
-            with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
-                self._logits_BV = self._shared.run_each(prompts)
-            self._prompts = rows
-        self.prompt_seconds += time.perf_counter() - began
-        options |= {
-            "attention_mask": attention_mask,
-            "past_key_values": self._shared.fork(max_length - context.shape[1]),
-        }
-        with pruned(self._shared, self.method, self), griffin.prefilled(self.model, self._logits_BV):
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """As HFLM, with each row's own experts."""
+        method = self.method
+        if method.dense:
             return super()._model_generate(context, max_length, stop, **options)
+        with griffin.prune(
+            self.model,
+            method.sparsity,
+            method.statistic,
+            method.selection,
+            mode="masked" if len(context) > 1 else "compact",
+            seed=self.seed,
+            compensation=method.compensation,
+            budget=method.budget,
+            refresh=method.refresh,
+        ):
+            return super()._model_generate(context, max_length, stop, **options)
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A text that lm-eval asks for.
+
+    Attributes:
+        ids: the prompt's tokens, as HFLM would make them.
+        limit: the most new tokens.
+        stop: what ends the text; it is cut there.
+        temperature: of sampling; 0: greedy.
+    """
+
+    ids: list[int]
+    limit: int
+    stop: list[str]
+    temperature: float
+
+
+def text_request(lm: GriffinLM, instance: Instance) -> TextRequest:
+    """What a `generate_until` request asks for.
+
+    Raises:
+        UserError: the task's generation arguments ask for more than greedy decoding or a temperature.
+    """
+    context, arguments = instance.args
+    options = normalize_gen_kwargs(arguments, lm.max_gen_toks)
+    limit = options.pop("max_gen_toks")
+    stop = handle_stop_sequences(
+        options.pop("until", None), eos=lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
+    )
+    temperature = float(options.pop("temperature", 0.0) or 0.0)
+    if options.pop("do_sample", temperature > 0) is False:
+        temperature = 0.0
+    if options:
+        raise UserError(
+            f"generation_kwargs of the task: {', '.join(sorted(options))}: expected greedy or a temperature"
+        )
+    ids, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - limit, truncation=lm.truncation)
+    return TextRequest(ids[0].tolist(), limit, stop, temperature)
+
+
+def finished_text(lm: GriffinLM, tokens: list[int], stop: list[str]) -> str:
+    """The text of a generation, cut as HFLM does it."""
+    text: str = postprocess_generated_text(generation=lm.tok_decode(tokens), stop=stop, think_end_token=None)
+    return text
 
 
 def _build(task: HarnessTask) -> Any:

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+import griffin
+from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_text
 from pipelines.errors import UserError
-from pipelines.methods import Method, continued, shared_prompt
+from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 
@@ -67,7 +70,7 @@ def evaluate(
     if len(ids) < width:
         raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
     device = loaded.model.device
-    shared = shared_prompt(loaded.model, methods)
+    engine, record = engine_for(loaded.model, methods, config), griffin.wanted(methods)
     for window in windows:
         if window.index >= len(ids) // width:
             break
@@ -75,26 +78,25 @@ def evaluate(
         if not needed:
             continue
         tokens = ids[window.index * width : (window.index + 1) * width]
-        following = torch.tensor([tokens[longest:]], device=device)
-        nll: dict[Method, dict[str, float]] = {method: {} for method in needed}
-        seconds = dict.fromkeys(needed, 0.0)
+        following = tokens[longest:]
+        run = needed if config.batch_size == 1 else methods
+        nll: dict[Method, dict[str, float]] = {method: {} for method in run}
+        seconds = dict.fromkeys(run, 0.0)
         for prompt_length in task.prompt_lengths:
             # All prompt lengths end at the same token, so that they are judged on the same text.
-            prompt = torch.tensor([[*bos, *tokens[longest - prompt_length + len(bos) : longest]]], device=device)
+            prompt = [*bos, *tokens[longest - prompt_length + len(bos) : longest]]
             began = time.perf_counter()
-            last = shared.run(prompt, torch.tensor([prompt_length], device=device), last=1)
-            shared_seconds = (time.perf_counter() - began) / len(needed)
-            for method in needed:
-                began = time.perf_counter()
-                logits = last
-                if most > 1:
-                    lengths = torch.tensor([most - 1], device=device)
-                    after = continued(shared, method, following[:, :-1], lengths, config.seed)
-                    logits = torch.cat([last, after], dim=1)
-                each = torch.nn.functional.cross_entropy(logits[0].float(), following[0], reduction="none")
+            (state,) = griffin.prefill(engine, [prompt], record)
+            shared_seconds = (time.perf_counter() - began) / len(run)
+            began = time.perf_counter()
+            for method, logits in _continued(engine, state, run, following[:-1], config):
+                logits_GV = torch.cat([state.logits_TV[-1:], logits]).float()
+                target_G = torch.tensor(following, device=device)
+                each_G = torch.nn.functional.cross_entropy(logits_GV, target_G, reduction="none")
                 for generation_length in task.generation_lengths:
-                    nll[method][_cell(prompt_length, generation_length)] = float(each[:generation_length].mean())
+                    nll[method][_cell(prompt_length, generation_length)] = float(each_G[:generation_length].mean())
                 seconds[method] += shared_seconds + time.perf_counter() - began
+                began = time.perf_counter()
         for method in needed:
             yield (
                 method,
@@ -107,6 +109,18 @@ def evaluate(
                     }
                 ],
             )
+
+
+def _continued(
+    engine: griffin.Engine, state: griffin.PromptState, methods: Sequence[Method], ids: list[int], config: RunConfig
+) -> Iterator[tuple[Method, Tensor]]:
+    """The logits [C, V] after each of these tokens under every method."""
+    if not ids:
+        yield from ((method, state.logits_TV[:0]) for method in methods)
+        return
+    rows = ((row, ids) for method in methods for row in griffin.begin(engine, [state], method, config.seed))
+    for row, logits_CV in griffin.score(engine, rows, config.batch_size):
+        yield row.method, logits_CV
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import griffin
-from pipelines.methods import Method, continued, shared_prompt
+from griffin import Method, Row
 from pipelines.models import LoadedModel
 
 PROTOCOLS = ("paper", "continuation")
@@ -51,6 +51,7 @@ def score(
     loaded: LoadedModel,
     requests: Sequence[Request],
     methods: Sequence[Method],
+    engine: griffin.Engine,
     protocol: str,
     batch_size: int,
     seed: int,
@@ -64,6 +65,7 @@ def score(
         loaded: the model.
         requests: what to score.
         methods: how; a dense method is the dense pass itself.
+        engine: of the model, for these methods.
         protocol: one of `PROTOCOLS`.
         batch_size: rows of a forward call.
         seed: of random statistics and selections.
@@ -77,16 +79,13 @@ def score(
     for number, row in enumerate(rows):
         members.setdefault(row, []).append(number)
     ordered = sorted(members, key=lambda row: (-len(row.ids), row.ids))
-    shared = shared_prompt(loaded.model, methods)
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        tails = [
-            max(len(requests[number].continuation) for number in members[row]) for row in batch
-        ]  # positions at each row's end whose logits are needed
-        for method, logits in _logits(loaded, shared, batch, tails, methods, seed):
-            for row, tail_logits in zip(batch, logits, strict=True):
-                for number in members[row]:
-                    scores[method][number] = _score(tail_logits, requests[number].continuation)
+        # How many positions at each row's end logits are needed of.
+        tails = {row: max(len(requests[number].continuation) for number in members[row]) for row in batch}
+        for method, row, logits_TV in _logits(engine, tails, methods, batch_size, seed):
+            for number in members[row]:
+                scores[method][number] = _score(logits_TV, requests[number].continuation)
     return {method: [one for one in each if one is not None] for method, each in scores.items()}
 
 
@@ -98,50 +97,38 @@ def _row(request: Request, protocol: str, context_length: int) -> _Row:
 
 
 def _logits(
-    loaded: LoadedModel,
-    shared: griffin.SharedPrompt,
-    batch: Sequence[_Row],
-    tails: Sequence[int],
-    methods: Sequence[Method],
-    seed: int,
-) -> Iterator[tuple[Method, list[Tensor]]]:
-    """Per method, each row's logits of its last `tail` positions, [tail, V]."""
-    device = loaded.model.device
-    lengths = [len(row.ids) for row in batch]
-    width = max(lengths)
-    ids_BS = _padded([row.ids for row in batch], device)
-    prompts_B = torch.tensor([row.prompt_length for row in batch], device=device)
-    keep = width - min(length - tail for length, tail in zip(lengths, tails, strict=True))
-    dense_BKV = shared.run(ids_BS, prompts_B, last=keep)
-    dense = [
-        dense_BKV[number, keep - width + length - tail : keep - width + length]
-        for number, (length, tail) in enumerate(zip(lengths, tails, strict=True))
-    ]
-    following = [row.ids[row.prompt_length :] for row in batch]
-    following_B = torch.tensor([len(ids) for ids in following], device=device)
-    following_BC = _padded(following, device)
-    for method in methods:
-        if method.dense or not following_BC.shape[1]:
-            yield method, dense
-            continue
-        pruned_BCV = continued(shared, method, following_BC, following_B, seed)
-        yield (
-            method,
-            [
-                torch.cat([dense[number][: max(tail - len(ids), 0)], pruned_BCV[number, : len(ids)][-tail:]])
-                for number, (tail, ids) in enumerate(zip(tails, following, strict=True))
-            ],
-        )
+    engine: griffin.Engine, tails: dict[_Row, int], methods: Sequence[Method], batch_size: int, seed: int
+) -> Iterator[tuple[Method, _Row, Tensor]]:
+    """Per method and row of a batch, the logits [T, V] of its last positions, as many as its tail has."""
+    states = griffin.prefill(
+        engine,
+        [row.ids for row in tails],
+        griffin.wanted(methods),
+        prompt_lengths=[row.prompt_length for row in tails],
+        keep_logits=max(tails.values()),
+    )
+    pruning = [method for method in methods if not method.dense]
+    following = {row: row.ids[row.prompt_length :] for row in tails}
+    for row, state in zip(tails, states, strict=True):
+        for method in methods if not following[row] else [method for method in methods if method.dense]:
+            yield method, row, state.logits_TV[-tails[row] :]
+
+    def rows() -> Iterator[tuple[Row, tuple[int, ...]]]:
+        for row, state in zip(tails, states, strict=True):
+            for method in pruning if following[row] else ():
+                (pruned,) = griffin.begin(engine, [state], method, seed, [(row, state)])
+                yield pruned, following[row]
+
+    for pruned, logits_CV in griffin.score(engine, rows(), batch_size):
+        row, state = pruned.label
+        # Positions of the prompt are the dense model's.
+        dense_TV = state.logits_TV[: len(state.logits_TV) - len(following[row])]
+        yield pruned.method, row, torch.cat([dense_TV, logits_CV])[-tails[row] :]
 
 
 def _score(tail_logits: Tensor, continuation: tuple[int, ...]) -> Score:
-    logprobs = torch.log_softmax(tail_logits[-len(continuation) :], dim=-1)
+    # In float32, also where the model computes in half precision: sums of log-likelihoods would lose digits.
+    logprobs = torch.log_softmax(tail_logits[-len(continuation) :].float(), dim=-1)
     tokens = torch.tensor(continuation, device=logprobs.device)
     picked = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return Score(float(picked.sum()), bool((logprobs.argmax(dim=-1) == tokens).all()))
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[B, S] int64, padded on the right with 0: what stands there is never looked at."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device, dtype=torch.int64)

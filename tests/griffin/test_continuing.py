@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from families import FAMILIES, ONE_PER_LAYOUT, tiny
+from griffin.slots import Lockstep, Slots
 from prompts import prompt
 from running import generate, new_tokens
 from torch import Tensor
@@ -19,7 +20,6 @@ from transformers import PreTrainedModel
 import griffin
 from griffin import Decoding, SharedPrompt, continue_in_turn, continue_together
 from griffin.correction import together
-from griffin.slots import Lockstep, Slots
 
 LIMIT = 9
 LENGTHS = [13, 12, 11, 7, 4, 1]  # more than the slots, the longest first, some beyond the sliding windows

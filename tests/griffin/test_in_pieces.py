@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from families import ONE_PER_LAYOUT, tiny
+from griffin.in_pieces import FEW, dot_products, in_pieces, weighted_sums
 from prompts import prompt
 from torch import Tensor, nn
 
 import griffin
-from griffin.in_pieces import FEW, dot_products, in_pieces, weighted_sums
 
 COLUMNS = 33
 

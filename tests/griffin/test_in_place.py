@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from families import ONE_PER_LAYOUT, tiny
+from griffin.in_place import PIECES, DotProducts, WeightedSum
 from prompts import prompt
 from running import difference, generate, step_logits
 from torch import Tensor
 
 import griffin
 from griffin import compaction
-from griffin.in_place import PIECES, DotProducts, WeightedSum
 
 ROWS, COLUMNS = 90, 33
 

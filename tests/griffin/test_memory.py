@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import ONE_PER_LAYOUT, tiny
+from griffin.compaction import COPY_AFTER, CompactProjection
+from griffin.in_pieces import FEW
 from prompts import prompt
 from transformers import PreTrainedModel
 
 import griffin
-from griffin.compaction import COPY_AFTER, CompactProjection
-from griffin.in_pieces import FEW
 
 PROMPTS = 200
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from families import ONE_PER_LAYOUT, VOCABULARY, WIDTHS, tiny
+from griffin.recording import record_activations, relative_activations
 
 import griffin
-from griffin.recording import record_activations, relative_activations
 
 
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)

@@ -10,12 +10,12 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, ONE_PER_LAYOUT, fresh, tiny
+from griffin.compaction import CompactProjection
 from prompts import prompt
 from running import generate
 from transformers import PreTrainedModel
 
 import griffin
-from griffin.compaction import CompactProjection
 
 # How experts are put to work.
 WAYS = {"compact": {"mode": "compact"}, "masked": {"mode": "masked"}, "offloaded": {"offload_dense": True}}

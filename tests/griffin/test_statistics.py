@@ -6,13 +6,13 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, LAYERS, fresh, tiny
+from griffin.gathering import Places, Stretch
+from griffin.own_text import sample
 from prompts import prompt
 from torch import Tensor, nn
 
 import griffin
 from griffin import STATISTICS, FeedForwardBlock, aggregate
-from griffin.gathering import Places, Stretch
-from griffin.own_text import sample
 from griffin.statistics import Evidence
 
 SHAPES = [(1, 1, 1), (1, 1, 5), (1, 7, 1), (3, 1, 5), (3, 7, 5)]  # B, S, D
