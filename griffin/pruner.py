@@ -353,7 +353,7 @@ class Pruner:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """A decoding method for `model.generate`: our loop with its logits processors, stopping criteria and streamer."""
+        """What `model.generate` decodes by: our loop, with its logits processors, stopping criteria and streamer."""
         engine, mask = self._engine, model_kwargs.get("attention_mask")
         prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(ids_BS)]
         texts_BS = ids_BS

@@ -1,7 +1,7 @@
-"""How the rows of a run, prompts times methods, are put into groups that are evaluated, and after a cut-off repeated, whole.
+"""How the rows of a run, prompts times methods, are put into groups that are evaluated as a whole.
 
-Above `batch_size=1` rows run beside others, and their numbers depend on these by rounding. So a group is always the same
-rows, whatever of it was finished before: a run that was cut off ends with the numbers of an undisturbed one.
+Above `batch_size=1` rows run beside others, and their numbers depend on these by rounding. So a group is always the
+same rows, whatever of it was finished before: a run that was cut off ends with the numbers of an undisturbed one.
 """
 
 from __future__ import annotations
