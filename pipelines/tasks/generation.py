@@ -192,8 +192,8 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
 def sampled(seed: int, temperature: float = TEMPERATURE) -> Callable[[Sequence[Row], Tensor], Tensor]:
     """Picks tokens by sampling from the whole vocabulary, every row with random numbers of its own.
 
-    The numbers follow from seed and prompt. So a text depends neither on the texts beside it nor on those before it, and methods are compared with the same
-    numbers.
+    The numbers follow from seed and prompt. So a text depends neither on the texts beside it nor on those before it,
+    and methods are compared with the same numbers.
     """
     numbers: dict[Row, torch.Generator] = {}
 
