@@ -19,7 +19,8 @@ from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import Method, data_digests, pruner_options, run_config
 from pipelines.model_config import ModelConfig
-from pipelines.records import Record, RunFolder
+from pipelines.records import Record
+from pipelines.run_folder import RunFolder
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pipelines.config_keys import typed
 from pipelines.errors import UserError, out_of_memory
 from pipelines.evaluation import evaluate, kept_model
 from pipelines.methods import Method, identity, methods
-from pipelines.records import RunFolder, run_id
+from pipelines.run_folder import RunFolder, run_id
 from pipelines.sweeps import run_status
 from pipelines.sweeps.manifest import ManifestEntry
 from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, SKIPPED, RunStatus, held_folders, merged, wait_for

@@ -18,7 +18,8 @@ from typing import Any
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import identity, methods
-from pipelines.records import RunFolder, write_in_one_step
+from pipelines.records import write_in_one_step
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, RunStatus
 
 FOLDER = ".sweep"

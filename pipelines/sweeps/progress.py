@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps.manifest import FOLDER, read_entry
 
 DONE, RUNNING, FAILED, BROKEN_OFF, MISSING = "done", "running", "failed", "broken off", "missing"

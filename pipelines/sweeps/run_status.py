@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from pipelines.records import Record, RunFolder
+from pipelines.records import Record
+from pipelines.run_folder import RunFolder
 
 FINISHED, SKIPPED, FAILED, HELD = "finished", "skipped", "failed", "held by another process"
 

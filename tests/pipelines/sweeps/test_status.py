@@ -11,7 +11,7 @@ import pytest
 from calling import Outcome, composed, run_folders, tiny
 
 from pipelines import status
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps import progress
 from pipelines.sweeps.manifest import ManifestEntry
 from pipelines.sweeps.progress import Row, duration, seconds_left

@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 
 from pipelines import composition
 from pipelines.composition import CONF
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps.manifest import ManifestEntry
 from pipelines.sweeps.run_status import FAILED
 from pipelines.tasks import generation
