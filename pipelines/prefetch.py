@@ -6,7 +6,6 @@ For a login node, before runs on compute nodes that have no network. Takes what 
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import tempfile
@@ -14,10 +13,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipelines import tasks
 from pipelines.composition import compose_and_call
 from pipelines.config_keys import typed
 from pipelines.errors import UserError
-from pipelines.job import KINDS
 from pipelines.model_config import ModelConfig
 
 # Weights in other formats than safetensors are never loaded; some repositories hold them twice more.
@@ -81,7 +80,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _data(config: Any) -> str:
-    items = importlib.import_module(KINDS[config.task.kind]).read(config)
+    items = tasks.module_of(config.task.kind).read(config)
     return f"data at hand, {len(items)} items"
 
 

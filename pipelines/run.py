@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import sys
 
-from pipelines import job
 from pipelines.composition import compose_and_call
+from pipelines.job import job
 from pipelines.summary import flocking_table, latency_table, perplexity_table, summary_table
-from pipelines.sweeps.run_status import FAILED, outcome_table
+from pipelines.sweeps import run_status
 
 TABLES = (summary_table, perplexity_table, latency_table, flocking_table)
 
 
 def main() -> None:
     """Compose, run, print the summary. Exit code 1 if any run failed, 128 + N where signal N ended it."""
-    job.outcomes.clear()
-    compose_and_call(job.job)
-    outcomes = [one for point in job.outcomes for one in point]
-    rows = [(one.method, record) for one in outcomes if (record := one.record()) is not None]
+    run_status.of_this_call.clear()
+    compose_and_call(job)
+    statuses = [one for point in run_status.of_this_call for one in point]
+    rows = [(one.method, record) for one in statuses if (record := one.record()) is not None]
     if rows:
         tables = [table(rows) for table in TABLES]
         print("\n" + "\n\n".join(table for table in tables if table))
-        print(f"\nRecords: {', '.join(sorted({str(one.folder.parent) for one in outcomes if one.folder}))}")
-    if len(job.outcomes) > 1:
-        print("\n" + outcome_table(outcomes))
-    if any(one.state == FAILED for one in outcomes):
+        print(f"\nRecords: {', '.join(sorted({str(one.folder.parent) for one in statuses if one.folder}))}")
+    if len(run_status.of_this_call) > 1:
+        print("\n" + run_status.run_status_table(statuses))
+    if any(one.state == run_status.FAILED for one in statuses):
         sys.exit(1)
 
 

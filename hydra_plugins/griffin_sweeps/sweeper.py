@@ -1,4 +1,4 @@
-"""Hydra's basic sweep, made to survive: points are checked and written down first, and each ends in an outcome."""
+"""Hydra's basic sweep, made to survive: points are checked and planned first, and every run ends with a status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hydra_plugins.griffin_sweeps.checks import check
 
 if TYPE_CHECKING:
-    from pipelines.sweeps.run_status import Outcome
+    from pipelines.sweeps.run_status import RunStatus
 
 # Where and how a sweep runs, as against what it runs.
 _WHERE = ("launcher", "output_dir", "wandb.mode", "wandb.project", "wandb.entity")
@@ -43,14 +43,14 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         super().setup(config=config, **arguments)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the points, and leave what became of them in `pipelines.job.outcomes`.
+        """Run the points, and leave what became of them in `pipelines.sweeps.run_status.of_this_call`.
 
         Raises:
             HydraException: a point cannot be composed; nothing has been written or run.
             UserError: the output folder cannot be written, or SLURM takes no jobs.
         """
-        from pipelines import job
         from pipelines.errors import UserError
+        from pipelines.sweeps import run_status
         from pipelines.sweeps.run_status import held_folders, merged, wait_for
 
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
@@ -65,20 +65,20 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
         points = [[*overrides, *group] for overrides in self.split_arguments(parsed, None)[0]]
         configs = [self._composed(overrides) for overrides in points]
         words = [" ".join(one for one in overrides if one.partition("=")[0] in swept) for overrides in points]
-        found: list[list[Outcome]] = [self._known(*point) for point in zip(words, configs, strict=True)]
-        pending = [number for number, outcomes in enumerate(found) if not outcomes]
+        found: list[list[RunStatus]] = [self._known(*point) for point in zip(words, configs, strict=True)]
+        pending = [number for number, statuses in enumerate(found) if not statuses]
         if pending:
             OmegaConf.save(self.config, Path(self.config.hydra.sweep.dir) / "multirun.yaml")
         while pending:
-            for number, outcomes in self._launched(pending, points, configs):
-                found[number] = merged(found[number], outcomes)
+            for number, statuses in self._launched(pending, points, configs):
+                found[number] = merged(found[number], statuses)
             held = [number for number in pending if held_folders(found[number])]
             wait_for([folder for number in held for folder in held_folders(found[number])])
             for number in held:
                 found[number] = merged(found[number], self._known(words[number], configs[number]) or found[number])
             pending = [number for number in held if held_folders(found[number])]
-        for point, outcomes in zip(words, found, strict=True):
-            job.outcomes.append([replace(one, words=point) for one in outcomes])
+        for point, statuses in zip(words, found, strict=True):
+            run_status.of_this_call.append([replace(one, words=point) for one in statuses])
 
     def _group(self, overrides: Sequence[Override]) -> list[str]:
         """What makes the points one group in W&B, as overrides: the experiment's name, else what is swept."""
@@ -100,33 +100,36 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
             del config["hydra"]
         return config
 
-    def _known(self, words: str, composed: DictConfig) -> list[Outcome]:
-        """Outcomes of a point that needs no launch, being wrong or finished; else it is written down as planned."""
+    def _known(self, words: str, composed: DictConfig) -> list[RunStatus]:
+        """The statuses of a point that needs no launch because it is wrong or finished.
+
+        Any other point has none yet: it goes into the manifest.
+        """
         from pipelines.config_keys import typed
         from pipelines.errors import UserError
-        from pipelines.sweeps.manifest import Point
-        from pipelines.sweeps.run_status import FAILED, SKIPPED, Outcome
+        from pipelines.sweeps.manifest import ManifestEntry
+        from pipelines.sweeps.run_status import FAILED, SKIPPED, RunStatus
 
         try:
-            point = Point(typed(composed))
+            entry = ManifestEntry(typed(composed))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return [Outcome(words, "", FAILED, reason=str(error))]
+            return [RunStatus(words, "", FAILED, reason=str(error))]
         launcher = self.config.hydra.runtime.choices.get("launcher") or ""
-        runs = point.finished_runs(launcher)
+        runs = entry.finished_runs(launcher)
         if runs is None:
-            point.plan(words, launcher)
+            entry.plan(words, launcher)
             return []
         for run in runs:
             print(f"{run}: finished before, skipped", file=sys.stderr)
-        return [Outcome(point.words, label, SKIPPED, run) for label, run in zip(point.labels, runs, strict=True)]
+        return [RunStatus(entry.words, label, SKIPPED, run) for label, run in zip(entry.labels, runs, strict=True)]
 
     def _launched(
         self, numbers: Sequence[int], points: Sequence[list[str]], configs: Sequence[DictConfig]
-    ) -> Iterator[tuple[int, list[Outcome]]]:
-        """The outcomes of the points with these numbers, launched in batches."""
+    ) -> Iterator[tuple[int, list[RunStatus]]]:
+        """The statuses of the points with these numbers, launched in batches."""
         from pipelines.config_keys import typed
-        from pipelines.sweeps.manifest import Point
+        from pipelines.sweeps.manifest import ManifestEntry
 
         size = self.max_batch_size or len(numbers)
         for start in range(0, len(numbers), size):
@@ -140,13 +143,14 @@ class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
                     for number in batch:
                         yield from self._launched([number], points, configs)
                 else:
-                    yield batch[0], Point(typed(configs[batch[0]])).died(f"its worker died ({type(error).__name__})")
+                    reason = f"its worker died ({type(error).__name__})"
+                    yield batch[0], ManifestEntry(typed(configs[batch[0]])).died(reason)
                 continue
             for number, returned in zip(batch, returns, strict=True):
                 if returned.status == JobStatus.COMPLETED:
                     yield number, returned.return_value
                 else:  # `return_value` would raise, after printing to stderr
-                    yield number, Point(typed(configs[number])).died(str(returned._return_value))
+                    yield number, ManifestEntry(typed(configs[number])).died(str(returned._return_value))
 
 
 ConfigStore.instance().store(

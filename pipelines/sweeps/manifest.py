@@ -1,4 +1,4 @@
-"""The points of a sweep, written down before they run, so that what is missing can be told later.
+"""The sweep manifest: every point of a sweep, written down before it runs, so that what is missing can be told later.
 
     <output_dir>/.sweep/<key>.json    one point: what, by which methods; its runs once it has begun; why it failed
 
@@ -18,14 +18,15 @@ from typing import Any
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.methods import identity, methods
-from pipelines.records import RunFolder, write_in_one_step
-from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, Outcome
+from pipelines.records import write_in_one_step
+from pipelines.run_folder import RunFolder
+from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, RunStatus
 
 FOLDER = ".sweep"
 
 
-class Point:
-    """The note about one point of a sweep. Creating the object touches no file."""
+class ManifestEntry:
+    """What the manifest says about one point of a sweep. Creating the object touches no file."""
 
     def __init__(self, config: RunConfig) -> None:
         self.output_dir = Path(config.output_dir)
@@ -48,67 +49,67 @@ class Point:
         Raises:
             UserError: the folder cannot be written.
         """
-        before = read_note(self.path)
+        before = read_entry(self.path)
         runs = before["runs"] if before and before["launcher"] == launcher else None
         words = {"words": self.words, "swept": swept, "methods": self.labels}
-        note = words | {"launcher": launcher, "runs": runs, "failed": None}
+        entry = words | {"launcher": launcher, "runs": runs, "failed": None}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_in_one_step(self.path, json.dumps(note) + "\n")
+            write_in_one_step(self.path, json.dumps(entry) + "\n")
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
     def finished_runs(self, launcher: str) -> list[Path] | None:
         """The point's run folders, if all of them have a record and the same launcher made them."""
-        note = read_note(self.path)
-        if note is None or note["launcher"] != launcher:
+        entry = read_entry(self.path)
+        if entry is None or entry["launcher"] != launcher:
             return None
-        runs = [RunFolder(self.output_dir, run) for run in note["runs"] or ()]
+        runs = [RunFolder(self.output_dir, run) for run in entry["runs"] or ()]
         return [run.path for run in runs] if runs and all(run.record() for run in runs) else None
 
     def began(self, runs: Sequence[str]) -> None:
         """Note the point's runs, if it is part of a sweep; an earlier failure is forgotten."""
-        self._note(runs=list(runs), failed=None)
+        self._update(runs=list(runs), failed=None)
 
     def fail(self, reason: str) -> None:
         """Note why the point failed, if it is part of a sweep."""
-        self._note(failed=reason)
+        self._update(failed=reason)
 
-    def died(self, reason: str) -> list[Outcome]:
+    def died(self, reason: str) -> list[RunStatus]:
         """What became of the point's runs, whose process ended without saying so.
 
         Args:
             reason: what is known about its end; noted in the folders of runs without a record.
         """
-        note = read_note(self.path)
-        runs = [RunFolder(self.output_dir, run) for run in (note and note["runs"]) or ()]
+        entry = read_entry(self.path)
+        runs = [RunFolder(self.output_dir, run) for run in (entry and entry["runs"]) or ()]
         if not runs:
             self.fail(reason)
-            return [Outcome(self.words, label, FAILED, reason=reason) for label in self.labels]
-        outcomes = []
+            return [RunStatus(self.words, label, FAILED, reason=reason) for label in self.labels]
+        statuses = []
         for label, run in zip(self.labels, runs, strict=True):
             if run.record():
-                outcomes.append(Outcome(self.words, label, FINISHED, run.path))
+                statuses.append(RunStatus(self.words, label, FINISHED, run.path))
             elif run.held():  # by yet another process
-                outcomes.append(Outcome(self.words, label, HELD, run.path))
+                statuses.append(RunStatus(self.words, label, HELD, run.path))
             else:
                 run.fail(reason)
-                outcomes.append(Outcome(self.words, label, FAILED, run.path, reason))
-        return outcomes
+                statuses.append(RunStatus(self.words, label, FAILED, run.path, reason))
+        return statuses
 
-    def _note(self, **values: Any) -> None:
+    def _update(self, **values: Any) -> None:
         # A full disk must not hide what is worse; the run folders tell the rest.
         with contextlib.suppress(OSError):
-            note = read_note(self.path)
-            if note is not None:
-                write_in_one_step(self.path, json.dumps(note | values, ensure_ascii=False) + "\n")
+            entry = read_entry(self.path)
+            if entry is not None:
+                write_in_one_step(self.path, json.dumps(entry | values, ensure_ascii=False) + "\n")
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
+def read_entry(path: Path) -> dict[str, Any] | None:
     """What is written down about a point; None if nothing is, or it is damaged."""
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    known = isinstance(note, dict) and {"words", "swept", "methods", "launcher", "runs", "failed"} <= set(note)
-    return note if known else None
+    known = isinstance(entry, dict) and {"words", "swept", "methods", "launcher", "runs", "failed"} <= set(entry)
+    return entry if known else None

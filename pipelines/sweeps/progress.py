@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from pipelines.records import RunFolder
-from pipelines.sweeps.manifest import FOLDER, read_note
+from pipelines.run_folder import RunFolder
+from pipelines.sweeps.manifest import FOLDER, read_entry
 
 DONE, RUNNING, FAILED, BROKEN_OFF, MISSING = "done", "running", "failed", "broken off", "missing"
 
@@ -43,12 +43,12 @@ def read(output_dir: Path) -> list[Row]:
     rows = {path.name: _of_folder(path) for path in output_dir.iterdir() if (path / "config.yaml").exists()}
     planned = []
     for path in sorted((output_dir / FOLDER).glob("*.json")):
-        note = read_note(path)
-        if note is not None and not rows.keys() & set(note["runs"] or ()):
-            state = FAILED if note["failed"] else MISSING
-            for method in note["methods"]:
-                words = f"{note['words']} {method} ({note['swept']})"
-                planned.append(Row(words, note["words"].replace(" ", "-"), state, reason=note["failed"] or ""))
+        entry = read_entry(path)
+        if entry is not None and not rows.keys() & set(entry["runs"] or ()):
+            state = FAILED if entry["failed"] else MISSING
+            for method in entry["methods"]:
+                words = f"{entry['words']} {method} ({entry['swept']})"
+                planned.append(Row(words, entry["words"].replace(" ", "-"), state, reason=entry["failed"] or ""))
     return sorted([*rows.values(), *planned], key=lambda row: row.run)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from pipelines.records import Record, RunFolder
+from pipelines.records import Record
+from pipelines.run_folder import RunFolder
 
 FINISHED, SKIPPED, FAILED, HELD = "finished", "skipped", "failed", "held by another process"
 
@@ -19,7 +20,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunStatus:
     """What became of one run. Plain values, because it comes back from other processes and other machines.
 
     Attributes:
@@ -41,9 +42,13 @@ class Outcome:
         return RunFolder(self.folder.parent, self.folder.name).record() if self.folder else None
 
 
-def held_folders(outcomes: Sequence[Outcome]) -> list[Path]:
+# Of the runs of each point of this call, for the summary at its end. A single job or the sweeper puts them here.
+of_this_call: list[list[RunStatus]] = []
+
+
+def held_folders(statuses: Sequence[RunStatus]) -> list[Path]:
     """The folders that other processes held."""
-    return [one.folder for one in outcomes if one.state == HELD and one.folder]
+    return [one.folder for one in statuses if one.state == HELD and one.folder]
 
 
 def wait_for(folders: Sequence[Path]) -> None:
@@ -56,16 +61,16 @@ def wait_for(folders: Sequence[Path]) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def merged(before: Sequence[Outcome], after: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes of a second attempt at the same runs; what the first one finished stays finished."""
+def merged(before: Sequence[RunStatus], after: Sequence[RunStatus]) -> list[RunStatus]:
+    """The statuses after a second attempt at the same runs; what the first one finished stays finished."""
     finished = {one.folder: one for one in before if one.state == FINISHED}
     return [finished.get(one.folder, one) for one in after]
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> str:
+def run_status_table(statuses: Sequence[RunStatus]) -> str:
     """One line per run of a sweep, and the counts below."""
-    lines = [[one.words, one.method, one.state, one.reason or ""] for one in outcomes]
-    counts = Counter(one.state for one in outcomes)
+    lines = [[one.words, one.method, one.state, one.reason or ""] for one in statuses]
+    counts = Counter(one.state for one in statuses)
     table = tabulate(
         lines, ["point", "method", "state", "reason"], disable_numparse=True, maxcolwidths=[None, None, None, 80]
     )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.tracking import check_server
 
 _EMPTY_BYTES = 7  # of a .wandb file's own header

@@ -11,7 +11,7 @@ import torch
 from absl import logging as absl_logging
 from calling import Outcome
 
-from pipelines import job
+from pipelines import evaluation
 
 # rouge-score's logger keeps the stderr it was imported with, and closes it when Hydra sets up logging anew: that
 # would be pytest's own.
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline keeps the model for as long as a process lives; every test is a new one."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: this takes it back after the test
-    job._load.cache_clear()
+    evaluation.kept_model.cache_clear()
 
 
 @pytest.fixture

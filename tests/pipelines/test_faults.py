@@ -28,7 +28,7 @@ from calling import (
 )
 from test_tracking import summary_of
 
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps.progress import BROKEN_OFF, FAILED, read
 
 

@@ -50,7 +50,7 @@ def test_a_finished_run_loads_no_model(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(*tiny(tmp_path / "out"))
-    monkeypatch.setattr("pipelines.job._load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("pipelines.evaluation.kept_model", lambda *_: pytest.fail("a model was loaded"))
     assert call(*tiny(tmp_path / "out")).code == 0
 
 

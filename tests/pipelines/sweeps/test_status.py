@@ -11,9 +11,9 @@ import pytest
 from calling import Outcome, composed, run_folders, tiny
 
 from pipelines import status
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.sweeps import progress
-from pipelines.sweeps.manifest import Point
+from pipelines.sweeps.manifest import ManifestEntry
 from pipelines.sweeps.progress import Row, duration, seconds_left
 
 
@@ -32,8 +32,8 @@ def all_states(tmp_path: Path) -> Path:
     make(out, "xsum-tiny-griffin-50-2", 3)
     make(out, "xsum-tiny-griffin-75-3", 1).fail("out of memory")
     make(out, "xsum-tiny-wanda-50-4", 2)
-    Point(composed(*tiny(out, "model.name=tiny", "sparsity=0.9"))).plan("sparsity=0.9", "slurm")
-    failed = Point(composed(*tiny(out, "model.name=tiny", "sparsity=0.8")))
+    ManifestEntry(composed(*tiny(out, "model.name=tiny", "sparsity=0.9"))).plan("sparsity=0.9", "slurm")
+    failed = ManifestEntry(composed(*tiny(out, "model.name=tiny", "sparsity=0.8")))
     failed.plan("sparsity=0.8", "slurm")
     failed.fail("SLURM job 3 ended without a result")
     return out
@@ -72,7 +72,7 @@ def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: P
 
 def test_points_that_differ_in_their_seed_only_are_told_apart(tmp_path: Path) -> None:
     for seed in range(3):
-        Point(composed(*tiny(tmp_path / "out", f"seed={seed}"))).plan(f"seed={seed}", "local")
+        ManifestEntry(composed(*tiny(tmp_path / "out", f"seed={seed}"))).plan(f"seed={seed}", "local")
     rows = progress.read(tmp_path / "out")
     assert [row.run.rpartition(" ")[2] for row in rows] == ["(seed=0)", "(seed=1)", "(seed=2)"]
 

@@ -26,8 +26,8 @@ from hydra import compose, initialize_config_dir
 
 from pipelines import composition
 from pipelines.composition import CONF
-from pipelines.records import RunFolder
-from pipelines.sweeps.manifest import Point
+from pipelines.run_folder import RunFolder
+from pipelines.sweeps.manifest import ManifestEntry
 from pipelines.sweeps.run_status import FAILED
 from pipelines.tasks import generation
 
@@ -139,18 +139,18 @@ def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: P
 
 
 def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
-    point = Point(composed(*tiny(tmp_path / "out")))
-    point.plan("seed=0", "local")
+    entry = ManifestEntry(composed(*tiny(tmp_path / "out")))
+    entry.plan("seed=0", "local")
     folder = RunFolder(tmp_path / "out", "a-run")
     folder.start({})
-    point.began(["a-run"])
-    assert point.finished_runs("local") is None
+    entry.began(["a-run"])
+    assert entry.finished_runs("local") is None
     folder.finish({}, {}, {}, "cpu")
-    assert point.finished_runs("local") == [folder.path]
-    assert point.finished_runs("slurm_gpu") is None
-    point.plan("seed=0", "slurm_gpu")
-    (outcome,) = point.died("SLURM job 3 ended without a result")
-    assert (outcome.state, outcome.folder) == (FAILED, None), "what another device made is not this point's"
+    assert entry.finished_runs("local") == [folder.path]
+    assert entry.finished_runs("slurm_gpu") is None
+    entry.plan("seed=0", "slurm_gpu")
+    (status,) = entry.died("SLURM job 3 ended without a result")
+    assert (status.state, status.folder) == (FAILED, None), "what another device made is not this point's"
 
 
 def lock_holder(output_dir: Path) -> int | None:

@@ -13,7 +13,7 @@ import forked
 import pytest
 from calling import ALPHABET, Outcome, process, read_record, run_folder, tiny, write_rows
 
-from pipelines.records import RunFolder
+from pipelines.run_folder import RunFolder
 
 sys.path.append(str(Path(__file__).parents[2] / "analysis"))
 from loopback import KEY, LoopbackWandb
