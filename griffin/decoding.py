@@ -6,6 +6,7 @@ reads again, V = vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +38,7 @@ class Row:
         label: whatever tells the row from others, for whoever asked for it.
         sharing: the rows that share its experts, itself included.
         tokens: new tokens so far; the last one has not run yet.
+        seconds: what choosing its experts took, and its share of the steps that it was part of.
         ran: how many tokens of its continuation have run.
         unread: those of them that have run pruned since its last refresh.
     """
@@ -48,6 +50,7 @@ class Row:
     label: Any = None
     sharing: list[Row] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
     ran: int = 0
     unread: list[Tensor] = field(default_factory=list)
 
@@ -69,10 +72,12 @@ def begin(
 
     Rows that share their experts must run in one batch.
     """
+    began = time.perf_counter()
     experts = choose(engine, states, method, seed)
     rows = [Row(state, method, experts, seed, label) for state, label in zip(states, labels, strict=True)]
     for row in rows:
         row.sharing = rows
+        row.seconds = (time.perf_counter() - began) / len(rows)
     return rows
 
 
@@ -272,10 +277,13 @@ def decode(
     batch = Batch(engine, min(most, count), longest, room or generation.limit, waiting=count > most > 1)
     ended: set[Row] = set()  # rows of a compiled batch whose tokens are discarded
 
-    def grow(rows: Sequence[Row], logits_BV: Tensor) -> Iterator[Row]:
-        for row, token in zip(rows, generation.pick(rows, logits_BV.float()).tolist(), strict=True):
+    def grow(rows: Sequence[Row], logits_BV: Tensor, began: float) -> Iterator[Row]:
+        tokens = generation.pick(rows, logits_BV.float()).tolist()  # here the host waits for the device
+        seconds = (time.perf_counter() - began) / len(rows)
+        for row, token in zip(rows, tokens, strict=True):
             if row in ended:
                 continue
+            row.seconds += seconds
             row.tokens.append(token)
             if len(row.tokens) == generation.limit or generation.ended(row):
                 if engine.compiled is None:
@@ -291,15 +299,17 @@ def decode(
                 batch.add(row)
                 arrived.append(row)
             if arrived:
-                yield from grow(arrived, torch.stack([row.state.logits_TV[-1] for row in arrived]))
+                logits_BV = torch.stack([row.state.logits_TV[-1] for row in arrived])
+                yield from grow(arrived, logits_BV, time.perf_counter())
             elif not batch.rows:
                 return
             if len(ended) == len(batch.rows):
                 if batch.rows:  # compiled: they all ended together
                     return
                 continue
+            began = time.perf_counter()
             latest_B1 = torch.tensor([row.tokens[-1:] for row in batch.rows], device=engine.device)
-            yield from grow(list(batch.rows), batch.step(latest_B1)[:, -1])
+            yield from grow(list(batch.rows), batch.step(latest_B1)[:, -1], began)
     finally:
         engine.use_dense()
 
@@ -320,6 +330,7 @@ def score(engine: Engine, rows: Iterable[tuple[Row, Sequence[int]]], most: int) 
     """
     try:
         for batch_rows in _batches(rows, most):
+            began = time.perf_counter()
             width = max(len(ids) for _, ids in batch_rows)
             # Padding on the right is behind all that is looked at.
             ids_BC = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in batch_rows], device=engine.device)
@@ -329,7 +340,9 @@ def score(engine: Engine, rows: Iterable[tuple[Row, Sequence[int]]], most: int) 
                 batch.add(row)
             ends = call_ends(width) if any(row.refreshes for row, _ in batch_rows) else [0, width]
             logits_BCV = torch.cat([batch.step(ids_BC[:, first:last]) for first, last in pairwise(ends)], dim=1)
+            seconds = (time.perf_counter() - began) / len(batch_rows)
             for place, (row, ids) in enumerate(batch_rows):
+                row.seconds += seconds
                 yield row, logits_BCV[place, : len(ids)]
     finally:
         engine.use_dense()

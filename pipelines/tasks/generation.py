@@ -77,8 +77,9 @@ def evaluate(
         else:
             rows = texts.each(group, needed if config.batch_size == 1 else methods)
         with closing(rows):
-            for row, seconds in rows:
+            for row in rows:
                 if row.label.index not in done[row.method]:
+                    seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
                     yield row.method, [_scored(row.label, row, seconds, loaded.tokenizer, config.task)]
 
 
@@ -106,6 +107,9 @@ class _Texts:
         encoded: token ids of each prompt, by its index.
         loaded: the model and its tokenizer.
         beginning: what all prompts begin with; it runs once.
+
+    Attributes:
+        prefill_seconds: what the dense pass over each prompt took, by the prompt's index.
     """
 
     def __init__(
@@ -123,10 +127,10 @@ class _Texts:
         self._beginning = loaded.encode(beginning)[:-1]
         self._prefix: griffin.PromptState | None = None
         self._longest = max(map(len, encoded.values()), default=0)
-        self._prefill_seconds: dict[int, float] = {}  # by the prompt's index
+        self.prefill_seconds: dict[int, float] = {}  # by the prompt's index
 
-    def each(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[tuple[Row, float]]:
-        """Every prompt under every method, each with experts of its own; and the seconds that it took."""
+    def each(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[Row]:
+        """Every prompt under every method, each with experts of its own."""
 
         def rows() -> Iterator[Row]:
             for prompt in group:
@@ -135,38 +139,27 @@ class _Texts:
                     yield from griffin.begin(self._engine, [state], method, self._config.seed, [prompt])
 
         if self._engine.compiled is None:
-            return self._timed(rows(), len(group) * len(methods), self._config.batch_size, len(methods))
-        return (timed for row in rows() for timed in self._timed([row], 1, 1, len(methods)))
+            return self._decoded(rows(), len(group) * len(methods), self._config.batch_size)
+        return (ended for row in rows() for ended in self._decoded([row], 1, 1))
 
-    def shared(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[tuple[Row, float]]:
+    def shared(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[Row]:
         """As `each`, with one set of experts for all prompts of the group."""
         states = [self._prefilled(prompt) for prompt in group]
         for method in methods:
             rows = griffin.begin(self._engine, states, method, self._config.seed, group)
-            yield from self._timed(rows, len(rows), len(rows), len(methods))
+            yield from self._decoded(rows, len(rows), len(rows))
 
     def _prefilled(self, prompt: Prompt) -> griffin.PromptState:
         began = time.perf_counter()
         if self._prefix is None and self._beginning:
             (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record)
         (state,) = griffin.prefill(self._engine, [self._encoded[prompt.index]], self._record, prefix=self._prefix)
-        self._prefill_seconds[prompt.index] = time.perf_counter() - began
+        self.prefill_seconds[prompt.index] = time.perf_counter() - began
         return state
 
-    def _timed(self, rows: Iterable[Row], count: int, most: int, methods: int) -> Iterator[tuple[Row, float]]:
-        """Rows as they end, and the seconds of each: since the one before, and its part of its prompt's."""
-
-        def prefilling() -> float:
-            return sum(self._prefill_seconds.values())
-
+    def _decoded(self, rows: Iterable[Row], count: int, most: int) -> Iterator[Row]:
         # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
-        texts = griffin.decode(self._engine, rows, count, most, self._longest, self._generation())
-        with closing(texts):
-            began, before = time.perf_counter(), prefilling()
-            for row in texts:
-                own = time.perf_counter() - began - (prefilling() - before)
-                yield row, own + self._prefill_seconds[row.label.index] / methods
-                began, before = time.perf_counter(), prefilling()
+        return griffin.decode(self._engine, rows, count, most, self._longest, self._generation())
 
     def _generation(self) -> griffin.Generation:
         """The task's way to pick tokens. An end token counts as one."""

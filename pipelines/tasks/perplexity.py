@@ -88,15 +88,13 @@ def evaluate(
             began = time.perf_counter()
             (state,) = griffin.prefill(engine, [prompt], record)
             shared_seconds = (time.perf_counter() - began) / len(run)
-            began = time.perf_counter()
-            for method, logits in _continued(engine, state, run, following[:-1], config):
+            for method, logits, own_seconds in _continued(engine, state, run, following[:-1], config):
                 logits_GV = torch.cat([state.logits_TV[-1:], logits]).float()
                 target_G = torch.tensor(following, device=device)
                 each_G = torch.nn.functional.cross_entropy(logits_GV, target_G, reduction="none")
                 for generation_length in task.generation_lengths:
                     nll[method][_cell(prompt_length, generation_length)] = float(each_G[:generation_length].mean())
-                seconds[method] += shared_seconds + time.perf_counter() - began
-                began = time.perf_counter()
+                seconds[method] += shared_seconds + own_seconds
         for method in needed:
             yield (
                 method,
@@ -113,14 +111,14 @@ def evaluate(
 
 def _continued(
     engine: griffin.Engine, state: griffin.PromptState, methods: Sequence[Method], ids: list[int], config: RunConfig
-) -> Iterator[tuple[Method, Tensor]]:
-    """The logits [C, V] after each of these tokens under every method."""
+) -> Iterator[tuple[Method, Tensor, float]]:
+    """The logits [C, V] after each of these tokens under every method, and the seconds that they took."""
     if not ids:
-        yield from ((method, state.logits_TV[:0]) for method in methods)
+        yield from ((method, state.logits_TV[:0], 0.0) for method in methods)
         return
     rows = ((row, ids) for method in methods for row in griffin.begin(engine, [state], method, config.seed))
     for row, logits_CV in griffin.score(engine, rows, config.batch_size):
-        yield row.method, logits_CV
+        yield row.method, logits_CV, row.seconds
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
