@@ -26,7 +26,7 @@ import griffin
 from pipelines.batch_size import batch_size, evaluated
 from pipelines.config import ModelConfig, RunConfig, typed
 from pipelines.errors import UserError, out_of_memory
-from pipelines.methods import Method, data_digests, identity, methods, pruner_options, run_config
+from pipelines.methods import Method, data_digests, described, evaluation, identity, methods, pruner_options, run_config
 from pipelines.outcomes import FAILED, FINISHED, HELD, SKIPPED, Outcome, held_folders, merged, wait_for
 from pipelines.points import Point
 from pipelines.records import Record, RunFolder, run_id
@@ -177,7 +177,13 @@ def _evaluate(
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
         origin = {"data": data_digests(config), "command": _command()} | batch_size(samples[method])
         records[method] = folders[method].finish(
-            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
+            run_config(config, method),
+            kind.metrics(samples[method]),
+            timing,
+            loaded.device,
+            versions | origin,
+            method=described(config, method),
+            evaluation=evaluation(config, method, loaded.device),
         )
         trackers[method].finish(records[method], samples[method], media)
         if not records[method]["metrics"]["samples"]:
