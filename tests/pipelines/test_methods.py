@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from calling import composed, write_rows
 
+from pipelines import description
 from pipelines.methods import Method, described, evaluation, identity, methods, run_config
 
 BASE = ["model=random_tiny", "limit=3"]
@@ -101,6 +102,14 @@ def test_points_named_twice_are_run_once() -> None:
 )
 def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
     assert method.label == label
+
+
+def test_a_methods_words_are_made_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "family", lambda method: "other words")
+    config = composed(*BASE)
+    (method,) = methods(config)
+    assert (method.family, method.label) == ("other words", "other words 50%")
+    assert described(config, method)["label"] == method.label
 
 
 def test_a_record_says_its_method_in_words_and_settings() -> None:
