@@ -190,10 +190,17 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_analysis_imports_light_parts_of_the_pipeline_and_never_torch(tmp_path: Path) -> None:
     # Also where a function imports a module: all that is named anywhere in analysis/ is imported here.
-    sources = [path.read_text(encoding="utf-8") for path in Path(report_module.__file__).parent.glob("*.py")]
-    imports = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-    modules = {node.module for node in imports if node.module and node.module.startswith(("analysis.", "pipelines."))}
-    assert {"pipelines.old_records", "pipelines.tracking", "analysis.wandb_runs"} <= modules
+    names: set[str] = set()
+    for path in Path(report_module.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                package = f"{node.module}." if node.module in ("analysis", "pipelines") else None
+                names |= {package + alias.name for alias in node.names} if package else {str(node.module)}
+    assert {name.partition(".")[0] for name in names}.isdisjoint({"griffin", "torch", "transformers"})
+    modules = sorted(name for name in names if name.startswith(("analysis.", "pipelines.")))
+    assert {"pipelines.old_records", "pipelines.tracking", "analysis.wandb_runs"} <= {*modules}
     script = (
         "import sys, analysis.report; print('wandb' in sys.modules); "  # which takes seconds
         f"import {', '.join(modules)}; print({{'torch', 'transformers', 'griffin'}} & {{*sys.modules}})"
