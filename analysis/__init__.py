@@ -1,1 +1,1 @@
-"""From run folders or W&B to one DataFrame, tables, figures and a report. Reads records; knows no model."""
+"""Turns run folders or W&B runs into one DataFrame, tables, figures and a report. Knows records, but no models."""

@@ -1,4 +1,4 @@
-"""A Hydra callback that ends a call of `python -m pipelines.run` with a report of all runs in its output folder."""
+"""A Hydra callback that writes a report of all runs in the output folder when `python -m pipelines.run` ends."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from analysis.report import make_report, summary, write_report
+from analysis.contents import make_report
+from analysis.output import write_report
+from analysis.report import summary
 from pipelines.errors import UserError
 
 
 class WriteReport(Callback):
-    """Writes `<output_dir>/report` when the jobs are done; `hydra.callbacks.report._target_` names this class.
+    """Writes `<output_dir>/report` after the last job. `hydra.callbacks.report._target_` names this class.
 
-    A report that cannot be written costs one line, not the runs.
+    If the report cannot be written, one line says why, and the runs still count as finished.
     """
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After a single job."""
+        """Hydra calls this after a single job."""
         self._write(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After a sweep."""
+        """Hydra calls this after a sweep."""
         self._write(config)
 
     def _write(self, config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a report's figures have in common: a drawing that can be made in any theme, and one colour for one method."""
+"""What all figures of a report share: a description of each figure, and one colour and marker per method."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from matplotlib.figure import Figure
 
 from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 
-# These have the same colour in every report; other methods take the next that is free, by name.
-_KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge", "griffin + mean")
-_COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # without the grey of dense
-_INSIDE = 6  # lines of a legend that fit beside the data
+# These families have the same colour in every report. Every other family gets the next free colour, by name.
+_KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin+ridge", "impact+ridge", "griffin+mean")
+_COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # number 7 is a grey, like dense
+_INSIDE = 6  # a legend with more entries is placed below the axes
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, ready to be drawn.
+    """A figure that has not been drawn yet, because it is drawn once per theme.
 
     Attributes:
-        name: of its files.
-        title: for people.
-        caption: what it shows, in a sentence or two.
-        run_ids: the runs whose numbers are in it.
-        draw: draws it in the theme that is on.
+        name: file name without suffix.
+        title: heading above the figure.
+        caption: what the figure shows, in a sentence or two.
+        run_ids: the runs whose numbers it shows.
+        draw: draws it in the active theme.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Drawing:
     draw: Callable[[], Figure]
 
     def _repr_png_(self) -> bytes:
-        """How a notebook shows it."""
+        """Notebooks call this to show the figure."""
         out = io.BytesIO()
         with drawn_in(LIGHT):
             self.draw().savefig(out, format="png", dpi=130)
@@ -49,22 +49,26 @@ class Group:
     """Figures of one kind.
 
     Attributes:
-        title: for people.
-        drawings: in order; empty where the runs have no data for any.
-        command: what would make the data.
-        hint: what to put into the command.
-        looks: whether the figures show what the model does, and not what a method achieves.
+        title: heading above the group.
+        drawings: in order; empty if no run has data for them.
+        command: a command whose runs give the data.
+        hint: what the user must fill into the command.
+        shows_model: whether the figures show how the dense model behaves; else they show what methods achieve.
     """
 
     title: str
     drawings: list[Drawing]
     command: str
     hint: str = ""
-    looks: bool = False
+    shows_model: bool = False
 
 
-class Looks:
-    """Colour and marker of every method, the same in all figures of a report."""
+class Styles:
+    """Colour and marker of every method, the same in all figures of a report.
+
+    Args:
+        families: the methods without their sparsities; repeated ones count once.
+    """
 
     def __init__(self, families: Iterable[str]) -> None:
         present = {*families} - {"dense"}
@@ -75,16 +79,16 @@ class Looks:
         self._place |= dict(zip(others, free, strict=False))
 
     def colour(self, family: str) -> str:
-        """As a hexadecimal code; of more methods than there are colours, some differ in their markers alone."""
+        """A hexadecimal code. With more methods than colours, some methods differ only in their markers."""
         return NEUTRAL if family == "dense" else _COLOURS[self._place[family] % len(_COLOURS)]
 
     def marker(self, family: str) -> str:
-        """As matplotlib names it."""
+        """A marker in matplotlib's notation."""
         return "*" if family == "dense" else MARKERS[self._place[family] % len(MARKERS)]
 
 
 def add_legend(figure: Figure, axis: Axes) -> None:
-    """A legend inside the axes, or, of more methods than leave room there, below them on a taller figure."""
+    """Add a legend: inside the axes if it is short, else below them, and make the figure higher for it."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) <= _INSIDE:
         axis.legend()
@@ -94,12 +98,12 @@ def add_legend(figure: Figure, axis: Axes) -> None:
 
 
 def file_name(*words: str) -> str:
-    """Words as a file name, which other words may have too."""
+    """Words as a file name. Different words may give the same name."""
     return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word).strip("_") for word in words)[:120]
 
 
-def named_apart(groups: Sequence[Group]) -> list[Group]:
-    """The same groups, with numbers at the ends of names that several drawings have."""
+def numbered(groups: Sequence[Group]) -> list[Group]:
+    """The same groups, where drawings of the same name are numbered."""
     seen: Counter[str] = Counter()
 
     def named(drawing: Drawing) -> Drawing:

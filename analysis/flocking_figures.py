@@ -1,4 +1,4 @@
-"""Figures of flocking, drawn anew from what the runs kept."""
+"""Figures of flocking, drawn from the arrays and tables in the run folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from analysis.drawing import Drawing, Group, file_name
-from analysis.run_folders import Runs
+from analysis.runs import Runs
 from pipelines.records import Sample, read_arrays
 from pipelines.tasks.flocking_figures import MEASURES, heatmap_figure, jaccard_figure, score_figure, shown_layers
 
@@ -25,17 +25,17 @@ _CAPTIONS = {
 
 
 def flocking(runs: Runs, labels: dict[str, tuple[str, str]]) -> Group:
-    """Jaccard curves, scores and heatmaps of every flocking run.
+    """Jaccard curves, scores and heatmaps of every flocking run. Runs that were read from W&B have curves only.
 
     Args:
-        runs: with their folders; a run without one has curves only if its rows were read from W&B.
-        labels: run id -> (model, task) as the tables name them.
+        runs: all runs.
+        labels: run id -> (model, task), as the tables name them.
     """
     drawings: list[Drawing] = []
     for record in runs.records:
         if record["config"]["task"]["kind"] == "flocking":
             drawings += _drawings(record, runs, labels[record["run_id"]])
-    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", looks=True)
+    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", shows_model=True)
 
 
 def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Iterator[Drawing]:
@@ -79,7 +79,7 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
 
 
 def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
-    """The measures by layer: read from W&B, or from the run folder's layers.csv."""
+    """The measures by layer, from W&B or from layers.csv in the run folder; empty if there are none."""
     if run_id in runs.layers:
         return runs.layers[run_id]
     folder = runs.folders.get(run_id)
@@ -91,7 +91,7 @@ def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
 
 
 def _samples(folder: Path | None) -> list[Sample]:
-    """The samples of a run folder that have their arrays, by index."""
+    """The samples that have arrays, sorted by index."""
     if folder is None or not (folder / "samples.jsonl").is_file():
         return []
     samples = []

@@ -1,119 +1,94 @@
-"""What runs are called, and which of them may stand side by side.
+"""Names for the model, the task and the method of each run.
 
-Two runs are compared, or stand in one row or column, only if nothing but the method tells them apart. What else
-differs between runs of one name (limit, protocol, decoding, data, dtype, ...) is told in the label.
+Two runs may be compared if their `evaluation` entries are equal. So runs of one model or task whose entries differ get
+different names, which say where they differ: `xsum [limit=12]` and `xsum [limit=1000]`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Flat = dict[str, Any]
 
-# What of a run's configuration says how it pruned. All else is how it was evaluated, also keys that this module has
-# never heard of; but for what changes no number.
-_METHOD = ("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts")
-_IDLE = ("model", "task", "device", "output_dir", "tags", "wandb", "grid", "offload_dense")
-# What means that nothing is done there, and what a record from before a key was there would have had.
-_PLAIN = {"selection": "topk", "compensation": "none", "budget": "uniform", "refresh": "none", "shared_experts": False}
-_LATER = {"offset": 0, "compile": False}
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of one run.
+
+    Attributes:
+        model: names a row of a table, together with the method.
+        task: names a column.
+        family: the method without its sparsity.
+        method: the method with its sparsity.
+    """
+
+    model: str
+    task: str
+    family: str
+    method: str
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Flat:
-    """Nested values under dotted keys; lists are values."""
-    found: Flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
+def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
+    """The names of all runs that are shown together. No two runs share a model, a task and a method."""
+    settings = [record["evaluation"] for record in records]
+    models = _suffixed(
+        [record["config"]["model"]["name"] for record in records],
+        [{key: value for key, value in one.items() if key.startswith("model.")} for one in settings],
+    )
+    tasks = _suffixed(
+        [record["config"]["task"]["name"] for record in records],
+        [{key: value for key, value in one.items() if not key.startswith("model.")} for one in settings],
+    )
+    methods = [record["method"] for record in records]
+    # Settings that a method's label does not tell, as the mode, are told only where two runs would share a cell.
+    cells = list(zip(models, tasks, [method["label"] for method in methods], strict=True))
+    told = differences(cells, methods)
+    shared = Counter(zip(cells, told, strict=True))
+    found = []
+    for record, (model, task, label), more in zip(records, cells, told, strict=True):
+        family = record["method"]["family"]
+        sparsity = label.removeprefix(family)
+        family += f" [{more}]" if more else ""
+        if shared[(model, task, label), more] > 1:  # nothing in the records tells these runs apart
+            family += f" [run {record['run_id'][-10:]}]"
+        found.append(Labels(model, task, family, family + sparsity))
     return found
 
 
-def model_part(record: dict[str, Any]) -> Flat:
-    """What says which model a run is of."""
-    return {key: value for key, value in flat(record["config"]["model"]).items() if key not in ("name", "licence_gate")}
-
-
-def task_part(record: dict[str, Any]) -> Flat:
-    """What says how a run was evaluated: task, data, rows, seed, batch and device.
-
-    Data files are told by their content where the record has it, as in a run's identity.
-    """
-    config, environment = record["config"], record["environment"]
-    task = dict(config["task"])
-    if task.get("data_files"):
-        task |= dict.fromkeys(("embedded", "hub"))
-    if task.get("shots_file"):
-        task |= dict.fromkeys(("embedded_shots",))
-    if task.get("shots") == 0:
-        task |= dict.fromkeys(("embedded_shots", "shots_file"))
-    task |= {key: value for key, value in (environment.get("data") or {}).items() if task.get(key) is not None}
-    part = flat({key: value for key, value in task.items() if key != "name"})
-    part |= _LATER | flat({key: value for key, value in config.items() if key not in (*_METHOD, *_IDLE)})
-    part["device"] = environment.get("device")
-    if task["kind"] == "latency":  # times are of one machine
-        part |= {key: environment.get(key) for key in ("platform", "cpus")}
-        part["offload_dense"] = config.get("offload_dense", False)
-    return part
-
-
-def method_part(record: dict[str, Any]) -> Flat:
-    """What says how a run pruned; empty for dense."""
-    config = record["config"]
-    part = _PLAIN | {key: config[key] for key in _METHOD if config.get(key) is not None}
-    return {} if is_dense(part.get("sparsity")) else part
-
-
-def is_dense(sparsity: Any) -> bool:
-    """Whether nothing is pruned."""
-    return not any(sparsity) if isinstance(sparsity, list) else not sparsity
-
-
-def family(part: Flat) -> str:
-    """A method without its sparsity, in words: what has one colour in all figures."""
-    if not part:
-        return "dense"
-    statistic, compensation = str(part.get("statistic", "?")), part["compensation"]
-    words = [statistic if compensation == _PLAIN["compensation"] else f"{statistic} + {compensation}"]
-    words += [str(part[key]) for key in ("selection", "budget") if part[key] != _PLAIN[key]]
-    words += [f"refresh={part['refresh']}"] if part["refresh"] != _PLAIN["refresh"] else []
-    return " ".join([*words, *(["shared"] if part["shared_experts"] else [])])
-
-
-def amount(part: Flat) -> str:
-    """The sparsity in words; empty for dense."""
-    if not part:
-        return ""
-    sparsity = part.get("sparsity")
-    return "per layer" if isinstance(sparsity, list) else f"{100 * float(sparsity or 0):g}%"
-
-
-def unnamed(part: Flat) -> Flat:
-    """What of a method its words do not tell."""
-    return {key: value for key, value in part.items() if key == "mode" or isinstance(value, list)}
-
-
-def told_apart(names: Sequence[Hashable], parts: Sequence[Flat]) -> list[str]:
-    """What each of several parts of one name must be told by: `key=value`, ...; empty where a name has one part.
+def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str]:
+    """For each name, the settings that differ among all that have this name, as `key=value, ...`.
 
     Args:
-        names: what the parts are called.
-        parts: as many; those of one name that are equal are the same thing.
+        names: any number of them may be equal.
+        settings: one entry per name.
+
+    Returns:
+        One text per name, empty where equal names have equal settings.
     """
     of_name: dict[Hashable, list[Flat]] = defaultdict(list)
-    for name, part in zip(names, parts, strict=True):
-        if part not in of_name[name]:
-            of_name[name].append(part)
+    for name, one in zip(names, settings, strict=True):
+        if one not in of_name[name]:
+            of_name[name].append(one)
     told = []
-    for name, part in zip(names, parts, strict=True):
-        keys = sorted({key for one in of_name[name] for key in one})
-        differing = [key for key in keys if len({_text(one.get(key)) for one in of_name[name]}) > 1]
-        told.append(", ".join(f"{key}={_text(part.get(key))}" for key in differing))
+    for name, one in zip(names, settings, strict=True):
+        keys = sorted({key for other in of_name[name] for key in other}, key=_short)
+        differing = [key for key in keys if len({_text(other.get(key)) for other in of_name[name]}) > 1]
+        told.append(", ".join(f"{_short(key)}={_text(one.get(key))}" for key in differing))
     return told
+
+
+def _suffixed(names: Sequence[str], settings: Sequence[Flat]) -> list[str]:
+    told = differences(names, settings)
+    return [f"{name} [{more}]" if more else name for name, more in zip(names, told, strict=True)]
+
+
+def _short(key: str) -> str:
+    """`task.shots` as `shots`: which of the two it belongs to is clear where it is shown."""
+    return key.removeprefix("model.").removeprefix("task.")
 
 
 def _text(value: Any) -> str:

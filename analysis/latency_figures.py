@@ -1,4 +1,4 @@
-"""Figures of latency: how fast decoding is, beside the limit that memory traffic sets."""
+"""Figures of latency: the decode speed-up of each method, and the limit that memory traffic sets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.drawing import Drawing, Group, Looks, file_name
+from analysis.drawing import Drawing, Group, Styles, file_name
 from analysis.frame import select
 from pipelines.figure_style import NEUTRAL, new_figure
 
-_LABEL = 24  # characters in a line of a method's label, so that the axis keeps its width
+_LABEL = 24  # characters per line of a method's label, so that the axes keep their width
 
 
-def bars(runs: pd.DataFrame, looks: Looks) -> Group:
-    """One figure per model, latency task and pair of lengths."""
+def bars(runs: pd.DataFrame, styles: Styles) -> Group:
+    """One figure per model, latency task and pair of lengths, with a bar per method."""
     runs = select(runs, kind="latency")
     runs = runs[runs["metric"].isin(["decode_speedup", "decode_limit"]) & runs["prompt_length"].notna()]
     drawings = []
@@ -31,19 +31,19 @@ def bars(runs: pd.DataFrame, looks: Looks) -> Group:
                 f"{task}: {prompt:g} prompt and {generation:g} generated tokens, medians. The upright mark at a "
                 "bar's end is the limit of memory traffic: bytes of weights read per token, dense over pruned.",
                 tuple(dict.fromkeys(mine["run_id"])),
-                functools.partial(_figure, mine, looks),
+                functools.partial(_figure, mine, styles),
             )
         )
     command = "python -m pipelines.run task=latency 'grid.statistic=[griffin]' 'grid.sparsity=[0.25,0.5,0.75]'"
     return Group("Decode speed and its limit", drawings, command)
 
 
-def _figure(runs: pd.DataFrame, looks: Looks) -> Figure:
+def _figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     table = runs.pivot(index=["family", "sparsity", "method"], columns="metric", values="value").reset_index()
     table = table.sort_values(["family", "sparsity"], ascending=[True, True])
     figure, axis = new_figure(height=1.1 + 0.34 * len(table))
     places = np.arange(len(table))
-    axis.barh(places, table["decode_speedup"], height=0.62, color=[looks.colour(family) for family in table["family"]])
+    axis.barh(places, table["decode_speedup"], height=0.62, color=[styles.colour(family) for family in table["family"]])
     for place, row in zip(places, table.itertuples(), strict=True):
         axis.text(0.03, place, f"{row.decode_speedup:.2f}", va="center", color="#0d1117", fontsize=8, fontweight="bold")
         axis.plot(

@@ -1,4 +1,4 @@
-"""What the metrics of the records are called, measured in, and which way is better."""
+"""How metrics are shown: their names, units, digits, and whether higher or lower is better."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Metric:
     """How a metric is shown.
 
     Attributes:
-        label: in tables and on axes.
+        label: the name in tables and on axes.
         unit: empty for a plain ratio.
-        better: 1 where higher is better, -1 where lower is, 0 where neither is said.
-        digits: decimals printed, as in the summary that a run ends with.
+        better: 1 if higher is better, -1 if lower is better, 0 if neither is.
+        digits: number of decimals, as in the summary that a run prints.
     """
 
     label: str
@@ -23,18 +23,18 @@ class Metric:
 
     @property
     def axis(self) -> str:
-        """The label with its unit and direction, for an axis."""
+        """The label of an axis, with the unit and whether higher or lower is better."""
         direction = {1: "higher is better", -1: "lower is better", 0: ""}[self.better]
         name = f"{self.label} ({self.unit})" if self.unit else self.label
         end = ", " if len(name) < 22 else ",\n"
         return f"{name}{end}{direction}" if direction else name
 
     def text(self, value: float) -> str:
-        """The value with this metric's digits."""
+        """The value, rounded to the digits of this metric."""
         return f"{value:.{self.digits}f}"
 
 
-# In the order in which tables show them; the first of a task is its headline.
+# Tables show metrics in this order. The first one that a task has is the one in its figures.
 METRICS = {
     "rouge1": Metric("ROUGE-1", "F x 100", 1, 2),
     "rouge2": Metric("ROUGE-2", "F x 100", 1, 2),
@@ -66,11 +66,11 @@ METRICS = {
 
 
 def metric(name: str) -> Metric:
-    """How a metric is shown; one that is not known is shown under its own name, without a direction."""
+    """How a metric is shown. A metric that is not in `METRICS` is shown under its own name."""
     return METRICS.get(name, Metric(name))
 
 
 def order(name: str) -> tuple[int, str]:
-    """A key that sorts metrics as tables show them."""
+    """A sort key that gives the order of `METRICS`, then the other metrics by name."""
     names = list(METRICS)
     return (names.index(name) if name in names else len(names), name)

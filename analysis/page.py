@@ -1,17 +1,15 @@
-"""The report as one HTML page: nothing to fetch, no script, light and dark, wide and narrow."""
+"""Writes the report as one HTML page that fetches nothing and runs no script. It suits any screen, light and dark."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
+from analysis.contents import Report
 from analysis.drawing import file_name
-
-if TYPE_CHECKING:
-    from analysis.report import Report
 
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform", "device")
 
@@ -20,8 +18,8 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     """The page's HTML.
 
     Args:
-        report: what it shows.
-        pictures: by the name of a drawing, its SVG in the light and in the dark theme.
+        report: what the page shows.
+        pictures: name of a drawing -> its SVG in the light theme and in the dark theme.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis", "templates"),
@@ -39,8 +37,8 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
         problems=report.runs.problems,
         notes=report.notes,
         tables=report.tables,
-        results=[group for group in report.groups if group.drawings and not group.looks],
-        looks=[group for group in report.groups if group.drawings and group.looks],
+        results=[group for group in report.groups if group.drawings and not group.shows_model],
+        about_model=[group for group in report.groups if group.drawings and group.shows_model],
         empty=[group for group in report.groups if not group.drawings],
         images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
         anchor=file_name,
@@ -49,12 +47,13 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
 
 
 def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:
+    """A run as the template takes it; `row` is any of its rows in the DataFrame, None if it has no metrics."""
     environment = record["environment"]
     return {
         "id": record["run_id"],
         "model": row.model if row else record["config"]["model"]["name"],
         "task": row.task if row else record["config"]["task"]["name"],
-        "method": row.method if row else "",
+        "method": record["method"]["label"] if row is None else row.method,
         "command": environment.get("command"),
         "versions": [(name, environment[name]) for name in _VERSIONS if environment.get(name) is not None],
         "samples": record["metrics"].get("samples"),
@@ -63,7 +62,7 @@ def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:
 
 
 def _commands(report: Report, run_ids: Sequence[str]) -> list[str]:
-    """What made some runs, each command once."""
+    """The commands that started these runs, without repetitions."""
     wanted = {*run_ids}
     found = (record["environment"].get("command") for record in report.runs.records if record["run_id"] in wanted)
     return list(dict.fromkeys(command for command in found if command))

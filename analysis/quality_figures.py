@@ -1,4 +1,4 @@
-"""Figures of quality: against sparsity, by length, and against decode speed."""
+"""Figures of quality: against sparsity, against prompt and generation length, and against decode speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.drawing import Drawing, Group, Looks, add_legend, file_name
+from analysis.drawing import Drawing, Group, Styles, add_legend, file_name
 from analysis.frame import select
 from analysis.metrics import metric, order
 from analysis.tables import QUALITY
@@ -17,8 +17,8 @@ from pipelines.figure_style import NEUTRAL, new_figure
 _GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
 
 
-def against_sparsity(runs: pd.DataFrame, looks: Looks) -> Group:
-    """One figure per model and task: its headline metric against sparsity, a line for each method."""
+def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
+    """One figure per model and task: the first metric of the task against sparsity, with a line per method."""
     drawings = []
     for (model, task), mine in _headlines(runs):
         pruned = mine[(mine["family"] != "dense") & mine["sparsity"].notna()]
@@ -35,14 +35,14 @@ def against_sparsity(runs: pd.DataFrame, looks: Looks) -> Group:
                 f"{task}, {model}",
                 caption,
                 _ids(mine),
-                functools.partial(_sparsity_figure, mine, looks),
+                functools.partial(_sparsity_figure, mine, styles),
             )
         )
     return Group("Quality against sparsity", drawings, f"python -m pipelines.run task=fidelity {_GRID}")
 
 
-def by_length(runs: pd.DataFrame, looks: Looks) -> Group:
-    """Two figures per model and perplexity task: by prompt length, and by generation length."""
+def by_length(runs: pd.DataFrame, styles: Styles) -> Group:
+    """Two figures per model and perplexity task: against prompt length, and against generation length."""
     runs = select(runs, kind="perplexity", metric="perplexity")
     runs = runs[runs["prompt_length"].notna()]
     drawings = []
@@ -61,15 +61,15 @@ def by_length(runs: pd.DataFrame, looks: Looks) -> Group:
                         f"Perplexity by {name}, {model}",
                         f"{model} on {task}, with {longest:g} {words} tokens throughout; bars: ± standard error.",
                         _ids(rows),
-                        functools.partial(_length_figure, rows, along, looks),
+                        functools.partial(_length_figure, rows, along, styles),
                     )
                 )
     command = "python -m pipelines.run experiment=paper_lengths limit=8"
     return Group("Perplexity by prompt and generation length", drawings, command)
 
 
-def against_speed(runs: pd.DataFrame, looks: Looks) -> Group:
-    """One figure per model, task and latency task: quality against decode speed, for methods that have both."""
+def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
+    """One figure per model, task and latency task: quality against decode speed, for methods with both."""
     speeds = select(runs, kind="latency", metric="decode_speedup")
     drawings = []
     for (model, task), mine in _headlines(runs):
@@ -87,7 +87,7 @@ def against_speed(runs: pd.DataFrame, looks: Looks) -> Group:
                     f"Decode speed-up of {timed} with {prompt:g} + {generation:g} tokens; numbers are sparsities "
                     "in %. The grey line joins the methods that no other beats in both.",
                     (*_ids(mine[mine["family"] == "dense"]), *_ids(both), *dict.fromkeys(both["run_id_speed"])),
-                    functools.partial(_pareto_figure, mine, both, looks),
+                    functools.partial(_pareto_figure, mine, both, styles),
                 )
             )
     command = f"python -m pipelines.run task=latency model=MODEL {_GRID.replace('[0,', '[')}"
@@ -95,7 +95,7 @@ def against_speed(runs: pd.DataFrame, looks: Looks) -> Group:
 
 
 def _headlines(runs: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """Per model and quality task, the rows of its first metric."""
+    """Per model and quality task, the rows of the task's first metric."""
     runs = runs[runs["kind"].isin(QUALITY) & runs["stderr"].notna() & runs["prompt_length"].isna()]
     found = []
     for (model, task), mine in runs.groupby(["model", "task"], sort=True):
@@ -104,15 +104,15 @@ def _headlines(runs: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]
     return found
 
 
-def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
+def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     figure, axis = new_figure()
     dense = runs[runs["family"] == "dense"]
     for family, mine in runs[(runs["family"] != "dense") & runs["sparsity"].notna()].groupby("family", sort=True):
         line = _with_gaps(pd.concat([dense, mine]), runs, "sparsity")
         axis.errorbar(
             *(100 * line["sparsity"], line["value"], line["stderr"]),
-            color=looks.colour(str(family)),
-            marker=looks.marker(str(family)),
+            color=styles.colour(str(family)),
+            marker=styles.marker(str(family)),
             capsize=2,
             elinewidth=1,
             label=family,
@@ -125,15 +125,15 @@ def _sparsity_figure(runs: pd.DataFrame, looks: Looks) -> Figure:
     return figure
 
 
-def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
+def _length_figure(runs: pd.DataFrame, along: str, styles: Styles) -> Figure:
     figure, axis = new_figure()
     for method, mine in runs.groupby("method", sort=False):
         family = mine["family"].iloc[0]
         mine = _with_gaps(mine, runs, along)
         axis.errorbar(
             *(mine[along], mine["value"], mine["stderr"]),
-            color=looks.colour(family),
-            marker=looks.marker(family),
+            color=styles.colour(family),
+            marker=styles.marker(family),
             linestyle="--" if family == "dense" else "-",
             capsize=2,
             elinewidth=1,
@@ -149,7 +149,7 @@ def _length_figure(runs: pd.DataFrame, along: str, looks: Looks) -> Figure:
     return figure
 
 
-def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> Figure:
+def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, styles: Styles) -> Figure:
     figure, axis = new_figure()
     shown = metric(quality["metric"].iloc[0])
     dense = quality[quality["family"] == "dense"]
@@ -160,7 +160,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
         axis.plot(*zip(*sorted(front), strict=True), color=NEUTRAL, linewidth=4, alpha=0.35, solid_capstyle="round")
     for family, mine in both.groupby("family", sort=True):
         mine = mine.sort_values("sparsity")
-        colour, marker = looks.colour(str(family)), looks.marker(str(family))
+        colour, marker = styles.colour(str(family)), styles.marker(str(family))
         axis.errorbar(
             *(mine["value_speed"], mine["value"], mine["stderr"]),
             color=colour,
@@ -185,18 +185,18 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, looks: Looks) -> F
 
 
 def _dominates(one: tuple[float, float], other: tuple[float, float], better: int) -> bool:
-    """Whether a point is nowhere worse and somewhere better, in (speed, quality)."""
+    """Whether one point (speed, quality) is at least as good as the other in both, and is another point."""
     return one != other and one[0] >= other[0] and better * one[1] >= better * other[1]
 
 
 def _with_gaps(line: pd.DataFrame, runs: pd.DataFrame, along: str) -> pd.DataFrame:
-    """The line's points in order, with nothing where other lines have a point: a missing one is not drawn over."""
+    """The line with NaN wherever only other lines have a point, so that no line is drawn across a missing run."""
     everywhere = sorted(runs[along].dropna().unique())
     return line.set_index(along).reindex(everywhere).reset_index()
 
 
 def _scale(axis: Any, runs: pd.DataFrame) -> None:
-    """Perplexities that differ by orders of magnitude are read on a logarithmic axis."""
+    """Make the axis logarithmic if it shows perplexities that differ by orders of magnitude."""
     if runs["metric"].iloc[0] == "perplexity" and runs["value"].max() > 10 * runs["value"].min() > 0:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:,.0f}")

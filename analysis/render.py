@@ -29,7 +29,7 @@ _LATEX = {
 
 
 def markdown(table: Table) -> str:
-    """A pipe table, with the groups of its columns in their headers."""
+    """The table in Markdown. The header of a column includes its group."""
     headers = [*table.stubs, *(f"{group}: {label}" if group else label for group, label in table.columns)]
     rows = [headers, ["---"] * len(headers)]
     rows += [
@@ -39,7 +39,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment, for documents that use the package booktabs."""
+    """The table as a LaTeX `table` environment. The document must use the package booktabs."""
     stubs, count = len(table.stubs), len(table.columns)
     lines = [
         "% needs \\usepackage{booktabs}",
@@ -70,7 +70,7 @@ def latex(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """One line per cell, with full digits; a missing cell has the status `missing` and no value."""
+    """One line of CSV per cell, with all digits. A cell without a number has the status `missing`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -89,7 +89,7 @@ def comma_separated(table: Table) -> str:
 
 
 def plain(cell: Cell | None) -> str:
-    """A cell in words and no markup."""
+    """The text of a cell, without markup."""
     return _markdown_cell(cell).replace("*", "")
 
 
@@ -115,7 +115,7 @@ def _pipes(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    """Text as LaTeX takes it, with any encoding and font: what has no Latin form becomes a question mark."""
+    """Text in ASCII for LaTeX. A character that has no Latin form becomes a question mark."""
     characters = []
     for character in text:
         plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()

@@ -1,58 +1,23 @@
-"""Reading run folders, and telling what is missing, damaged or at odds with its own samples."""
+"""Reads run folders, and says which runs are unfinished, damaged, or contradicted by their own samples."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from analysis.runs import Problem, Record, Runs, checked
 from pipelines.errors import UserError
 
-Record = dict[str, Any]
-
-_FILES = ("record.json", "samples.jsonl", "config.yaml")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A run that is not in the tables, and why.
-
-    Attributes:
-        run_id: the run's folder or its id in W&B.
-        state: `unfinished`, `damaged`, `contradicted` (by its own samples) or `conflicting` (with its double).
-        reason: one line.
-    """
-
-    run_id: str
-    state: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What was found.
-
-    Attributes:
-        records: of the finished runs, as in their record.json.
-        problems: the runs that have no record to rely on.
-        folders: run id -> where the run's files lie, where they lie on this machine.
-        layers: run id -> the measures by layer of a flocking run, where they were read from W&B.
-    """
-
-    records: list[Record]
-    problems: list[Problem]
-    folders: dict[str, Path] = field(default_factory=dict)
-    layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+_FILES = ("record.json", "samples.jsonl", "config.yaml")  # a folder with any of them is a run folder
 
 
 def read_run_folders(paths: list[Path]) -> Runs:
-    """The runs below some folders, each the `output_dir` of runs or a run folder itself.
+    """Read all runs in some folders. Each folder holds run folders, or is one itself.
 
     Raises:
-        UserError: a folder is not there, or holds no run.
+        UserError: a folder does not exist, or holds no run.
     """
     found: dict[str, Record] = {}
     folders: dict[str, Path] = {}
@@ -77,26 +42,6 @@ def read_run_folders(paths: list[Path]) -> Runs:
     return Runs([record for name, record in found.items() if name not in conflicting], problems, folders)
 
 
-def fault(record: Any, run_id: str) -> str | None:
-    """What keeps a record from being used, in words; None if nothing does."""
-    if not isinstance(record, dict):
-        return "not an object"
-    if record.get("status") != "finished":
-        return f"status {record.get('status')!r}, expected 'finished'"
-    if record.get("run_id") != run_id:
-        return f"is the record of another run, {record.get('run_id')!r}"
-    for place in ("config.model.name", "config.task.name", "config.task.kind", "metrics", "timing", "environment"):
-        value: Any = record
-        for key in place.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, str if place.startswith("config") else dict) or value == "":
-            return f"has no {place}"
-    for name, value in record["metrics"].items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"metrics.{name} is {json.dumps(value)}, expected a number"
-    return None
-
-
 def _run_folders(path: Path) -> Iterator[Path]:
     candidates = [path] if _is_run(path) else sorted(path.iterdir())
     return (folder for folder in candidates if folder.is_dir() and _is_run(folder))
@@ -114,20 +59,19 @@ def _read(folder: Path) -> Record | Problem:
             lines = (folder / "samples.jsonl").read_bytes().count(b"\n")
         return Problem(folder.name, "unfinished", f"no record.json, {lines} samples so far{_failure(folder)}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return Problem(folder.name, "damaged", f"record.json cannot be read ({error})")
-    reason = fault(record, folder.name)
-    if reason:
-        return Problem(folder.name, "damaged", f"record.json {reason}")
-    reason = _contradiction(record, folder / "samples.jsonl")
-    if reason:
-        return Problem(folder.name, "contradicted", reason)
-    return dict(record)
+    try:
+        record = checked(content, folder.name)
+    except ValueError as error:
+        return Problem(folder.name, "damaged", f"record.json {error}")
+    contradiction = _contradiction(record, folder / "samples.jsonl")
+    return Problem(folder.name, "contradicted", contradiction) if contradiction else record
 
 
 def _failure(folder: Path) -> str:
-    """Why a run failed, where its folder says so."""
+    """Why the run failed, if its folder says so."""
     try:
         failed = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("failed")
     except (OSError, ValueError, AttributeError):
@@ -136,9 +80,9 @@ def _failure(folder: Path) -> str:
 
 
 def _contradiction(record: Record, path: Path) -> str | None:
-    """Where the samples say something else than the record: their number, or the mean of a metric of theirs."""
+    """How the samples contradict the record: in their number, or in the mean of a metric; None if they do not."""
     if not path.is_file():
-        return None  # a record that was moved alone
+        return None  # someone copied the record alone
     samples = []
     try:
         for line in path.read_text(encoding="utf-8").split("\n"):

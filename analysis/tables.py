@@ -1,7 +1,7 @@
-"""Tables of a DataFrame of runs: every number is one of a record, and what was not measured is missing.
+"""Makes tables from the DataFrame of runs. Every number comes from one record; what was not measured is missing.
 
-A cell belongs to one run. Its change is relative to the dense run of the same model and task, its task being all that
-is not the method, so runs under different protocols, limits or data never meet.
+A cell shows one run. Its change is relative to the dense run of the same model and task. Runs with another protocol,
+limit or data have another task name (`analysis.labels`), so they are never compared.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Cell:
     """One number of one run.
 
     Attributes:
-        value: as in the record.
+        value: the number in the record.
         metric: how it is shown.
-        run_id: whose it is.
-        stderr: its standard error; None where the record has none.
-        change: (value - dense) / dense; None for dense, without a dense run, and where dense is 0.
-        best: whether no other method of this model and sparsity is better, as printed, and there are others.
+        run_id: the run.
+        stderr: its standard error; None if the record has none.
+        change: (value - dense) / dense; None for dense itself, without a dense run, and if dense is 0.
+        best: whether several methods were run at this sparsity, and none has a better printed number.
     """
 
     value: float
@@ -57,12 +57,12 @@ class Cell:
 
     @property
     def error(self) -> str:
-        """The standard error as printed; empty where there is none."""
+        """The standard error as printed; empty if there is none."""
         return "" if self.stderr is None else self.metric.text(self.stderr)
 
     @property
     def percent(self) -> str:
-        """The change as printed, with its sign; from ten times dense on, as a factor; empty where there is none."""
+        """The change as printed: a percentage, or a factor from ten times dense on; empty if there is none."""
         if self.change is None:
             return ""
         if self.change >= 9:
@@ -72,15 +72,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of cells.
+    """A table.
 
     Attributes:
-        name: of its files.
-        title: for people.
-        note: what is in it and how to read it.
-        stubs: the headers of the columns that name a row.
+        name: file name without suffix.
+        title: heading above the table.
+        note: how to read it.
+        stubs: headers of the columns that name a row.
         columns: (group, label) of each column of cells.
-        rows: the names of a row and its cells; None is missing.
+        rows: (names, cells) of each row; a cell is None if there is no run for it.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Table:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """(group, number of its columns), in order."""
+        """(group, number of columns) of each group, in order."""
         found: list[tuple[str, int]] = []
         for group, _ in self.columns:
             if found and found[-1][0] == group:
@@ -103,19 +103,19 @@ class Table:
 
     @property
     def missing(self) -> int:
-        """How many cells have no number."""
+        """Number of cells without a run."""
         return sum(cell is None for _, cells in self.rows for cell in cells)
 
 
 def tables(runs: pd.DataFrame) -> list[Table]:
-    """All tables that the runs give, those of quality first; none that would be empty."""
+    """All tables that have rows; tables of quality come first."""
     made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
     made += [_perplexity_by_length(runs), _latency(runs), *_flocking(runs)]
     return [table for table in made if table.rows]
 
 
 def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
-    """Models and methods down, tasks and their metrics across."""
+    """A row per model and method, a column per task and metric."""
     runs = runs[runs["stderr"].notna() & runs["prompt_length"].isna()]
     columns = sorted({(row.task, row.metric) for row in runs.itertuples()}, key=lambda pair: (pair[0], order(pair[1])))
     note = (
@@ -140,7 +140,7 @@ def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
 
 
 def _perplexity_by_length(runs: pd.DataFrame) -> Table:
-    """Models, methods and prompt lengths down, generation lengths across."""
+    """A row per model, method and prompt length, a column per task and generation length."""
     runs = select(runs, kind="perplexity", metric="perplexity")
     runs = runs[runs["prompt_length"].notna()]
     columns = sorted({(row.task, row.generation_length) for row in runs.itertuples()})
@@ -151,7 +151,7 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
         (row.model, row.method, row.prompt_length, row.task, row.generation_length): row for row in runs.itertuples()
     }
     if len({key[2:] for key in found}) < 2:
-        return table  # a single pair of lengths is in the table above
+        return table  # the table of quality shows a single pair of lengths
     rows = runs.drop_duplicates(["model", "method", "prompt_length"])
     for row in sorted(rows.itertuples(), key=lambda row: (*_method_order(row), row.prompt_length)):
         cells = []
@@ -164,7 +164,7 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
 
 
 def _latency(runs: pd.DataFrame) -> Table:
-    """Models, methods and lengths down, ratios and times across."""
+    """A row per model, task, method and pair of lengths, a column per metric."""
     runs = select(runs, kind="latency")
     names = [name for name in _LATENCY if (runs["metric"] == name).any()]
     note = (
@@ -185,7 +185,7 @@ def _latency(runs: pd.DataFrame) -> Table:
 
 
 def _flocking(runs: pd.DataFrame) -> list[Table]:
-    """Models, tasks and kinds of text down, similarities across; generations, which only a text itself has, apart."""
+    """A row per model, task and kind of text, a column per measure. Only natural text has measures of generation."""
     runs = select(runs, kind="flocking")
     note = (
         "Jaccard similarities of the sets of a layer's strongest neurons, means over sequences and layers ± standard "
@@ -235,5 +235,5 @@ def _method_order(row: Any) -> tuple[Any, ...]:
 
 
 def _amount(row: Any) -> float:
-    """The sparsity; above all numbers where it is one per layer."""
+    """The sparsity as a number to sort by; sparsities that differ by layer come last."""
     return float(row.sparsity) if pd.notna(row.sparsity) else 2.0

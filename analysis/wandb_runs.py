@@ -1,4 +1,4 @@
-"""Reading runs back from W&B. The only module of the analysis that imports wandb."""
+"""Reads runs back from W&B. No other module of the analysis imports wandb."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import wandb
 
-from analysis.run_folders import Problem, Record, Runs, fault
+from analysis.runs import Problem, Record, Runs, checked
 from pipelines.errors import UserError
 from pipelines.tracking import check_server
 
@@ -18,9 +18,9 @@ _FLOCKING_TABLE = "layers_table"
 
 
 def read_wandb(path: str) -> Runs:
-    """The runs of a W&B project, as the records that they were logged from.
+    """Read the runs of a W&B project, as the records that were logged.
 
-    Runs of job type `report`, which `analysis.report` logs, are no results and passed over.
+    Runs of job type `report` are skipped: `analysis.report` logs them, and they are no results.
 
     Args:
         path: `entity/project`, or `project` of the account's default entity.
@@ -46,7 +46,7 @@ def read_wandb(path: str) -> Runs:
             records.append(record)
             if record["config"]["task"]["kind"] == "flocking":
                 layers[run.id] = _layer_rows(run)
-    except (wandb.Error, ValueError, OSError) as error:  # those of its HTTP library are OSErrors
+    except (wandb.Error, ValueError, OSError) as error:  # its HTTP library raises OSErrors
         reason = " ".join(str(error).split())
         raise UserError(f"runs=wandb:{path}: cannot be read ({reason})") from error
     if not found:
@@ -64,13 +64,14 @@ def _record(run: Any) -> Record | Problem:
         parts = None
     if not isinstance(parts, dict):
         return Problem(run.id, "damaged", "its summary holds no record")
-    record = {"run_id": run.id, "status": "finished", "config": dict(run.config), **parts}
-    reason = fault(record, run.id)
-    return Problem(run.id, "damaged", f"its record {reason}") if reason else record
+    try:
+        return checked({"run_id": run.id, "status": "finished", "config": dict(run.config), **parts}, run.id)
+    except ValueError as error:
+        return Problem(run.id, "damaged", f"its record {error}")
 
 
 def _layer_rows(run: Any) -> list[dict[str, Any]]:
-    """A flocking run's measures by layer, from the table that it logged; empty without one."""
+    """The measures by layer, from the table that a flocking run logged; empty if there is no table."""
     table = run.summary_metrics.get(_FLOCKING_TABLE)
     if not isinstance(table, dict) or "path" not in table:
         return []

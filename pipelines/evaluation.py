@@ -17,7 +17,7 @@ from pipelines.batch_size import batch_size, evaluated
 from pipelines.composition import Call
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.methods import Method, data_digests, engine_for, run_config
+from pipelines.methods import Method, data_digests, described, engine_for, evaluation, run_config
 from pipelines.model_config import ModelConfig
 from pipelines.records import Record
 from pipelines.run_folder import RunFolder
@@ -75,7 +75,13 @@ def evaluate(
         versions = kind.versions(items) if hasattr(kind, "versions") else {}
         origin = {"data": data_digests(config), "command": call.command} | batch_size(samples[method])
         records[method] = folders[method].finish(
-            run_config(config, method), kind.metrics(samples[method]), timing, loaded.device, versions | origin
+            run_config(config, method),
+            kind.metrics(samples[method]),
+            timing,
+            loaded.device,
+            versions | origin,
+            method=described(config, method),
+            evaluation=evaluation(config, method, loaded.device),
         )
         trackers[method].finish(records[method], samples[method], media)
         if not records[method]["metrics"]["samples"]:

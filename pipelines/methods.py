@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import griffin
 from griffin import LEARNING, Method
+from pipelines import description
 from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, digest
+from pipelines.records import environment
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Method", "data_digests", "engine_for", "identity", "methods", "run_config"]
-
-# A file named on the command line is read instead of what the task's file names.
-_INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
+__all__ = ["Method", "data_digests", "described", "engine_for", "evaluation", "identity", "methods", "run_config"]
 
 
 def methods(config: RunConfig) -> list[Method]:
@@ -59,18 +58,21 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
     }
 
 
-# What means nothing where nothing is pruned.
-_PRUNING = ("statistic", "selection", "mode", "shared_experts", "compensation", "budget", "refresh")
+def described(config: RunConfig, method: Method) -> dict[str, Any]:
+    """The `method` of a run's record: its words, and all settings that say how the run pruned."""
+    return description.method_entry(run_config(config, method), method.label, method.family)
 
-# Keys that were added when runs had been recorded already, with the values that change nothing.
-_LATER = {
-    "compensation": "none",
-    "budget": "uniform",
-    "refresh": "none",
-    "offset": 0,
-    "compile": False,
-    "offload_dense": False,
-}
+
+def evaluation(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
+    """The `evaluation` of a run's record: all that two runs must share to be compared.
+
+    Args:
+        config: the call's.
+        method: the run's.
+        device: what the model runs on, in words.
+    """
+    ran_on = environment(device) | {"data": data_digests(config)}
+    return description.evaluation_entry(run_config(config, method), ran_on)
 
 
 def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
@@ -79,29 +81,18 @@ def identity(config: RunConfig, method: Method, device: str) -> dict[str, Any]:
     Data files count by their content, not by their place; a dense run has no statistic; what came later and is not
     used (no compensation, no offset) leaves the identity that it was before.
     """
-    plain = run_config(config, method)
-    task = plain["task"]
-    for local, unused in _INSTEAD_OF.items():
-        if task.get(local) is not None:
-            task |= dict.fromkeys(unused)
-    task |= data_digests(config)
-    for where, unused in (
-        (plain, ("output_dir", "tags", "wandb")),
-        (plain["model"], ("licence_gate", "install")),
-        (plain, ("offload_dense",) if config.task.kind != "latency" else ()),  # changes times alone
-        (plain, () if device == "cpu" and config.model.dtype == "float32" else ("cpu_pieces",)),
-        (plain, _PRUNING if method.dense else ()),
-        (plain, [key for key, unused_value in _LATER.items() if plain.get(key) == unused_value]),
-    ):
-        for key in unused:
-            where.pop(key, None)
-    return plain | {"device": device, "sparsity": 0.0 if method.dense else plain["sparsity"]}
+    settings = description.determining(run_config(config, method), data_digests(config))
+    later = description.LATER
+    used = {key: value for key, value in settings.items() if key not in later or value != later[key]}
+    return used | {"device": device}
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
     """The files that a run reads, by the keys that name them, as digests of their content."""
     task = config.task
-    unread = {key for local, keys in _INSTEAD_OF.items() if getattr(task, local, None) is not None for key in keys}
+    unread = {
+        key for local, keys in description.INSTEAD_OF.items() if getattr(task, local, None) is not None for key in keys
+    }
     folders = {"data_files": Path(), "shots_file": Path(), "embedded": EMBEDDED, "embedded_shots": EMBEDDED}
     return {
         key: digest(folder / getattr(task, key))

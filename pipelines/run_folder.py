@@ -215,6 +215,9 @@ class RunFolder:
         timing: dict[str, float],
         device: str,
         versions: dict[str, Any] | None = None,
+        *,
+        method: dict[str, Any] | None = None,
+        evaluation: dict[str, Any] | None = None,
     ) -> Record:
         """Write the record, in one step.
 
@@ -224,6 +227,8 @@ class RunFolder:
             timing: flat, name -> seconds.
             device: what the model ran on, in words.
             versions: of what this kind of task ran beside the usual, such as lm-eval.
+            method: what the analysis calls the run: words and settings.
+            evaluation: what the run must share with another one to be compared with it, flat.
 
         Raises:
             UserError: the file cannot be written.
@@ -231,6 +236,8 @@ class RunFolder:
         record: Record = {
             "run_id": self.run_id,
             "status": "finished",
+            "method": method,
+            "evaluation": evaluation,
             "config": config,
             "metrics": metrics,
             "timing": timing,

@@ -11,16 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from pipelines.errors import UserError
 from pipelines.records import Record, Sample
 
-if TYPE_CHECKING:
-    from pipelines.config import WandbConfig
-
 _CONNECT_SECONDS = 3
+
+
+class Settings(Protocol):
+    """Where runs are logged to: the configuration's `wandb`, or what the analysis makes of its command line."""
+
+    mode: str
+    project: str
+    entity: str | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Tracker:
         self.show(Media(media.images, {"samples": rows, **media.tables}))
         if self._run is not None:
             with _files_in(self._folder):
-                parts = ("metrics", "timing", "environment")
+                parts = ("method", "evaluation", "metrics", "timing", "environment")
                 self._run.summary.update({**record["metrics"], **record["timing"]})
                 self._run.summary.update({"record": json.dumps({part: record[part] for part in parts})})
             self.close(0)
@@ -92,7 +97,7 @@ def _cell(value: Any) -> Any:
 
 @contextlib.contextmanager
 def track(
-    settings: WandbConfig, folder: Path, run_id: str, name: str, group: str, job_type: str, tags: list[str], config: Any
+    settings: Settings, folder: Path, run_id: str, name: str, group: str, job_type: str, tags: list[str], config: Any
 ) -> Iterator[Tracker]:
     """A run in W&B until its record is there, marked as failed if the context ends with an exception before.
 
@@ -134,7 +139,7 @@ def track(
     tracker.close(0)
 
 
-def _init(settings: WandbConfig, arguments: dict[str, Any]) -> Any:
+def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
     import wandb
 
     # The machine's name, its user and the command line are nobody's business; timeouts bound a dead server.

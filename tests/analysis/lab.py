@@ -42,17 +42,21 @@ class Lab:
         return f"wandb:{ENTITY}/griffin"
 
     def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A process of its own."""
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command,
-            env=self.variables | variables,
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        """A process that may write to the server."""
+        return python(self.root, *arguments, **self.variables | variables)
+
+
+def python(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process in a folder that is its home, too."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=plain_environment(home) | variables,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
 
 
 def plain_environment(home: Path) -> dict[str, str]:

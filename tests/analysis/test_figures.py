@@ -1,4 +1,4 @@
-"""Figures: what is in them is measured, and looks like itself."""
+"""Figures: what is in them is measured, and styles like itself."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import math
 
 import numpy as np
 import pytest
-from made import Record, record, score
+from made import Record, layer_rows, record, score
 from matplotlib.colors import to_rgb
 
 from analysis import latency_figures, quality_figures
-from analysis.drawing import Drawing, Group, Looks
+from analysis.drawing import Drawing, Group, Styles
+from analysis.flocking_figures import flocking
 from analysis.frame import frame
 from analysis.metrics import metric
+from analysis.runs import Runs
 from pipelines.figure_style import LIGHT, NEUTRAL, drawn_in
 
 
@@ -44,7 +46,7 @@ def sweep(**scores: dict[float, float]) -> list[Record]:
 
 def test_a_line_begins_at_dense_and_has_every_point_of_its_method() -> None:
     runs = frame(sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0}, wanda={0.25: 18.0, 0.5: 12.0}))
-    drawing = only(quality_figures.against_sparsity(runs, Looks(runs["family"])))
+    drawing = only(quality_figures.against_sparsity(runs, Styles(runs["family"])))
     lines = drawn(drawing)
     assert lines["griffin"][:2] == ([0.0, 25.0, 50.0], [20.0, 19.0, 15.0])
     assert lines["wanda"][:2] == ([0.0, 25.0, 50.0], [20.0, 18.0, 12.0])
@@ -54,14 +56,14 @@ def test_a_line_begins_at_dense_and_has_every_point_of_its_method() -> None:
 
 def test_a_missing_point_is_a_gap() -> None:
     runs = frame(sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0, 0.75: 9.0}, wanda={0.25: 18.0, 0.75: 3.0}))
-    lines = drawn(only(quality_figures.against_sparsity(runs, Looks(runs["family"]))))
+    lines = drawn(only(quality_figures.against_sparsity(runs, Styles(runs["family"]))))
     assert [math.isnan(value) for value in lines["wanda"][1]] == [False, False, True, False]
 
 
 def test_protocols_and_limits_have_figures_of_their_own() -> None:
     records = [*sweep(griffin={0: 20.0, 0.5: 15.0}), record("other", metrics=score(3.0), limit=10)]
     runs = frame(records)
-    group = quality_figures.against_sparsity(runs, Looks(runs["family"]))
+    group = quality_figures.against_sparsity(runs, Styles(runs["family"]))
     assert sorted(len(drawing.run_ids) for drawing in group.drawings) == [1, 2]
 
 
@@ -73,7 +75,7 @@ def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
         record("another", "latency", metrics=fast, statistic="wanda", model_name="llama2_7b"),
     ]
     runs = frame(records)
-    drawing = only(quality_figures.against_speed(runs, Looks(runs["family"])))
+    drawing = only(quality_figures.against_speed(runs, Styles(runs["family"])))
     assert set(drawing.run_ids) == {"griffin-0", "griffin-0.5", "fast"}
     lines = drawn(drawing)
     assert lines["griffin"][:2] == ([1.4], [15.0])
@@ -83,24 +85,30 @@ def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
 def test_one_method_has_one_colour_in_all_figures() -> None:
     fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
     runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, other={0.5: 12.0}), record("fast", "latency", metrics=fast)])
-    looks = Looks(runs["family"])
-    sparsity = drawn(only(quality_figures.against_sparsity(runs, looks)))
-    speed = drawn(only(quality_figures.against_speed(runs, looks)))
-    assert sparsity["griffin"][2] == speed["griffin"][2] == looks.colour("griffin")
+    styles = Styles(runs["family"])
+    sparsity = drawn(only(quality_figures.against_sparsity(runs, styles)))
+    speed = drawn(only(quality_figures.against_speed(runs, styles)))
+    assert sparsity["griffin"][2] == speed["griffin"][2] == styles.colour("griffin")
     assert sparsity["dense"][2] == speed["dense"][2] == NEUTRAL
     with drawn_in(LIGHT):
-        figure = only(latency_figures.bars(runs, looks)).draw()
+        figure = only(latency_figures.bars(runs, styles)).draw()
     (bar,) = figure.axes[0].patches
     assert bar.get_width() == 1.4
     assert tuple(round(255 * part) for part in bar.get_facecolor()[:3]) == tuple(
-        int(looks.colour("griffin")[place : place + 2], 16) for place in (1, 3, 5)
+        int(styles.colour("griffin")[place : place + 2], 16) for place in (1, 3, 5)
     )
+
+
+def test_flocking_runs_from_wandb_have_curves_but_no_heatmaps() -> None:
+    runs = Runs([record("a", "flocking", sparsity=0)], [], layers={"a": layer_rows()})
+    names = [drawing.name for drawing in flocking(runs, {"a": ("model", "text")}).drawings]
+    assert names == [f"flocking_jaccard_{measure}_model_text" for measure in ("sequences", "halves", "generation")]
 
 
 def test_axes_name_their_units() -> None:
     runs = frame(sweep(griffin={0: 20.0, 0.5: 15.0}))
     with drawn_in(LIGHT):
-        axis = only(quality_figures.against_sparsity(runs, Looks(runs["family"]))).draw().axes[0]
+        axis = only(quality_figures.against_sparsity(runs, Styles(runs["family"]))).draw().axes[0]
     assert axis.get_xlabel() == "FF sparsity (%)"
     assert axis.get_ylabel() == metric("rouge1").axis == "ROUGE-1 (F x 100), higher is better"
 
@@ -124,9 +132,9 @@ def seen(colour: str, vision: str) -> np.ndarray:
 
 @pytest.mark.parametrize("vision", _VISION)
 def test_the_colour_blind_tell_methods_apart(vision: str) -> None:
-    families = ("dense", "griffin", "magnitude", "wanda", "random", "impact", "griffin + ridge", "impact + ridge")
-    looks = Looks(families)
-    colours = [seen(looks.colour(family), vision) for family in families]
+    families = ("dense", "griffin", "magnitude", "wanda", "random", "impact", "griffin+ridge", "impact+ridge")
+    styles = Styles(families)
+    colours = [seen(styles.colour(family), vision) for family in families]
     for one, other in itertools.combinations(colours, 2):
         assert np.linalg.norm(one - other) > 10  # about 2 can just be told apart, side by side
-    assert len({looks.marker(family) for family in families}) == len(families)
+    assert len({styles.marker(family) for family in families}) == len(families)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from made import record, score
+from made import old_record, record, score
 
 from analysis import frame as frame_module
 from analysis.frame import COLUMNS, frame, select
+from analysis.runs import checked
+from pipelines import description
 
 
 def test_the_schema_is_documented_and_stands_without_records() -> None:
@@ -24,7 +26,7 @@ def test_one_row_per_metric_with_the_numbers_of_the_record() -> None:
     assert list(table["value"]) == [12.3456789, 0.1]
     assert list(table["stderr"]) == [0.123, 0.0]
     assert set(table["samples"]) == {7}
-    assert set(table["command"]) == {"python -m x"}
+    assert set(table["command"]) == {"python -m x 'y'"}
 
 
 def test_the_order_of_the_records_does_not_matter() -> None:
@@ -79,15 +81,35 @@ def test_where_files_go_and_who_tracks_them_tells_nothing_apart() -> None:
     assert table["task"].nunique() == table["model"].nunique() == 1
 
 
-def test_axes_that_a_record_does_not_have_mean_that_nothing_is_done() -> None:
-    table = frame([record("a"), record("b", compensation="none", budget="uniform", sparsity=0.25)])
-    assert list(table["method"]) == ["griffin 25%", "griffin 50%"]
-    assert set(table["compensation"]) == {"none"}
-    assert set(table["budget"]) == {"uniform"}
+def test_an_old_record_shows_what_a_new_one_shows() -> None:
+    plain, ridge = old_record("a"), old_record("b", compensation="ridge", sparsity=0.25)
+    assert not {"method", "evaluation", "compensation", "offset"} & {*plain, *plain["config"]}
+    old = [checked(one, one["run_id"]) for one in (plain, ridge)]
+    later = {"compensation": "none", "budget": "uniform", "refresh": "none", "offset": 0, "compile": False}
+    new = []
+    for one in (plain, ridge):
+        config = later | {"offload_dense": False} | one["config"]
+        entries = {
+            "method": description.method_entry(config),
+            "evaluation": description.evaluation_entry(config, one["environment"]),
+        }
+        new.append(checked(one | {"config": config} | entries, one["run_id"]))
+    assert frame(old).equals(frame(new))
+    assert list(frame(old)["method"]) == ["griffin 50%", "griffin+ridge 25%"]
+    assert set(frame(old)["task"]) == {"xsum"}
+    assert frame([old[0], new[1]])["task"].nunique() == 1, "they may be compared"
 
 
-def test_an_offset_of_none_is_no_offset() -> None:
-    assert frame([record("a"), record("b", sparsity=0, offset=0)])["task"].nunique() == 1
+def test_an_old_records_words_are_made_where_a_new_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "family", lambda method: "other words")
+    (row,) = frame([checked(old_record("a", compensation="ridge"), "a")]).itertuples()
+    assert (row.family, row.method) == ("other words", "other words 50%")
+
+
+def test_the_words_are_the_records() -> None:
+    method = record("a")["method"] | {"label": "a new method 9 bits", "family": "a new method"}
+    (row,) = frame([record("a") | {"method": method}]).itertuples()
+    assert (row.family, row.method) == ("a new method", "a new method 9 bits")
 
 
 def test_new_axes_are_methods_of_their_own() -> None:
@@ -102,8 +124,8 @@ def test_new_axes_are_methods_of_their_own() -> None:
         ]
     )
     assert set(table["method"]) == {
-        *("griffin 50%", "griffin + ridge 50%", "griffin global 50%", "griffin sample 50%"),
-        *("griffin shared 50%", "impact + ridge 50%"),
+        *("griffin 50%", "griffin+ridge 50%", "griffin global 50%", "griffin sample 50%"),
+        *("griffin shared 50%", "impact+ridge 50%"),
     }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from calling import composed, write_rows
 
-from pipelines.methods import Method, identity, methods, run_config
+from pipelines import description
+from pipelines.methods import Method, described, evaluation, identity, methods, run_config
 
 BASE = ["model=random_tiny", "limit=3"]
 
@@ -21,6 +22,12 @@ def only_identity(*overrides: str, device: str = "cpu") -> dict[str, Any]:
     config = composed(*BASE, *overrides)
     (method,) = methods(config)
     return identity(config, method, device)
+
+
+def only_evaluation(*overrides: str) -> dict[str, Any]:
+    config = composed(*BASE, *overrides)
+    (method,) = methods(config)
+    return evaluation(config, method, "a device")
 
 
 def test_without_a_grid_there_is_the_roots_one_method() -> None:
@@ -80,6 +87,7 @@ def test_points_named_twice_are_run_once() -> None:
 @pytest.mark.parametrize(
     ("method", "label"),
     [
+        (Method("joint", "topk", 0.7, "ridge", "late", "compensation"), "joint+ridge late refresh=compensation 70%"),
         (Method("griffin", "topk", 0.5), "griffin 50%"),
         (Method("wanda", "topk", 0.125), "wanda 12.5%"),
         (Method("griffin", "topk_sample", 0.75), "griffin topk_sample 75%"),
@@ -94,6 +102,52 @@ def test_points_named_twice_are_run_once() -> None:
 )
 def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
     assert method.label == label
+
+
+def test_a_methods_words_are_made_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "family", lambda method: "other words")
+    config = composed(*BASE)
+    (method,) = methods(config)
+    assert (method.family, method.label) == ("other words", "other words 50%")
+    assert described(config, method)["label"] == method.label
+
+
+def test_a_record_says_its_method_in_words_and_settings() -> None:
+    config = composed(*BASE, "statistic=joint", "compensation=ridge", "shared_experts=true", "grid.sparsity=[0,0.7]")
+    dense, pruned = (described(config, method) for method in methods(config))
+    assert dense == {"label": "dense", "family": "dense", "sparsity": 0.0}
+    assert [method.family for method in methods(config)] == ["dense", "joint+ridge"]
+    assert pruned == {
+        "label": "joint+ridge shared 70%",
+        "family": "joint+ridge shared",
+        "statistic": "joint",
+        "selection": "topk",
+        "compensation": "ridge",
+        "budget": "uniform",
+        "refresh": "none",
+        "sparsity": 0.7,
+        "mode": "compact",
+        "shared_experts": True,
+    }
+
+
+@pytest.mark.parametrize("override", ["statistic=wanda", "compensation=ridge", "mode=masked", "shared_experts=true"])
+def test_the_method_and_what_changes_no_result_are_no_part_of_the_evaluation(override: str) -> None:
+    assert only_evaluation(override) == only_evaluation("output_dir=elsewhere", "offload_dense=true", "sparsity=0")
+
+
+def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
+    found = only_evaluation("offset=1")
+    assert {type(value) for value in found.values()} <= {str, int, float, bool, list, type(None)}
+    assert (found["model.name"], found["task.name"], found["offset"], found["limit"]) == ("random_tiny", "briefs", 1, 3)
+    assert found["device"] == "a device"
+    assert found["task.embedded"].startswith("sha256:")
+    assert only_evaluation("task.shots=0")["task.embedded_shots"] is None, "no shots are read"
+
+
+def test_times_are_of_one_machine() -> None:
+    keys = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
+    assert {"platform", "cpus", "offload_dense"} <= keys
 
 
 @pytest.mark.parametrize(

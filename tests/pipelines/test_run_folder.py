@@ -154,9 +154,11 @@ def test_what_a_killed_process_left_half_written_is_removed(folder: RunFolder) -
 
 def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     assert folder.record() is None
-    written = folder.finish({"seed": 0}, {"rouge1": 1.5}, {"load_seconds": 2.0}, "cpu")
+    written = folder.finish({"seed": 0}, {"rouge1": 1.5}, {"load_seconds": 2.0}, "cpu", method={"label": "dense"})
     assert folder.record() == written
-    assert set(written) == {"run_id", "status", "config", "metrics", "timing", "environment"}
+    parts = {"run_id", "status", "method", "evaluation", "config", "metrics", "timing", "environment"}
+    assert set(written) == parts
+    assert written["method"] == {"label": "dense"}
     assert (written["run_id"], written["status"]) == ("a-run", "finished")
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
 

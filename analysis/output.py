@@ -1,0 +1,110 @@
+"""Writes a report: into files, and into W&B."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tqdm import tqdm
+
+from analysis import render
+from analysis.contents import Report
+from analysis.page import page
+from pipelines.errors import UserError
+from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
+from pipelines.tracking import Media, track
+
+_TEXTS = {"md": render.markdown, "tex": render.latex, "csv": render.comma_separated}
+_WRITTEN = ".written"  # lists the tables and figures that a report wrote, by their paths in its folder
+
+
+def write_report(report: Report, out: Path) -> Path:
+    """Write all files of a report.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    drawings = [drawing for group in report.groups for drawing in group.drawings]
+    names = [f"tables/{table.name}.{suffix}" for table in report.tables for suffix in _TEXTS]
+    names += [f"figures/{drawing.name}.{suffix}" for drawing in drawings for suffix in ("png", "pdf")]
+    try:
+        for folder in ("tables", "figures"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        # Delete what an earlier report wrote here, but no file of the user's.
+        for line in (out / _WRITTEN).read_text(encoding="utf-8").splitlines() if (out / _WRITTEN).is_file() else ():
+            if re.fullmatch(r"(tables|figures)/[^/]+", line):
+                (out / line).unlink(missing_ok=True)
+        (out / _WRITTEN).write_text("\n".join(names) + "\n", encoding="utf-8")
+        report.frame.to_csv(out / "runs.csv", index=False)
+        for table in report.tables:
+            for suffix, text in _TEXTS.items():
+                (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
+        (out / "report.md").write_text(_markdown(report), encoding="utf-8")
+        pictures = {}
+        for drawing in tqdm(drawings, unit="figure", desc="report", disable=not sys.stderr.isatty()):
+            with drawn_in(LIGHT):
+                figure = drawing.draw()
+                save(figure, out / "figures" / drawing.name)
+                light = as_svg(figure)
+            with drawn_in(DARK):
+                pictures[drawing.name] = light, as_svg(drawing.draw())
+        (out / "index.html").write_text(page(report, pictures), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot write {error.filename or out}: {error.strerror}") from error
+    return out / "index.html"
+
+
+def log_report(report: Report, out: Path, entity: str | None, project: str) -> None:
+    """Log the tables and figures in `out` to W&B, as one run of job type `report`."""
+    images = [out / "figures" / f"{drawing.name}.png" for group in report.groups for drawing in group.drawings]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "runs": report.frame.astype(object).where(report.frame.notna(), None).to_dict("records")
+    }
+    for table in report.tables:
+        rows[table.name] = [
+            dict(zip(table.stubs, names, strict=True))
+            | {
+                f"{group} {label}".strip(): render.plain(cell)
+                for (group, label), cell in zip(table.columns, cells, strict=True)
+            }
+            for names, cells in table.rows
+        ]
+    settings = SimpleNamespace(mode="online", project=project, entity=entity)
+    config = {"runs": report.source, "run_ids": [record["run_id"] for record in report.runs.records]}
+    with track(
+        settings, out, f"report-{project}", f"report on {report.source}", "report", "report", [], config
+    ) as tracker:
+        tracker.show(Media(images, rows))
+
+
+def _markdown(report: Report) -> str:
+    """The text of report.md."""
+    lines = ["# GRIFFIN: results", "", f"From `{report.source}`: {len(report.runs.records)} runs.", ""]
+    if report.runs.problems:
+        problems = (f"- `{one.run_id}`: {one.state}, {one.reason}" for one in report.runs.problems)
+        lines += ["Left out:", "", *problems, ""]
+    lines += [line for note in report.notes for line in (f"Note: {note}.", "")]
+    for table in report.tables:
+        lines += [f"## {table.title}", "", table.note, "", render.markdown(table)]
+    lines += ["## Figures", ""]
+    for group in report.groups:
+        lines += [f"### {group.title}", ""]
+        if not group.drawings:
+            lines += [f"No data. This makes it{', ' + group.hint if group.hint else ''}: `{group.command}`", ""]
+        for drawing in group.drawings:
+            lines += [f"![{drawing.title}](figures/{drawing.name}.png)", "", f"{drawing.title}. {drawing.caption}", ""]
+    lines += ["## Runs", ""]
+    for record in sorted(report.runs.records, key=lambda record: record["run_id"]):
+        environment = record["environment"]
+        versions = ", ".join(f"{key} {environment.get(key)}" for key in ("griffin-pruning", "torch", "transformers"))
+        lines += [
+            f"- `{record['run_id']}`: {versions}, {environment.get('device')}",
+            f"  `{environment.get('command')}`",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,98 @@
+"""How a run is described: its method, and the settings that determine its result.
+
+Every function takes a resolved configuration as nested plain values and returns plain values. Nothing heavy is
+imported here, because records are also read on machines without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Plain = dict[str, Any]
+
+# These settings say how a run pruned; a dense run has none of them. All others say how a run was evaluated.
+METHOD = ("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts")
+
+# Settings that were added after runs had been recorded. A run with these values is the run that it was before.
+LATER: Plain = {
+    "compensation": "none",
+    "budget": "uniform",
+    "refresh": "none",
+    "offset": 0,
+    "compile": False,
+    "offload_dense": False,
+    "cpu_pieces": False,
+}
+
+# A file that is named on the command line is read instead of the data that the task names.
+INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
+
+# These settings change no result; `device` counts as the device that it stands for.
+_IDLE = ("output_dir", "tags", "wandb", "grid", "device")
+_IDLE_MODEL = ("licence_gate", "install")
+
+
+def is_dense(sparsity: Any) -> bool:
+    """Whether this sparsity, one number or one per layer, prunes nothing."""
+    return not any(sparsity) if isinstance(sparsity, list | tuple) else not sparsity
+
+
+def method_entry(config: Plain, label: str, family: str) -> Plain:
+    """The record's `method`: its words, and the settings in `METHOD`; of a dense run only the sparsity, 0.
+
+    Args:
+        config: the resolved configuration of one run.
+        label: `griffin.Method.label`.
+        family: `griffin.Method.family`, the label without the sparsity.
+    """
+    dense = is_dense(config["sparsity"])
+    shared = " shared" if config["shared_experts"] and not dense else ""
+    settings = {"sparsity": 0.0} if dense else {key: config[key] for key in METHOD}
+    return {"label": label.replace(family, family + shared, 1), "family": family + shared, **settings}
+
+
+def evaluation_entry(config: Plain, environment: Plain) -> Plain:
+    """The record's `evaluation`: all that two runs must share to be compared, under dotted keys.
+
+    This is the model, the task, the data, the rows, the seed, the batch size and the device. Times are compared on one
+    kind of machine only.
+
+    Args:
+        config: the resolved configuration of one run.
+        environment: the record's; its `data` holds the digests of the files that were read.
+    """
+    settings = determining(config, environment.get("data") or {})
+    for key in METHOD:
+        settings.pop(key, None)
+    if settings["task"].get("shots") == 0:  # no shots are read
+        settings["task"] |= dict.fromkeys(("embedded_shots", "shots_file"))
+    machine = ("device", "platform", "cpus") if settings["task"]["kind"] == "latency" else ("device",)
+    return _flat(settings | {key: environment.get(key) for key in machine})
+
+
+def determining(config: Plain, data: Mapping[str, str]) -> Plain:
+    """The settings that determine a run's result, nested as in its configuration, without the device.
+
+    Args:
+        config: the resolved configuration of one run.
+        data: the digests of the files that it reads, by the keys of the task that name them.
+    """
+    task = dict(config["task"])
+    for local, unread in INSTEAD_OF.items():
+        if task.get(local) is not None:
+            task |= dict.fromkeys(unread)
+    dense = is_dense(config["sparsity"])
+    # Where the dense weights lie changes times only, and in which pieces a CPU multiplies, times and rounding.
+    idle = {*_IDLE, *(METHOD if dense else ()), *(() if task["kind"] == "latency" else ("offload_dense", "cpu_pieces"))}
+    settings = {key: value for key, value in (LATER | config).items() if key not in idle}
+    settings["model"] = {key: value for key, value in config["model"].items() if key not in _IDLE_MODEL}
+    return settings | {"task": task | data} | ({"sparsity": 0.0} if dense else {})
+
+
+def _flat(values: Plain, prefix: str = "") -> Plain:
+    """Nested values under dotted keys; a list is a value."""
+    found: Plain = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
