@@ -24,6 +24,9 @@ from griffin.offloading import bring, unwatch, watch
 
 MODES = ("compact", "masked")
 
+# On a CPU, columns of a matrix with more numbers than this are gathered by `torch.gather`, which uses all threads.
+LARGE = 2**22
+
 
 @dataclass(frozen=True, eq=False)
 class Experts:
@@ -193,7 +196,10 @@ class CompactProjection:
         shape = list(weight.shape)
         shape[self._neuron_dim] = len(rows)
         compact = self._buffer("weight", "_memory", shape)
-        torch.index_select(weight, self._neuron_dim, rows, out=compact.data)
+        if self._neuron_dim == 1 and weight.device.type == "cpu" and weight.numel() > LARGE:
+            torch.gather(weight, 1, rows.expand(len(weight), -1), out=compact.data)
+        else:
+            torch.index_select(weight, self._neuron_dim, rows, out=compact.data)
         bias = self._dense.get("bias")
         if isinstance(bias, nn.Parameter):
             if self._neurons_out:
