@@ -151,7 +151,7 @@ class Batch:
         self._changed = True
         read = {row: self._read_again(row, place) for row, place in due.items()}
         for row in due:
-            if row.sharing[0] is row or row.sharing[0] not in due:
+            if row is next(member for member in row.sharing if member in due):  # once for all that share
                 _renew(self._engine, {member: read[member][1] for member in row.sharing if member in read})
         tokens = ids_BT.shape[1]
         return torch.stack(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from griffin.activations import ActivationStatistic, Recorded, Recorder
 from griffin.executors import MODES, Compact, Experts, Masked
@@ -123,7 +123,7 @@ class Engine:
         if positions_BS is not None and self._takes_positions:
             options["position_ids"] = positions_BS
         if logits_to_keep and self._keeps_logits:
-            options["logits_to_keep"] = logits_to_keep
+            options["logits_to_keep"] = kept_positions(self.model, logits_to_keep, ids_BS)
         call = self.compiled if self.compiled is not None and cache.whole else self.model
         logits: Tensor = call(ids_BS, past_key_values=cache, use_cache=True, **options).logits
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
@@ -162,6 +162,18 @@ class Engine:
         self._cache = None
 
 
+def kept_positions(model: nn.Module, logits_to_keep: int, ids_BS: Tensor) -> int | Tensor:
+    """How to ask a model for the logits of the last positions while its FF blocks see all of them.
+
+    Where layers share keys and values, Gemma 4 runs its last layers at the asked positions only if these are a number.
+    """
+    config: Any = model.config
+    if not getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        return logits_to_keep
+    columns = ids_BS.shape[1]
+    return torch.arange(max(columns - logits_to_keep, 0), columns, device=ids_BS.device)
+
+
 def refuse_uncroppable(model: nn.Module) -> None:
     """Refuse models whose layers keep more than keys and values, which cannot be rolled back or copied by column.
 
@@ -172,7 +184,8 @@ def refuse_uncroppable(model: nn.Module) -> None:
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers language model")
     for number, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        # Layers that use the keys and values of another one have a DummyLayer: they keep nothing.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise UnsupportedModelError(
                 f"layer {number} of {type(model).__name__} caches a state ({type(layer).__name__}) that cannot be "
                 "cropped; only attention layers can be rolled back"

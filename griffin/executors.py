@@ -116,13 +116,14 @@ class Compact:
         assert experts is not None
         if experts is self._loaded:
             return
-        known = self._loaded.neurons is experts.neurons if self._loaded is not None else False
+        loaded, self._loaded = self._loaded, None  # nothing is whole before all of it is gathered
         for layer, (block, neurons_K) in enumerate(zip(self._blocks, experts.neurons, strict=True)):
             if len(neurons_K) == block.width:
                 continue
             corrections = experts.corrections[layer]
-            if known and self._loaded is not None:
-                corrections = corrections[len(self._loaded.corrections[layer]) :]
+            before = loaded.corrections[layer] if loaded is not None else ()
+            if loaded is not None and loaded.neurons is experts.neurons and corrections[: len(before)] == before:
+                corrections = corrections[len(before) :]
             else:
                 bring(block)
                 for projection in self._projections(layer):

@@ -25,7 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from griffin.activations import Recorded, Recorder
 from griffin.decoding import Generation, Row, begin, decode
-from griffin.engine import Engine, refuse_uncroppable
+from griffin.engine import Engine, kept_positions, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError
 from griffin.method import Method
@@ -205,6 +205,8 @@ class Pruner:
         if self._refreshes:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("refresh needs input_ids: what was generated is read again")
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("refresh keeps a KV cache of its own: pass the whole text as input_ids instead of one")
             self._refuse_batch(inputs.shape[0])
             streamer = kwargs.get("streamer")
 
@@ -221,9 +223,9 @@ class Pruner:
         finally:
             self._call = None
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._own_loop:
-            return
+            return None
         call = self._signature.bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         ids = inputs = call.get("input_ids")
@@ -246,6 +248,9 @@ class Pruner:
         else:
             self._continue_generation(rows)
         self._positions = cached + positions
+        if in_prompt and isinstance(kept := kwargs.get("logits_to_keep"), int) and kept:
+            return args, {**kwargs, "logits_to_keep": kept_positions(model, kept, inputs)}
+        return None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
@@ -358,11 +363,16 @@ class Pruner:
         prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(ids_BS)]
         texts_BS = ids_BS
         ended: set[int] = set()
+        steps: dict[str, list[Tensor]] = {"logits": [], "scores": []}
 
         def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
             nonlocal texts_BS
             places_B = torch.tensor([row.label for row in rows], device=ids_BS.device)
-            scores_BV = logits_processor(texts_BS[places_B], logits_BV.to(copy=True))
+            scores_BV = logits_processor(texts_BS[places_B], logits_BV.clone())
+            for name, of_rows_BV in (("logits", logits_BV), ("scores", scores_BV)):
+                if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}"):
+                    all_BV = of_rows_BV.new_zeros(len(texts_BS), of_rows_BV.shape[1])  # ended rows have none
+                    steps[name].append(all_BV.index_copy(0, places_B, of_rows_BV))
             if generation_config.do_sample:
                 tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
             else:
@@ -378,6 +388,7 @@ class Pruner:
             return tokens_B
 
         self._own_loop = True
+        self._recorder.detach()  # a prompt by hand may have come before
         try:
             states = [prefill(engine, [ids.tolist()], wanted([self.method]))[0] for ids in prompts]
             groups = [states] if self._shared else [[state] for state in states]
@@ -392,13 +403,24 @@ class Pruner:
             longest = max(len(ids) for ids in prompts)
             for _ in decode(engine, rows, len(rows), len(rows), longest, generation):
                 pass
+            self._remember(rows)
         finally:
             self._own_loop = False
         if streamer is not None:
             streamer.end()
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=texts_BS)
+            given = {name: tuple(values) for name, values in steps.items() if values}
+            return GenerateDecoderOnlyOutput(sequences=texts_BS, **given)
         return texts_BS
+
+    def _remember(self, rows: Sequence[Row]) -> None:
+        """Have `scores` and `experts` tell what these rows ended with."""
+        self._forget_prompt()
+        self._phase, self._rows = "prompt", len(rows)
+        for row in rows:
+            if row is row.sharing[0]:
+                self._groups.append([(one.state.recorded, prompt_digest(one.state.ids)) for one in row.sharing])
+                self._chosen.append(row.experts)
 
 
 def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -58,9 +59,16 @@ def test_sparsity_out_of_range_is_refused(sparsity: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "allowed"),
-    [("statistic", list(griffin.STATISTICS)), ("selection", griffin.SELECTIONS), ("mode", griffin.MODES)],
+    [
+        ("statistic", griffin.STATISTICS),
+        ("selection", griffin.SELECTIONS),
+        ("mode", griffin.MODES),
+        ("compensation", griffin.COMPENSATIONS),
+        ("budget", griffin.BUDGETS),
+        ("refresh", griffin.REFRESHES),
+    ],
 )
-def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: list[str]) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: Collection[str]) -> None:
     with pytest.raises(ValueError, match=f"{key}='nonesuch'.*{', '.join(allowed)}"):
         griffin.prune(tiny("llama"), **{key: "nonesuch"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from families import FAMILIES, LAYERS, ONE_PER_LAYOUT, tiny
+from families import LAYERS, VARIED, tiny
 from prompts import prompt
 from reference import Span
 from running import TOKENS, as_lists, difference, generate, new_tokens
@@ -16,7 +16,7 @@ import griffin
 
 
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "opt"])  # its output projection has no bias of its own, or has one
 def test_a_second_prompt_is_as_the_first_in_a_new_context(family: str, mode: str) -> None:
     model, first, second = tiny(family), prompt(11), prompt(7, 1)
     with griffin.prune(model, mode=mode) as pruner:
@@ -31,9 +31,8 @@ def test_a_second_prompt_is_as_the_first_in_a_new_context(family: str, mode: str
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_a_prompt_after_generation_is_dense(family: str, mode: str) -> None:
-    model, ids = tiny(family), prompt(7, 1)
+def test_a_prompt_after_generation_is_dense(mode: str) -> None:
+    model, ids = tiny("llama"), prompt(7, 1)
     dense = model(ids).logits
     with griffin.prune(model, mode=mode):
         generate(model, prompt(11))
@@ -42,7 +41,7 @@ def test_a_prompt_after_generation_is_dense(family: str, mode: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_several_tokens_on_a_filled_cache_are_generation(family: str, mode: str) -> None:
     model, ids = tiny(family), prompt(11)
     experts = reference.experts(model, family, "griffin", ids[:, :7], 0.5)
@@ -119,7 +118,7 @@ def converse(
 
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_conversation_goes_on(family: str, mode: str, chunk: int | None) -> None:
     model, first, second = tiny(family), prompt(9), prompt(4, 1)
     experts, tokens, answer = converse(model, family, first, second)

@@ -10,8 +10,11 @@ import torch
 from families import fresh, tiny
 from prompts import pad, prompt
 from running import as_lists, difference, generate, new_tokens, step_logits
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import griffin
+from griffin import Engine, Method
 
 
 @pytest.mark.parametrize("mode", griffin.MODES)
@@ -37,6 +40,52 @@ def test_a_padded_batch_in_half_precision() -> None:
             assert difference(found_BD[row], expected_D) < 0.05
 
 
+ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2)]
+METHODS = {
+    "ridge": Method("magnitude", compensation="ridge"),
+    "mean": Method("magnitude", compensation="mean"),
+    "refreshed experts": Method("magnitude", compensation="ridge", refresh="experts"),
+    "refreshed compensation": Method("magnitude", compensation="ridge", refresh="compensation"),
+}
+
+
+def scored(model: PreTrainedModel, method: Method, mode: str, prompts: list[Tensor]) -> list[Tensor]:
+    """Per row, its logits [C, V] after each token of the same continuation: all rows run in one batch."""
+    engine, following = Engine(model, mode=mode), prompt(10, 4)[0].tolist()
+    rows = []
+    for ids in prompts:
+        rows += griffin.begin(engine, griffin.prefill(engine, ids.tolist(), griffin.wanted([method])), method)
+    logits = [logits_CV for _, logits_CV in griffin.score(engine, [(row, following) for row in rows], len(rows))]
+    engine.unload()
+    return logits
+
+
+@pytest.mark.parametrize(("mode", "prompts"), [("compact", ROWS[:1]), ("masked", ROWS)], ids=["compact", "masked rows"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_corrections_and_refresh_in_bfloat16_are_close_to_float32(
+    family: str, method: Method, mode: str, prompts: list[Tensor]
+) -> None:
+    # The same weights in both, and so the same experts: what differs is rounding on the way.
+    model = fresh(family).to(torch.bfloat16)
+    found = scored(model, method, mode, prompts)
+    expected = scored(model.float(), method, mode, prompts)
+    for found_CV, expected_CV in zip(found, expected, strict=True):
+        assert found_CV.dtype == torch.bfloat16
+        assert bool(found_CV.isfinite().all())
+        assert float((found_CV.float() - expected_CV).norm() / expected_CV.norm()) < 0.05
+
+
+@pytest.mark.parametrize("refresh", ["none", "compensation"])
+def test_a_padded_batch_generates_in_bfloat16(refresh: str) -> None:
+    model = fresh("llama").to(torch.bfloat16)
+    ids_BS, mask_BS = pad(ROWS, "left")
+    with griffin.prune(model, mode="masked", compensation="ridge", refresh=refresh):
+        batch = generate(model, ids_BS, mask_BS, max_new_tokens=10)
+    assert all(bool(step.isfinite().all()) for step in batch.logits)
+    assert new_tokens(batch, ids_BS)[0] != new_tokens(batch, ids_BS)[1]
+
+
 CONTEXTS = {"gradients": torch.enable_grad, "no gradients": torch.no_grad, "inference": torch.inference_mode}
 
 
@@ -55,14 +104,13 @@ def test_every_gradient_mode(context: type[AbstractContextManager], mode: str) -
 
 @pytest.mark.parametrize("first", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize("second", CONTEXTS.values(), ids=CONTEXTS)
-@pytest.mark.parametrize("mode", griffin.MODES)
 def test_prompts_in_turn_in_other_gradient_modes(
-    mode: str, second: type[AbstractContextManager], first: type[AbstractContextManager]
+    second: type[AbstractContextManager], first: type[AbstractContextManager]
 ) -> None:
     model, ids, token = tiny("llama"), prompt(7), prompt(1, 1)
-    with torch.no_grad(), griffin.prune(model, mode=mode):
+    with torch.no_grad(), griffin.prune(model):
         expected = model(token, past_key_values=model(ids).past_key_values).logits
-    with griffin.prune(model, mode=mode):
+    with griffin.prune(model):  # its buffers last from prompt to prompt
         for context in (first, second):
             with context():
                 found = model(token, past_key_values=model(ids).past_key_values).logits

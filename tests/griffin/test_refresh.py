@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import reference
 import torch
-from families import FAMILIES, ONE_PER_LAYOUT, fresh, tiny
+from families import LAYERS, VARIED, tiny
 from prompts import pad, prompt
 from running import as_lists, difference, generate, new_tokens, step_logits
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 import griffin
-from griffin import latest_rows, refresh
-from griffin.feedforward import find_feedforward_blocks, weight_out_in
-from griffin.ridge import RIDGE
+from griffin import Engine, Generation, Method, Row, refresh, ridge
 
 TOKENS = 12
 KINDS = ["experts", "compensation"]
-OPTIONS = {"compensation": "ridge"}
 
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readings after 2, 4, 8, .. tokens."""
+    """Refreshes after 2, 4, 8, .. tokens."""
     monkeypatch.setattr(refresh, "_FIRST", 2)
-    monkeypatch.setattr(refresh, "_FACTOR", 2)
 
 
-def test_readings_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+def method(kind: str, **options: Any) -> Method:
+    return Method(**({"compensation": "ridge", "refresh": kind} | options))
+
+
+def begun(engine: Engine, ids: Tensor, chosen: Method) -> Row:
+    """The row of a prompt [1, S] under a method."""
+    (row,) = griffin.begin(engine, griffin.prefill(engine, ids.tolist(), griffin.wanted([chosen])), chosen)
+    return row
+
+
+def forced(engine: Engine, row: Row, following: Tensor) -> Tensor:
+    """[C, V]: the row's logits after each of the tokens [1, C] that follow its prompt."""
+    ((_, logits_CV),) = griffin.score(engine, [(row, following[0].tolist())], 1)
+    return logits_CV
+
+
+# -- when -------------------------------------------------------------------------------------------------------------
+
+
+def test_refreshes_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    readings = [refresh.next_reading(generated) for generated in (0, 7, 8, 9, 16, 31, 32, 127)]
-    assert readings == [8, 8, 16, 16, 32, 32, 64, 128]
+    found = [refresh.next_refresh(generated) for generated in (0, 7, 8, 9, 16, 31, 32, 127)]
+    assert found == [8, 8, 16, 16, 32, 32, 64, 128]
 
 
 def test_a_given_text_is_read_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,189 +60,293 @@ def test_a_given_text_is_read_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> N
     assert refresh.call_ends(40) == [0, 8, 9, 16, 17, 32, 33, 40]
 
 
-@torch.no_grad()
-def teacher_forced(model: PreTrainedModel, ids: Tensor, following: Tensor) -> Tensor:
-    """[C, V]: token by token, as `generate` would read them."""
-    output = model(ids, use_cache=True)
-    logits = []
-    for token in following[0]:
-        output = model(token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
-        logits.append(output.logits[0, -1])
-    return torch.stack(logits)
+# -- what it computes -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", griffin.MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_reading_is_the_dense_models(family: str, kind: str, mode: str) -> None:
+@pytest.mark.parametrize("family", VARIED)
+def test_a_refresh_is_dense_and_the_modes_agree(family: str, kind: str) -> None:
     """Its own logits are dense, and so is all that comes before it."""
     model, ids, following = tiny(family), prompt(11), prompt(TOKENS, 1)
     dense = model(torch.cat([ids, following], dim=1)).logits[0, ids.shape[1] :]
-    with griffin.prune(model, refresh=kind, mode=mode, **OPTIONS):
-        found = teacher_forced(model, ids, following)
-    readings = [2, 4, 8]
-    for step in range(TOKENS):
-        assert (difference(found[step], dense[step]) < 2e-5) == (step in readings), step
+    found = {}
+    for mode in griffin.MODES:
+        engine = Engine(model, mode=mode)
+        found[mode] = forced(engine, begun(engine, ids, method(kind)), following)
+        for step in range(TOKENS):
+            assert (difference(found[mode][step], dense[step]) < 2e-5) == (step in (2, 4, 8)), step
+        engine.unload()
+    assert difference(found["compact"], found["masked"]) < 2e-5
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("mode", griffin.MODES)
-@pytest.mark.parametrize("statistic", ["griffin", "wanda", "max", "recency", "magnitude", "random"])
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_new_experts_are_those_of_the_longer_prompt(
-    family: str, statistic: str, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("statistic", ["griffin", "max", "recency", "magnitude", "random"])
+def test_new_experts_are_those_of_the_longer_prompt(statistic: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With generated tokens that count as others do, refreshing is generating from prompt and text."""
-    monkeypatch.setattr("griffin.pruner.WEIGHT", 1.0)
-    model, ids, following = tiny(family), prompt(11), prompt(6, 1)
-    options = {"statistic": statistic, "mode": mode, **OPTIONS}
-    with griffin.prune(model, refresh="experts", **options) as pruner:
-        found = teacher_forced(model, ids, following)[5]
-        refreshed = as_lists(pruner.experts)
-    with griffin.prune(model, **options) as pruner:
-        expected = teacher_forced(model, torch.cat([ids, following[:, :5]], dim=1), following[:, 5:])[0]
-        assert as_lists(pruner.experts) == refreshed
+    monkeypatch.setattr("griffin.decoding.WEIGHT", 1.0)
+    engine, ids, following = Engine(tiny("llama"), mode=mode), prompt(11), prompt(6, 1)
+    row = begun(engine, ids, method("experts", statistic=statistic))
+    found = forced(engine, row, following)[5]
+    longer = begun(engine, torch.cat([ids, following[:, :5]], dim=1), method("none", statistic=statistic))
+    expected = forced(engine, longer, following[:, 5:])[0]
+    for refreshed, chosen in zip(row.experts.neurons, longer.experts.neurons, strict=True):
+        assert torch.equal(refreshed, chosen)
     assert difference(found, expected) < 2e-5
 
 
-@torch.no_grad()
-def test_a_generated_token_counts_as_several() -> None:
-    model, ids, following = fresh("llama"), prompt(5), prompt(4, 1)  # its hooks stay
-    z = []
-    for block in (blocks := find_feedforward_blocks(model)):
-        block.output.register_forward_pre_hook(lambda _, args: z.append(args[0][0].double()))
-    model(torch.cat([ids, following[:, :3]], dim=1))
+def test_a_generated_token_counts_as_several_and_scores_can_be_read() -> None:
+    model, ids = tiny("llama"), prompt(5)
     with griffin.prune(model, refresh="experts") as pruner:
-        teacher_forced(model, ids, following)
-    for scores_1D, z_SD in zip(pruner.scores, z, strict=False):
-        counts_S = torch.tensor([1.0] * 5 + [refresh.WEIGHT] * 3).double()
-        squares_SD = (z_SD / z_SD.norm(dim=-1, keepdim=True)).square()
-        assert difference(scores_1D[0], (counts_S.unsqueeze(1) * squares_SD).sum(dim=0).sqrt()) < 1e-6
-    assert len(pruner.scores) == len(blocks)
+        sequences = generate(model, ids, max_new_tokens=4).sequences
+    _, z = reference.run(model, "llama", sequences[:, :8])  # the last token has not run
+    for layer in range(LAYERS):
+        counts_S1 = torch.tensor([[1.0]] * 5 + [[refresh.WEIGHT]] * 3).double()
+        squares_SD = (z[layer] / z[layer].norm(dim=-1, keepdim=True)).square()
+        expected_D = (counts_S1 * squares_SD).sum(dim=0).sqrt()
+        assert difference(pruner.scores[layer][0], expected_D) < 1e-6
+        assert pruner.experts[layer][0].tolist() == reference.best(expected_D, 0.5)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])  # fewer rows than kept neurons, and more
 def test_what_is_learned_is_the_ridge_solution_of_all_rows(sparsity: float) -> None:
     model, ids, following = tiny("llama"), prompt(21), prompt(6, 1)
-    z: list[Tensor] = []
-    handles = [
-        block.output.register_forward_pre_hook(lambda _, args: z.append(args[0][0].double()))
-        for block in find_feedforward_blocks(model)
-    ]
-    model(torch.cat([ids, following[:, :5]], dim=1))
-    for handle in handles:
-        handle.remove()
-
-    with griffin.prune(model, sparsity, refresh="compensation", **OPTIONS) as pruner:
-        teacher_forced(model, ids, following)
-        for layer, block in enumerate(pruner.blocks):
-            kept = pruner.experts[layer][0]
-            changed_HK = weight_out_in(block.output).detach().double()
-            with torch.no_grad():
-                pruner._work.pause()
-                weights_HD = weight_out_in(block.output).detach().double()
-                pruner._work.resume([None] * len(pruner.blocks))
-            unit_SD = z[layer] / z[layer].norm(dim=-1, keepdim=True)
-            prompt_rows = torch.stack([unit_SD[i : min(i + 2, 21)].sum(dim=0) for i in range(0, 21, 2)])
-            rows_TD = torch.cat([prompt_rows, refresh.WEIGHT**0.5 * unit_SD[21:]])
-            dropped = torch.ones(rows_TD.shape[1], dtype=torch.bool).index_fill_(0, kept, False)
-            penalty = RIDGE * prompt_rows[:, kept].square().sum() / len(kept)
-            gram_KK = rows_TD[:, kept].T @ rows_TD[:, kept] + penalty * torch.eye(len(kept)).double()
-            wrote_TH = rows_TD[:, dropped] @ weights_HD[:, dropped].T
-            expected_KH = weights_HD[:, kept].T + torch.linalg.solve(gram_KK, rows_TD[:, kept].T @ wrote_TH)
-            assert difference(changed_HK, expected_KH.T) < 1e-5
+    engine = Engine(model)
+    row = begun(engine, ids, method("compensation", sparsity=sparsity))
+    forced(engine, row, following)
+    _, z = reference.run(model, "llama", torch.cat([ids, following[:, :5]], dim=1))
+    for layer in range(LAYERS):
+        kept = row.experts.neurons[layer]
+        found_KH = sum(correction.change() for correction in row.experts.corrections[layer])
+        weights_HD = reference.output_matrix(model, "llama", layer)
+        unit_SD = z[layer] / z[layer].norm(dim=-1, keepdim=True)
+        prompt_rows = torch.stack([unit_SD[i : min(i + 2, 21)].sum(dim=0) for i in range(0, 21, 2)])
+        rows_TD = torch.cat([prompt_rows, refresh.WEIGHT**0.5 * unit_SD[21:]])
+        dropped = torch.ones(rows_TD.shape[1], dtype=torch.bool).index_fill_(0, kept, False)
+        penalty = ridge.RIDGE * prompt_rows[:, kept].square().sum() / len(kept)
+        gram_KK = rows_TD[:, kept].T @ rows_TD[:, kept] + penalty * torch.eye(len(kept)).double()
+        wrote_TH = rows_TD[:, dropped] @ weights_HD[:, dropped].T
+        expected_KH = torch.linalg.solve(gram_KK, rows_TD[:, kept].T @ wrote_TH)
+        assert difference(found_KH, expected_KH) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_compact_equals_masked(family: str, kind: str) -> None:
-    model, ids = tiny(family), prompt(11)
-    steps = []
-    for mode in griffin.MODES:
-        with griffin.prune(model, refresh=kind, mode=mode, **OPTIONS):
-            steps.append(step_logits(generate(model, ids, max_new_tokens=TOKENS)))
-    assert difference(*steps) < 2e-5
+def test_the_rows_kept_bound_what_joins_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "ROWS", 4)
+    engine = Engine(tiny("llama"))
+    row = begun(engine, prompt(11), method("experts"))
+    forced(engine, row, prompt(TOKENS, 1))
+    totals = [total for layers in row.state.recorded.totals.values() for total in layers]
+    assert {total.shape[1] for total in totals if total.dim() == 3} == {4}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_a_batch_equals_its_rows(family: str, kind: str) -> None:
-    model = tiny(family)
-    prompts = [prompt(length, length) for length in (11, 4, 7)]
-    options = {"refresh": kind, "mode": "masked", **OPTIONS}
-    with griffin.prune(model, **options):
-        batch = generate(model, *pad(prompts, "left"), max_new_tokens=TOKENS)
-        for row, ids in enumerate(prompts):
-            alone = generate(model, ids, max_new_tokens=TOKENS)
-            assert new_tokens(batch, pad(prompts, "left")[0])[row] == new_tokens(alone, ids)[0]
-            assert difference(step_logits(batch, row), step_logits(alone)) < 5e-5
+def test_rows_that_share_experts_learn_once_when_the_first_of_them_has_ended() -> None:
+    engine = Engine(tiny("llama"))
+    chosen = method("compensation")
+    states = griffin.prefill(
+        engine, torch.cat([prompt(7, seed) for seed in range(3)]).tolist(), griffin.wanted([chosen])
+    )
+    rows = griffin.begin(engine, states, chosen, labels=range(3))
+    rule = Generation(4, griffin.greedy, lambda row: row.label == 0)
+    assert [len(row.tokens) for row in griffin.decode(engine, rows, 3, 3, 7, rule)] == [1, 4, 4]
+    # The one refresh so far has added one correction to the prompt's.
+    assert {len(corrections) for row in rows for corrections in row.experts.corrections} == {2}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_does_what_forward_calls_do(family: str, kind: str) -> None:
-    """Whatever cache `generate` makes: with layers whose window slides it must be set back all the same."""
-    model, ids = tiny(family), prompt(11)
-    with griffin.prune(model, refresh=kind, **OPTIONS):
-        output = generate(model, ids, max_new_tokens=TOKENS)
-        found = step_logits(output)[1:]
-        expected = teacher_forced(model, ids, output.sequences[:, 11:-1])
-    assert difference(found, expected) < 2e-5
+def test_experts_are_put_to_work_again_without_what_was_learned_since() -> None:
+    engine, ids, following = Engine(tiny("llama"), mode="compact"), prompt(11), prompt(TOKENS, 1)
+    state = begun(engine, ids, method("compensation")).state
+    experts = griffin.choose(engine, [state], method("compensation"))
+    found = []
+    for _ in range(2):
+        row = Row(state, method("compensation"), experts)
+        row.sharing = [row]
+        found.append(forced(engine, row, following))
+    assert torch.equal(*found)
 
 
-@torch.no_grad()
+def test_a_layer_that_keeps_all_is_dense_whatever_method_came_before() -> None:
+    engine, ids, following = Engine(tiny("llama"), mode="compact"), prompt(11), prompt(TOKENS, 1)
+    chosen = method("compensation", sparsity=(0.5, 0.0, 0.5))
+    alone = forced(engine, begun(engine, ids, chosen), following)
+    forced(engine, begun(engine, ids, method("none")), following)
+    assert torch.equal(forced(engine, begun(engine, ids, chosen), following), alone)
+
+
+# -- within generate --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("mode", griffin.MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_a_shared_prompt_refreshes_as_the_pruner_does(family: str, kind: str, mode: str) -> None:
-    model, ids, following = tiny(family), prompt(11), prompt(TOKENS, 1)
-    with griffin.prune(model, refresh=kind, **OPTIONS):
-        expected = teacher_forced(model, ids, following)
-    shared = griffin.SharedPrompt(model, ["griffin"], ["ridge"])
-    shared.run(ids, torch.tensor([11]))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_generate_is_the_engines_decoding_and_scoring(family: str, kind: str, mode: str) -> None:
+    model, ids = tiny(family), prompt(11)
+    with griffin.prune(model, compensation="ridge", refresh=kind, mode=mode) as pruner:
+        output = generate(model, ids, max_new_tokens=TOKENS)
+    engine = Engine(model, mode=mode)
+    row = begun(engine, ids, method(kind))
+    list(griffin.decode(engine, [row], 1, 1, ids.shape[1], Generation(TOKENS, griffin.greedy, lambda row: False)))
+    assert new_tokens(output, ids) == [row.tokens]
+    assert as_lists(pruner.experts) == [neurons_K.tolist() for neurons_K in row.experts.neurons]
+    scored = forced(engine, begun(engine, ids, method(kind)), output.sequences[:, ids.shape[1] : -1])
+    assert difference(step_logits(output)[1:], scored) < 2e-5
 
-    def choose(prompts: griffin.SharedPrompt) -> tuple[list[Tensor], list]:
-        experts = prompts.experts("griffin", "topk", 0.5)
-        return experts, prompts.corrections("ridge", experts, fits=kind == "compensation")
 
-    for _ in range(2):  # the second time from the same prompt, undisturbed
-        experts, corrections = choose(shared)
-        reader = (
-            shared.renewal(mode, choose) if kind == "experts" else shared.refit(mode, "ridge", experts, corrections)
-        )
-        if mode == "masked":
-            found = shared.continued(following, torch.tensor([TOKENS]), experts, corrections, reader)[0]
-        else:
-            cache = shared.fork(TOKENS)
-            with shared.pruned(experts, corrections, mode, reader):
-                found = torch.stack(
-                    [model(token.view(1, 1), past_key_values=cache).logits[0, -1] for token in following[0]]
-                )
-        assert difference(found, expected) < 2e-5
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gemma2"])  # one for each way to tell positions
+def test_a_left_padded_batch_equals_its_rows(family: str, kind: str) -> None:
+    model, prompts = tiny(family), [prompt(length, length) for length in (11, 4, 7)]
+    ids_BS, mask_BS = pad(prompts, "left")
+    with griffin.prune(model, refresh=kind, mode="masked", compensation="ridge") as pruner:
+        batch = generate(model, ids_BS, mask_BS)
+        experts = pruner.experts
+        for row, ids in enumerate(prompts):
+            alone = generate(model, ids)
+            assert new_tokens(batch, ids_BS)[row] == new_tokens(alone, ids)[0]
+            assert difference(step_logits(batch, row), step_logits(alone)) < 5e-5
+            assert as_lists(experts, row) == as_lists(pruner.experts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_shares_its_experts(kind: str) -> None:
+    model, found = tiny("llama"), []
+    ids_BS, mask_BS = pad([prompt(11, 0), prompt(4, 1)], "left")
+    for mode in griffin.MODES:
+        options = {"refresh": kind, "mode": mode, "compensation": "ridge", "shared_experts": True}
+        with griffin.prune(model, **options) as pruner:
+            found.append(generate(model, ids_BS, mask_BS, max_new_tokens=TOKENS))
+        assert [experts.shape for experts in pruner.experts] == [(1, 40)] * LAYERS
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert all(difference(*steps) < 5e-5 for steps in zip(found[0].logits, found[1].logits, strict=True))
+
+
+class Ended:
+    """A stopping criterion: all rows end when they have so many tokens."""
+
+    def __init__(self, prompt_length: int, most: int) -> None:
+        self.prompt_length, self.most = prompt_length, most
+
+    def __call__(self, ids_BS: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids_BS),), ids_BS.shape[1] >= self.prompt_length + self.most)
+
+
+ROWS = [prompt(7, 0), prompt(4, 1)]
+RULES: dict[str, dict[str, Any]] = {
+    "a penalty": {"repetition_penalty": 3.0},
+    "no repetition": {"no_repeat_ngram_size": 1},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 5},
+    "the end token of one row": {"eos_token_id": -1},
+    "an end token that comes too soon": {"eos_token_id": -1, "min_new_tokens": 5},
+    "a stopping criterion": {"stopping_criteria": [Ended(7, 3)]},
+    "one token": {"max_new_tokens": 1},
+    "a total length": {"max_new_tokens": None, "max_length": 11},
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_until_the_first_refresh_generate_obeys_as_without_one(
+    rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model, (ids_BS, mask_BS) = tiny("llama"), pad(ROWS, "left")
+    found = []
+    for kind in ("none", "experts"):
+        with griffin.prune(model, mode="masked", refresh=kind):
+            if rule.get("eos_token_id"):  # what the second row says third
+                rule = rule | {"eos_token_id": new_tokens(generate(model, ids_BS, mask_BS), ids_BS)[1][2]}
+            torch.manual_seed(0)
+            found.append(generate(model, ids_BS, mask_BS, **rule, output_scores=True))
+    plain, refreshed = found
+    assert torch.equal(refreshed.sequences, plain.sequences)
+    assert len(refreshed.logits) == len(refreshed.scores) == len(plain.logits)
+    for step in range(len(plain.logits)):
+        running = plain.sequences[:, 7 + step] != 0  # ended rows are padded, and not run
+        torch.testing.assert_close(refreshed.logits[step][running], plain.logits[step][running], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(refreshed.scores[step][running], plain.scores[step][running], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_ends_leaves_the_others_theirs() -> None:
+    model, (ids_BS, mask_BS) = tiny("llama"), pad(ROWS, "left")
+    with griffin.prune(model, mode="masked", refresh="experts"):
+        whole = new_tokens(generate(model, ids_BS, mask_BS, max_new_tokens=TOKENS), ids_BS)
+        end = whole[1][3]
+        assert end not in whole[0] + whole[1][:3]
+        found = new_tokens(generate(model, ids_BS, mask_BS, max_new_tokens=TOKENS, eos_token_id=end), ids_BS)
+    assert found == [whole[0], whole[1][:4] + [0] * (TOKENS - 4)]
+
+
+class Listener(BaseStreamer):
+    """What a streamer is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.heard.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_streamer_hears_the_prompt_and_every_token(kind: str) -> None:
+    model, ids, listener = tiny("llama"), prompt(11), Listener()
+    with griffin.prune(model, compensation="ridge", refresh=kind):
+        sequences = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, streamer=listener)
+    assert isinstance(sequences, Tensor)
+    assert listener.heard == [ids[0].tolist(), *([token] for token in sequences[0, 11:].tolist())]
+    assert listener.ended == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparsity_0_is_bit_identical_to_dense(kind: str) -> None:
     model, ids = tiny("gemma3_text"), prompt(11)
     dense = generate(model, ids, max_new_tokens=TOKENS)
-    with griffin.prune(model, 0.0, refresh=kind, **OPTIONS):
+    with griffin.prune(model, 0.0, refresh=kind, compensation="ridge"):
         assert torch.equal(step_logits(generate(model, ids, max_new_tokens=TOKENS)), step_logits(dense))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_generation_that_fails_leaves_the_model_dense(kind: str) -> None:
-    model, ids = tiny("llama"), prompt(11)
-    dense = model(ids).logits
-    cache = StaticCache(model.config, max_cache_len=64)
-    with griffin.prune(model, refresh=kind, **OPTIONS):
-        model(ids, past_key_values=cache)
-        with pytest.raises(ValueError, match="StaticCache"):
-            model(prompt(1), past_key_values=cache)
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def assert_untouched(model: PreTrainedModel, ids: Tensor, dense: Tensor) -> None:
     assert torch.equal(model(ids).logits, dense)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_forward_calls_by_hand_are_refused(mode: str) -> None:
+    model, ids = tiny("llama"), prompt(11)
+    dense = model(ids).logits
+    with griffin.prune(model, refresh="experts", mode=mode):
+        cache = model(ids).past_key_values
+        with pytest.raises(ValueError, match=r"refresh='experts' works within model\.generate"):
+            model(prompt(1), past_key_values=cache)
+        generate(model, ids)
+    assert_untouched(model, ids, dense)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_a_generation_that_fails_leaves_the_model_dense(mode: str) -> None:
+    model, ids, kept = tiny("llama"), prompt(11), []
+
+    def fail(ids_BS: Tensor, scores_BV: Tensor) -> Tensor:
+        kept.append(None)
+        if len(kept) == 4:
+            raise KeyError
+        return scores_BV
+
+    dense = model(ids).logits
+    with griffin.prune(model, refresh="experts", mode=mode):
+        expected = generate(model, ids).sequences
+        with pytest.raises(KeyError):
+            generate(model, ids, logits_processor=[fail])
+        assert torch.equal(model(ids).logits, dense)
+        assert torch.equal(generate(model, ids).sequences, expected)
+    assert_untouched(model, ids, dense)
 
 
 @pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
@@ -233,42 +356,19 @@ def test_one_text_a_prompt(option: str) -> None:
         model.generate(prompt(5), max_new_tokens=2, do_sample=option != "num_beams", **{option: 2})
 
 
+def test_prompts_that_cannot_be_read_again_are_refused() -> None:
+    model, ids = tiny("llama"), prompt(5)
+    cache = model(ids[:, :3]).past_key_values
+    with griffin.prune(model, refresh="experts"):
+        with pytest.raises(ValueError, match="refresh needs input_ids"):
+            model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=2)
+        with pytest.raises(ValueError, match="KV cache of its own"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+        with pytest.raises(ValueError, match="batch has 2 prompts"):
+            model.generate(ids.repeat(2, 1), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("compensation", ["none", "mean"])
 def test_only_what_can_learn_is_told_to(compensation: str) -> None:
     with pytest.raises(ValueError, match=f"refresh='compensation' with compensation='{compensation}'.*ridge"):
         griffin.prune(tiny("llama"), refresh="compensation", compensation=compensation)
-
-
-def test_an_unknown_refresh_is_named() -> None:
-    with pytest.raises(ValueError, match="refresh='often': expected one of none, experts, compensation"):
-        griffin.prune(tiny("llama"), refresh="often")
-
-
-def test_the_rows_kept_bound_what_joins_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latest_rows, "ROWS", 4)
-    model, ids = tiny("llama"), prompt(11)
-    with griffin.prune(model, refresh="experts", **OPTIONS) as pruner:
-        generate(model, ids, max_new_tokens=TOKENS)
-        totals = pruner._gatherer.totals().values()
-    assert {total.shape[1] for layers in totals for total in layers if total is not None and total.dim() == 3} == {4}
-
-
-@torch.no_grad()
-def test_a_layer_that_keeps_all_is_dense_whatever_method_came_before() -> None:
-    model, ids = tiny("llama"), prompt(11)
-
-    def refitted(shared: griffin.SharedPrompt) -> torch.Tensor:
-        experts = shared.experts("griffin", "topk", [0.5, 0.0, 0.5])
-        corrections = shared.corrections("ridge", experts, fits=True)
-        reader, cache = shared.refit("compact", "ridge", experts, corrections), shared.fork(12)
-        with shared.pruned(experts, corrections, "compact", reader):
-            steps = [model(ids[:, :1], past_key_values=cache, use_cache=True).logits for _ in range(12)]
-        return torch.cat(steps)
-
-    alone, after = (griffin.SharedPrompt(model, ["griffin"], ["ridge"]) for _ in range(2))
-    for shared in (alone, after):
-        shared.run_each([ids[0]])
-    halved = after.experts("griffin", "topk", 0.5)
-    with after.pruned(halved, None, "compact"):
-        model(ids[:, :1], past_key_values=after.fork(1), use_cache=True)
-    assert torch.equal(refitted(after), refitted(alone))

@@ -1,12 +1,18 @@
-"""From scores to experts."""
+"""From scores to experts, and how the layers share what is kept."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from families import LAYERS, WIDTHS, tiny
+from prompts import prompt
+from running import difference, generate, step_logits
 from torch import Tensor
 
-from griffin import SELECTIONS, kept_neurons, select
+import griffin
+from griffin import BUDGETS, SELECTIONS, kept_neurons, kept_per_layer, select
 
 DRAWS = 20_000
 TOLERANCE = 0.02  # about four standard deviations of a difference of two frequencies
@@ -127,3 +133,50 @@ def test_kept_out_of_range_is_refused(kept: int) -> None:
 def test_sampling_without_a_draw_is_refused(selection: str) -> None:
     with pytest.raises(ValueError, match="needs random numbers"):
         select(uniform(1, 4), 2, selection)
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("widths", [[80] * 3, [1536] * 30, [2048] * 18, [64], [7, 7], [80, 160, 80, 160]])
+def test_every_budget_keeps_as_many_as_the_paper(widths: list[int], budget: str) -> None:
+    for sparsity in (0.0, 0.01, 0.25, 0.5, 0.65, 0.75, 0.9, 0.999):
+        kept = kept_per_layer(widths, sparsity, budget)
+        assert sum(kept) == sum(kept_neurons(width, sparsity) for width in widths)
+        assert all(1 <= count <= width for count, width in zip(kept, widths, strict=True))
+
+
+def test_uniform_is_the_papers() -> None:
+    assert kept_per_layer([80, 81], 0.5) == [40, 40]
+    assert kept_per_layer([80, 80], [0.5, 0.25]) == [40, 60]
+
+
+def test_late_keeps_more_towards_the_middle_and_spares_the_first_layer() -> None:
+    kept = kept_per_layer([1000] * 11, 0.5, "late")
+    assert kept[0] == 500
+    assert all(one <= other for one, other in itertools.pairwise(kept[1:]))
+    assert kept == [500, 380, 420, 460, 500, *6 * [540]]  # at 50%, 0.2 of the width from none to the middle
+
+
+def test_a_dense_model_stays_dense() -> None:
+    assert kept_per_layer([80] * 3, 0.0, "late") == [80] * 3
+
+
+def test_a_budget_and_a_sparsity_for_each_layer_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match="budget='late' with a sparsity for each layer"):
+        griffin.prune(tiny("llama"), [0.5] * LAYERS, budget="late")
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_compact_equals_masked_under_a_budget(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "late", lambda layers: [-1.0, 0.0, 1.0])  # its own is flat in so few layers
+    model, ids = tiny(family), prompt(11)
+    found = {}
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode, budget="late", compensation="ridge") as pruner:
+            found[mode] = step_logits(generate(model, ids))
+            counts = [experts_BK.shape[1] for experts_BK in pruner.experts]
+        assert counts == kept_per_layer([WIDTHS[family]] * LAYERS, 0.5, "late")
+        assert len(set(counts)) > 1
+    assert difference(found["compact"], found["masked"]) < 1e-5

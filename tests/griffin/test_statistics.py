@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
-from families import FAMILIES, LAYERS, fresh, tiny
-from griffin.gathering import Places, Stretch
-from griffin.own_text import sample
+from families import LAYERS, VARIED, fresh, tiny
 from prompts import prompt
 from torch import Tensor, nn
 
 import griffin
-from griffin import STATISTICS, FeedForwardBlock, aggregate
+from griffin import STATISTICS, Engine, FeedForwardBlock, Method, aggregate
+from griffin.activations import PrefillChunk, Recorded, TokenPositions
+from griffin.kv_cache import KVCache
+from griffin.self_generated import sample
 from griffin.statistics import Evidence
 
 SHAPES = [(1, 1, 1), (1, 1, 5), (1, 7, 1), (3, 1, 5), (3, 7, 5)]  # B, S, D
@@ -82,22 +85,22 @@ def test_padding_changes_nothing(statistic: str) -> None:
 
 
 @pytest.mark.parametrize("statistic", PROMPT_STATISTICS)
-def test_stretches_of_a_prompt_join_to_the_whole(statistic: str) -> None:
+def test_chunks_of_a_prompt_join_to_the_whole(statistic: str) -> None:
     chosen, block, z_BSD = STATISTICS[statistic], plain_block(5), activations(2, 7, 5)
     z_BSD[1, 4:] = 0  # the second row has four tokens, and padding behind them
     counted_BS = torch.arange(7) < torch.tensor([[7], [4]])
-    assert chosen.gathering is not None
+    assert chosen.activations is not None
     total_BD, before_B = None, torch.zeros(2, dtype=torch.int64)
-    for stretch_BSD, part_BS in zip(z_BSD.split([3, 3, 1], dim=1), counted_BS.split([3, 3, 1], dim=1), strict=True):
-        places = Places(part_BS, before_B)
-        part_BD = chosen.gathering.part(Stretch(stretch_BSD, places), block)
-        total_BD = part_BD if total_BD is None else chosen.gathering.join(total_BD, part_BD, places)
-        before_B = before_B + places.count_B
+    for chunk_BSD, part_BS in zip(z_BSD.split([3, 3, 1], dim=1), counted_BS.split([3, 3, 1], dim=1), strict=True):
+        positions = TokenPositions(2, part_BS.shape[1], part_BS, before_B)
+        part_BD = chosen.activations.part(PrefillChunk(chunk_BSD, positions), block)
+        total_BD = part_BD if total_BD is None else chosen.activations.join(total_BD, part_BD, positions)
+        before_B = before_B + positions.count_B
     torch.testing.assert_close(chosen.score(Evidence(block, total_BD)), chosen(z_BSD, block, counted_BS))
 
 
 @pytest.mark.parametrize("statistic", PROMPT_STATISTICS)
-def test_gathering_leaves_the_activations_alone(statistic: str) -> None:
+def test_recording_leaves_the_activations_alone(statistic: str) -> None:
     z_BSD = activations(1, 3, 5)
     score(statistic, z_BSD)
     assert torch.equal(z_BSD, activations(1, 3, 5))
@@ -118,7 +121,9 @@ def test_griffin_is_the_sum_that_it_always_was_to_the_bit() -> None:
 
 def test_glass_adds_the_ranks_of_two_texts() -> None:
     z_BSD = torch.tensor([[[3.0, 1.0, 2.0]]])  # ranks 3, 1, 2
-    found_BD = STATISTICS["glass"](z_BSD, plain_block(3), own_text=torch.tensor([[0.1, 0.7, 0.2]]))  # ranks 1, 3, 2
+    found_BD = STATISTICS["glass"](
+        z_BSD, plain_block(3), self_generated=torch.tensor([[0.1, 0.7, 0.2]])
+    )  # ranks 1, 3, 2
     assert torch.equal(found_BD, torch.tensor([[4.0, 4.0, 4.0]]))
 
 
@@ -127,8 +132,8 @@ def test_a_models_own_text_is_sampled_once_and_its_bos_token_does_not_count() ->
     with torch.no_grad(), griffin.prune(model, statistic="glass") as pruner:
         model(prompt(7))
         first = pruner.scores
-    assert all(torch.equal(*pair) for pair in zip(sample(model), sample(model), strict=True))
-    ids_BS = sample(model)
+    assert all(torch.equal(*pair) for pair in zip(sample(Engine(model)), sample(Engine(model)), strict=True))
+    ids_BS = sample(Engine(model))
     assert set(ids_BS[:, 0].tolist()) == {1}
     own = [torch.zeros(80, dtype=torch.float64) for _ in range(LAYERS)]
     for ids_S in ids_BS:
@@ -149,7 +154,7 @@ def test_a_model_without_a_bos_token_has_no_text_of_its_own() -> None:
         pass
 
 
-def test_hindsight_cannot_generate() -> None:
+def test_an_oracle_cannot_generate() -> None:
     with pytest.raises(ValueError, match="statistic='oracle'"):
         griffin.prune(tiny("llama"), statistic="oracle")
 
@@ -157,18 +162,23 @@ def test_hindsight_cannot_generate() -> None:
 @torch.no_grad()
 def test_the_oracle_scores_what_comes_after_the_prompt() -> None:
     model, ids = tiny("llama"), prompt(12)
-    shared = griffin.SharedPrompt(model, ["oracle", "griffin"])
-    shared.run(ids[:, :7], torch.tensor([7]))
-    shared.continued(ids[:, 7:], torch.tensor([5]), None)
-    chosen = shared.experts("oracle", "topk", 0.5)
+    engine, oracle = Engine(model), STATISTICS["oracle"].activations
+    (state,) = griffin.prefill(engine, ids[:, :7].tolist(), [])
+    # The continuation is recorded behind a prompt of which nothing is.
+    nothing = Recorded(torch.zeros(1, dtype=torch.int64))
+    counted_BS = (torch.arange(12) >= 7).unsqueeze(0)
+    with engine.recording([oracle], nothing, 1, 12, counted_BS) as recorder:
+        engine.dense(ids, KVCache(1, 12))
+    state = replace(state, continuation=recorder.recorded)
+    experts = griffin.choose(engine, [state], Method("oracle"))
     _, z = reference.run(model, "llama", ids)
-    for layer, experts_1K in enumerate(chosen):
+    for layer, neurons_K in enumerate(experts.neurons):
         scores_D = reference.score("oracle", z[layer][7:], [], reference.output_matrix(model, "llama", layer))
-        assert experts_1K[0].tolist() == reference.best(scores_D, 0.5)
+        assert neurons_K.tolist() == reference.best(scores_D, 0.5)
 
 
 @pytest.mark.parametrize("statistic", FORMULAS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED)
 def test_a_models_scores_follow_the_formulas(family: str, statistic: str) -> None:
     model, ids = tiny(family), prompt(7)
     with torch.no_grad(), griffin.prune(model, statistic=statistic) as pruner:

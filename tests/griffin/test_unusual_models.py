@@ -9,10 +9,11 @@ import pytest
 import torch
 from families import LAYERS, VOCABULARY, build, fresh
 from prompts import prompt
-from running import difference, generate, step_logits
+from running import TOKENS, difference, generate, new_tokens, step_logits
 from transformers import PreTrainedModel
 
 import griffin
+from griffin import Engine, Generation, Method
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -75,3 +76,90 @@ def test_a_model_without_generate_is_left_alone() -> None:
         decoder(prompt(11))
     assert not decoder._forward_pre_hooks
     assert "generate" not in vars(decoder)
+
+
+# -- recurrent states --------------------------------------------------------------------------------------------------
+
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR | {"num_experts": 0, "mlp_only_layers": [0, 1, 2]},
+}
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_recurrent_states_are_pruned_but_never_rolled_back(model_type: str) -> None:
+    model, ids = build(model_type, **(SMALL | RECURRENT[model_type])), prompt(11)
+    dense, logits = step_logits(generate(model, ids)), []
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode):
+            logits.append(step_logits(generate(model, ids)))
+    assert difference(logits[0], logits[1]) < 1e-5
+    assert torch.equal(logits[0][0], dense[0])
+    assert difference(logits[0][1], dense[1]) > 1e-3
+    message = rf"layer 0 of {type(model).__name__} caches a state \(\w+\) that cannot be cropped"
+    with pytest.raises(griffin.UnsupportedModelError, match=message):
+        griffin.prune(model, refresh="experts")
+    with pytest.raises(griffin.UnsupportedModelError, match=message):
+        griffin.prefill(Engine(model), ids.tolist(), [])
+
+
+# -- keys and values that layers share ---------------------------------------------------------------------------------
+
+_SHARING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+SHARING: dict[str, dict[str, Any]] = {
+    "gemma3n_text": _SHARING | {"activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 4},
+    "gemma4_text": _SHARING | {"global_head_dim": 8, "num_global_key_value_heads": 2, "use_double_wide_mlp": False},
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("model_type", SHARING)
+def test_layers_that_share_keys_and_values(model_type: str, sparsity: float) -> None:
+    model, ids = build(model_type, **(SMALL | SHARING[model_type])), prompt(11)
+    method = Method(sparsity=sparsity, compensation="ridge")
+    if sparsity:
+        with griffin.prune(model, sparsity, compensation="ridge"):
+            expected = generate(model, ids)
+    else:
+        expected = generate(model, ids)
+    engine = Engine(model)
+    rows = griffin.begin(engine, griffin.prefill(engine, ids.tolist(), griffin.wanted([method])), method)
+    rule = Generation(TOKENS, griffin.greedy, lambda row: False)
+    (row,) = griffin.decode(engine, rows, 1, 1, ids.shape[1], rule)
+    assert [row.tokens] == new_tokens(expected, ids)
+    with griffin.prune(model, sparsity, compensation="ridge", refresh="experts"):
+        refreshed = generate(model, ids)  # the first refresh would come later
+    assert torch.equal(refreshed.sequences, expected.sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", SHARING)
+def test_all_of_a_prompt_is_scored_though_generate_asks_for_its_last_logits_only(model_type: str) -> None:
+    model, ids = build(model_type, **(SMALL | SHARING[model_type])), prompt(11)
+    with griffin.prune(model) as pruner:
+        generate(model, ids)
+        found = pruner.scores
+        model(ids)
+        assert all(difference(*layer) < 1e-5 for layer in zip(found, pruner.scores, strict=True))

@@ -1,19 +1,19 @@
-"""Recording: what is seen are the activations, and nothing of the model changes."""
+"""Looking at activations: what is seen is z, and nothing of the model changes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from families import ONE_PER_LAYOUT, VOCABULARY, WIDTHS, tiny
-from griffin.recording import record_activations, relative_activations
+from families import ONE_PER_LAYOUT, WIDTHS, tiny
+from prompts import prompt
 
 import griffin
+from griffin import record_activations, relative_activations
 
 
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 def test_what_is_seen_gives_the_scores_of_pruning(family: str) -> None:
-    model = tiny(family)
-    ids = torch.randint(2, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+    model, ids = tiny(family), prompt(9)
     with torch.no_grad():
         before = model(ids).logits
         with record_activations(model, lambda layer, z_SD: (layer, z_SD)) as seen:
