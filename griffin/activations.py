@@ -25,24 +25,28 @@ class BlockHooks:
 
     Args:
         blocks: the FF blocks, in layer order.
-        before: called as `before(layer, z)` before the projection runs; what it returns, if anything, replaces z.
-        after: called as `after(layer, z, output)` with that z; what it returns, if anything, replaces the output.
     """
 
-    def __init__(
+    def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
+        self._blocks = blocks
+        self._handles: list[Any] = []
+
+    def attach(
         self,
-        blocks: Sequence[FeedForwardBlock],
         before: Callable[[int, Tensor], Tensor | None],
         after: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
     ) -> None:
-        self._blocks, self._before, self._after = blocks, before, after
-        self._handles: list[Any] = []
+        """Put the hooks on, unless they are on.
 
-    def attach(self) -> None:
-        """Put the hooks on, unless they are on."""
+        The functions are not kept when the hooks are off: whoever has the hooks and gives methods of its own would
+        form a reference cycle with them, and its memory would not go at once.
+
+        Args:
+            before: called as `before(layer, z)` before the projection runs; what it returns, if anything, replaces z.
+            after: called as `after(layer, z, output)` with that z; what it returns, if anything, replaces the output.
+        """
         if self._handles:
             return
-        before, after = self._before, self._after
         for layer, block in enumerate(self._blocks):
             self._handles.append(
                 block.output.register_forward_pre_hook(lambda _, args, layer=layer: before(layer, args[0]))
@@ -182,7 +186,7 @@ class Recorder:
 
     def __init__(self, blocks: Sequence[FeedForwardBlock], wanted: Sequence[ActivationStatistic]) -> None:
         self._blocks, self._wanted = blocks, tuple(dict.fromkeys(wanted))
-        self._hooks = BlockHooks(blocks, self._record)
+        self._hooks = BlockHooks(blocks)
 
     def begin(self, before: Recorded) -> None:
         """Go on after what was recorded before."""
@@ -200,7 +204,7 @@ class Recorder:
     def attach(self) -> None:
         """Record from the next forward call on."""
         if self._wanted:
-            self._hooks.attach()
+            self._hooks.attach(self._record)
 
     def detach(self) -> None:
         """Record no more."""
@@ -272,8 +276,8 @@ def record_activations(model: nn.Module, look: Callable[[int, Tensor], Any]) -> 
     def hook(layer: int, z: Tensor) -> None:
         seen[layer].append(look(layer, z.detach().reshape(-1, z.shape[-1]).float()))
 
-    hooks = BlockHooks(blocks, hook)
-    hooks.attach()
+    hooks = BlockHooks(blocks)
+    hooks.attach(hook)
     try:
         yield seen
     finally:

@@ -31,28 +31,38 @@ class Row:
     """A prompt that one method continues.
 
     Attributes:
-        state: the prompt; with `refresh=experts`, also what was generated since.
+        states: the prompts of all rows that share its experts, in a list that all of them have; with
+            `refresh=experts`, also what was generated since.
+        place: which of them is its own.
         method: how it is pruned.
         experts: what it computes with; None: dense. Rows that share their experts have the same object.
         seed: of random selections.
         label: whatever tells the row from others, for whoever asked for it.
-        sharing: the rows that share its experts, itself included.
         tokens: new tokens so far; the last one has not run yet.
         seconds: what choosing its experts took, and its share of the steps that it was part of.
         ran: how many tokens of its continuation have run.
         unread: those of them that have run pruned since its last refresh.
     """
 
-    state: PromptState
+    states: list[PromptState]
+    place: int
     method: Method
     experts: Experts | None
     seed: int = 0
     label: Any = None
-    sharing: list[Row] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     ran: int = 0
     unread: list[Tensor] = field(default_factory=list)
+
+    @property
+    def state(self) -> PromptState:
+        """Its prompt."""
+        return self.states[self.place]
+
+    @state.setter
+    def state(self, state: PromptState) -> None:
+        self.states[self.place] = state
 
     @property
     def refreshes(self) -> bool:
@@ -73,12 +83,12 @@ def begin(
     Rows that share their experts must run in one batch.
     """
     began = time.perf_counter()
-    experts = choose(engine, states, method, seed)
-    rows = [Row(state, method, experts, seed, label) for state, label in zip(states, labels, strict=True)]
-    for row in rows:
-        row.sharing = rows
-        row.seconds = (time.perf_counter() - began) / len(rows)
-    return rows
+    experts, shared = choose(engine, states, method, seed), list(states)
+    seconds = (time.perf_counter() - began) / len(shared)
+    return [
+        Row(shared, place, method, experts, seed, label, seconds=seconds)
+        for place, label in zip(range(len(shared)), labels, strict=True)
+    ]
 
 
 class Batch:
@@ -150,9 +160,11 @@ class Batch:
             return torch.stack(logits) if len(logits) > 1 else logits[0].unsqueeze(0)
         self._changed = True
         read = {row: self._read_again(row, place) for row, place in due.items()}
-        for row in due:
-            if row is next(member for member in row.sharing if member in due):  # once for all that share
-                _renew(self._engine, {member: read[member][1] for member in row.sharing if member in read})
+        for states in {id(row.states): row.states for row in due}.values():
+            sharing = [row for row in self.rows if row.states is states]
+            experts = _renewed(self._engine, {row: read[row][1] for row in sharing if row in read})
+            for row in sharing:
+                row.experts = experts
         tokens = ids_BT.shape[1]
         return torch.stack(
             [read[row][0][-tokens:] if row in read else logits[place] for place, row in enumerate(self.rows)]
@@ -202,28 +214,24 @@ def _fresh_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
 _fresh = ActivationStatistic(_fresh_activations, join=newest)
 
 
-def _renew(engine: Engine, read: dict[Row, Recorded]) -> None:
+def _renewed(engine: Engine, read: dict[Row, Recorded]) -> Experts | None:
     """New experts, or corrections that have learned more, for rows that share them and have just been read again."""
     row, *_ = read
-    experts = row.experts
-    assert experts is not None
     if row.method.refresh == "experts":
-        experts = choose(engine, [member.state for member in row.sharing], row.method, row.seed)
-    else:
-        compensation = COMPENSATIONS[row.method.compensation]
-        assert compensation is not None
-        assert compensation.learn is not None
-        learned = []
-        for layer, (block, neurons_K) in enumerate(zip(engine.blocks, experts.neurons, strict=True)):
-            before = experts.corrections[layer]
-            if before:
-                fresh_ND = torch.cat([recorded.totals[_fresh][layer][0] for recorded in read.values()])
-                bring(block)
-                before = (*before, compensation.learn(before, fresh_ND, block, neurons_K))
-            learned.append(before)
-        experts = Experts(experts.neurons, tuple(learned))
-    for member in row.sharing:
-        member.experts = experts
+        return choose(engine, row.states, row.method, row.seed)
+    experts, compensation = row.experts, COMPENSATIONS[row.method.compensation]
+    assert experts is not None
+    assert compensation is not None
+    assert compensation.learn is not None
+    learned = []
+    for layer, (block, neurons_K) in enumerate(zip(engine.blocks, experts.neurons, strict=True)):
+        before = experts.corrections[layer]
+        if before:
+            fresh_ND = torch.cat([recorded.totals[_fresh][layer][0] for recorded in read.values()])
+            bring(block)
+            before = (*before, compensation.learn(before, fresh_ND, block, neurons_K))
+        learned.append(before)
+    return Experts(experts.neurons, tuple(learned))
 
 
 # -- generation -------------------------------------------------------------------------------------------------------

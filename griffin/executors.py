@@ -46,7 +46,7 @@ class Masked:
 
     def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
         self._blocks = blocks
-        self._hooks = BlockHooks(blocks, self._mask, self._correct)
+        self._hooks = BlockHooks(blocks)
         self._rows: Sequence[Experts | None] = ()
         self._dropped: list[Tensor] = []
 
@@ -65,7 +65,7 @@ class Masked:
 
     def on(self) -> None:
         """Mask from the next forward call on."""
-        self._hooks.attach()
+        self._hooks.attach(self._mask, self._correct)
 
     def off(self) -> None:
         """Mask no more."""
