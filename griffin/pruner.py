@@ -418,8 +418,8 @@ class Pruner:
         self._forget_prompt()
         self._phase, self._rows = "prompt", len(rows)
         for row in rows:
-            if row is row.sharing[0]:
-                self._groups.append([(one.state.recorded, prompt_digest(one.state.ids)) for one in row.sharing])
+            if row.place == 0:
+                self._groups.append([(state.recorded, prompt_digest(state.ids)) for state in row.states])
                 self._chosen.append(row.experts)
 
 
