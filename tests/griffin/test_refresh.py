@@ -149,7 +149,7 @@ def test_rows_that_share_experts_learn_once_when_the_first_of_them_has_ended() -
     rule = Generation(4, griffin.greedy, lambda row: row.label == 0)
     assert [len(row.tokens) for row in griffin.decode(engine, rows, 3, 3, 7, rule)] == [1, 4, 4]
     # The one refresh so far has added one correction to the prompt's.
-    assert {len(corrections) for row in rows for corrections in row.experts.corrections} == {2}
+    assert {len(corrections) for row in rows[1:] for corrections in row.experts.corrections} == {2}
 
 
 def test_experts_are_put_to_work_again_without_what_was_learned_since() -> None:
@@ -158,8 +158,7 @@ def test_experts_are_put_to_work_again_without_what_was_learned_since() -> None:
     experts = griffin.choose(engine, [state], method("compensation"))
     found = []
     for _ in range(2):
-        row = Row(state, method("compensation"), experts)
-        row.sharing = [row]
+        row = Row([state], 0, method("compensation"), experts)
         found.append(forced(engine, row, following))
     assert torch.equal(*found)
 
