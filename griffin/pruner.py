@@ -21,7 +21,12 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from griffin.activations import Recorded, Recorder
 from griffin.decoding import Generation, Row, begin, decode
@@ -208,7 +213,11 @@ class Pruner:
             if kwargs.get("past_key_values") is not None:
                 raise ValueError("refresh keeps a KV cache of its own: pass the whole text as input_ids instead of one")
             self._refuse_batch(inputs.shape[0])
-            streamer = kwargs.get("streamer")
+            streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
+            if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+                # `generate` keeps the tokenizer from decoding methods that are not its own.
+                stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+                kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
 
             # `generate` calls it as it calls its own decoding methods, with everything prepared.
             def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
@@ -377,8 +386,8 @@ class Pruner:
                 tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
             else:
                 tokens_B = scores_BV.argmax(dim=-1)
-            padding = generation_config._pad_token_tensor if len(rows) < len(texts_BS) else tokens_B[0]
-            newest_B = padding.to(tokens_B).expand(len(texts_BS)).clone()
+            padding = generation_config._pad_token_tensor  # None where neither it nor an end token is named
+            newest_B = tokens_B.new_full((len(texts_BS),), 0 if padding is None else int(padding))
             newest_B[places_B] = tokens_B
             texts_BS = torch.cat([texts_BS, newest_B.unsqueeze(1)], dim=1)
             if streamer is not None:
