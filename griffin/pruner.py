@@ -12,7 +12,6 @@ Dimensions: B = rows of a batch, S = positions of one forward call, D = FF width
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,34 +20,20 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    GenerationMode,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
 
 from griffin.activations import Recorded, Recorder
-from griffin.decoding import Generation, Row, begin, decode
+from griffin.decoding import Row
 from griffin.engine import Engine, kept_positions, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError
+from griffin.generate import generate_on_engine, refuse_decoding
 from griffin.method import Method
 from griffin.offloading import Offload
-from griffin.prompt import choose_from, draws, prefill, prompt_digest, score_neurons, wanted
+from griffin.prompt import choose_from, draws, prompt_digest, score_neurons, wanted
 from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
-
-# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
-# with the same experts, so swapping them is harmless.
-_DECODINGS = {
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-}
 
 
 @dataclass
@@ -213,17 +198,16 @@ class Pruner:
             if kwargs.get("past_key_values") is not None:
                 raise ValueError("refresh keeps a KV cache of its own: pass the whole text as input_ids instead of one")
             self._refuse_batch(inputs.shape[0])
-            streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
-            if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
-                # `generate` keeps the tokenizer from decoding methods that are not its own.
-                stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
-                kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
-
-            # `generate` calls it as it calls its own decoding methods, with everything prepared.
-            def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
-                return self._refreshed(input_ids, streamer, **prepared)
-
-            return self._dense_generate(*args, **kwargs, custom_generate=loop)
+            self._recorder.detach()  # a prompt by hand may have come before
+            self._own_loop = True
+            try:
+                result, rows = generate_on_engine(
+                    self._dense_generate, self._engine, self.method, args, kwargs, seed=self.seed, shared=self._shared
+                )
+            finally:
+                self._own_loop = False
+            self._remember(rows)
+            return result
         mask = kwargs.get("attention_mask")
         length = inputs.shape[1] if mask is None else mask.shape[1]
         self._call = _Call(length, inputs.shape[0], mask)
@@ -355,73 +339,6 @@ class Pruner:
             digests = digests if draws(self.method) else []
             self._chosen.append(choose_from(self._engine, found, found, digests, self.method, self.seed))
 
-    # -- refresh ------------------------------------------------------------------------------------------------------
-
-    def _refreshed(
-        self,
-        ids_BS: Tensor,
-        streamer: Any,
-        *,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        """What `model.generate` decodes by: our loop, with its logits processors, stopping criteria and streamer."""
-        engine, mask = self._engine, model_kwargs.get("attention_mask")
-        prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(ids_BS)]
-        texts_BS = ids_BS
-        ended: set[int] = set()
-        steps: dict[str, list[Tensor]] = {"logits": [], "scores": []}
-
-        def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-            nonlocal texts_BS
-            places_B = torch.tensor([row.label for row in rows], device=ids_BS.device)
-            scores_BV = logits_processor(texts_BS[places_B], logits_BV.clone())
-            for name, of_rows_BV in (("logits", logits_BV), ("scores", scores_BV)):
-                if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}"):
-                    all_BV = of_rows_BV.new_zeros(len(texts_BS), of_rows_BV.shape[1])  # ended rows have none
-                    steps[name].append(all_BV.index_copy(0, places_B, of_rows_BV))
-            if generation_config.do_sample:
-                tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
-            else:
-                tokens_B = scores_BV.argmax(dim=-1)
-            padding = generation_config._pad_token_tensor  # None where neither it nor an end token is named
-            newest_B = tokens_B.new_full((len(texts_BS),), 0 if padding is None else int(padding))
-            newest_B[places_B] = tokens_B
-            texts_BS = torch.cat([texts_BS, newest_B.unsqueeze(1)], dim=1)
-            if streamer is not None:
-                streamer.put(newest_B.cpu())
-            done_B = stopping_criteria(texts_BS[places_B], None)
-            ended.update(row.label for row, done in zip(rows, done_B.tolist(), strict=True) if done)
-            return tokens_B
-
-        self._own_loop = True
-        self._recorder.detach()  # a prompt by hand may have come before
-        try:
-            states = [prefill(engine, [ids.tolist()], wanted([self.method]))[0] for ids in prompts]
-            groups = [states] if self._shared else [[state] for state in states]
-            labels = iter(range(len(states)))
-            rows = [
-                row
-                for group in groups
-                for row in begin(engine, group, self.method, self.seed, [next(labels) for _ in group])
-            ]
-            limit = generation_config.max_length - ids_BS.shape[1]
-            generation = Generation(limit, pick, lambda row: row.label in ended)
-            longest = max(len(ids) for ids in prompts)
-            for _ in decode(engine, rows, len(rows), len(rows), longest, generation):
-                pass
-            self._remember(rows)
-        finally:
-            self._own_loop = False
-        if streamer is not None:
-            streamer.end()
-        if generation_config.return_dict_in_generate:
-            given = {name: tuple(values) for name, values in steps.items() if values}
-            return GenerateDecoderOnlyOutput(sequences=texts_BS, **given)
-        return texts_BS
-
     def _remember(self, rows: Sequence[Row]) -> None:
         """Have `scores` and `experts` tell what these rows ended with."""
         self._forget_prompt()
@@ -430,41 +347,6 @@ class Pruner:
             if row.place == 0:
                 self._groups.append([(state.recorded, prompt_digest(state.ids)) for state in row.states])
                 self._chosen.append(row.experts)
-
-
-def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
-    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
-
-    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
-
-    Args:
-        default: the model's generation config.
-        given: the one passed to `generate`, or None.
-        kwargs: the other arguments of `generate`.
-        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
-
-    Raises:
-        ValueError: names the option.
-    """
-    merged = copy.deepcopy(default)
-    for options in (vars(given) if given is not None else {}, kwargs):
-        for name, value in options.items():
-            if value is not None and hasattr(merged, name):
-                setattr(merged, name, value)
-
-    if merged.use_cache is False:
-        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
-    if merged.guidance_scale not in (None, 1):
-        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
-    if kwargs.get("custom_generate") is not None:
-        raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    for name in ("num_beams", "num_return_sequences"):
-        if one_text and (getattr(merged, name) or 1) > 1:
-            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
-    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
-    if decoding not in _DECODINGS:
-        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
-        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
 
 
 def prune(

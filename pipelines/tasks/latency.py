@@ -10,25 +10,23 @@ Prompt lengths P and generation lengths G are in tokens, times in seconds.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import griffin
 from griffin import Method
-from griffin.feedforward import weight_out_in
 from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
+from pipelines.tasks.device_memory import decode_bytes, forget_peak, memcpy_seconds, now, peak_memory
 
 Seconds = dict[str, float]
 
@@ -92,15 +90,15 @@ def evaluate(
                 if config.compile:
                     timing.run(dense_method, 2)  # compiles
                     timing.run(method, 2)
-                _forget_peak(loaded.model.device)
+                forget_peak(loaded.model.device)
                 dense = timing.run(dense_method)
-                dense_peak = _peak_memory(loaded.model.device)
+                dense_peak = peak_memory(loaded.model.device)
                 with griffin.Offload(loaded.model) if config.offload_dense else nullcontext():
-                    _forget_peak(loaded.model.device)
+                    forget_peak(loaded.model.device)
                     # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
                     timing.run(method, 2, shift=1)
                     pruned = timing.run(method)
-                    peak = _peak_memory(loaded.model.device)
+                    peak = peak_memory(loaded.model.device)
                 engine.unload()
             sample: Sample = {
                 "index": repeat.index,
@@ -109,7 +107,7 @@ def evaluate(
                 "generation_length": repeat.generation_length,
                 "dense": dense,
                 "pruned": pruned,
-                "memcpy": _memcpy(loaded, kept),
+                "memcpy": memcpy_seconds(loaded, kept),
                 "bytes": traffic,
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
@@ -127,28 +125,6 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         suffix = f"_{pair}" if len(pairs) > 1 else ""
         values |= {name + suffix: value for name, value in _ratios(mine).items()}
     return values
-
-
-def decode_bytes(loaded: LoadedModel, kept: Sequence[int]) -> dict[str, int]:
-    """Bytes of weights that decoding one token reads, dense and pruned; the KV cache comes on top of both.
-
-    Args:
-        loaded: the model.
-        kept: neurons of each layer that the pruned model has.
-
-    An embedding table counts only where it is the output layer too: decoding looks up one row of it.
-    """
-    model: Any = loaded.model
-    blocks = griffin.find_feedforward_blocks(model)
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
-    weights = {id(weight): weight for weight in model.parameters()}
-    if output is None or output.weight is not embedding:
-        weights.pop(id(embedding))
-    dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    dropped = sum(
-        neuron * (block.width - left) for block, left, neuron in zip(blocks, kept, _neuron_bytes(blocks), strict=True)
-    )
-    return {"dense": dense, "pruned": dense - dropped}
 
 
 def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
@@ -206,20 +182,20 @@ class _Timing:
         engine, repeat, config = self._engine, self._repeat, self._config
         prompts = _prompt(self._loaded, repeat, config, shift).tolist()
         steps = tokens or repeat.generation_length
-        times = [_now(engine.device)]
+        times = [now(engine.device)]
         states = griffin.prefill(engine, prompts, griffin.wanted([method]))
-        times.append(_now(engine.device))
+        times.append(now(engine.device))
         rows = griffin.begin(engine, states, method, config.seed, range(len(states)))
-        times.append(_now(engine.device))
+        times.append(now(engine.device))
         engine.load([row.experts for row in rows])
-        times.append(_now(engine.device))
+        times.append(now(engine.device))
         # The first token is the prefill's; each of the others takes a step.
         generation = griffin.Generation(steps + 1, griffin.greedy, lambda row: False)
         for _ in griffin.decode(
             engine, rows, len(rows), len(rows), repeat.prompt_length, generation, room=repeat.generation_length + 1
         ):
             pass
-        times.append(_now(engine.device))
+        times.append(now(engine.device))
         names = ("prefill", "choose", "compact", "decode")
         return dict(zip(names, [last - first for first, last in pairwise(times)], strict=True))
 
@@ -236,30 +212,6 @@ def _pieces_apply(loaded: LoadedModel, config: RunConfig) -> bool:
 
 def _fast(loaded: LoadedModel, config: RunConfig) -> AbstractContextManager[None]:
     return griffin.linear_in_pieces(loaded.model) if _pieces_apply(loaded, config) else nullcontext()
-
-
-def _memcpy(loaded: LoadedModel, kept: Sequence[int]) -> float:
-    """Seconds to copy as many bytes as compaction writes, block by block: the floor of a full compaction."""
-    blocks = griffin.find_feedforward_blocks(loaded.model)
-    sizes = [left * neuron for left, neuron in zip(kept, _neuron_bytes(blocks), strict=True)]
-    device = loaded.model.device
-    sources = [torch.ones(size // 4, device=device) for size in sizes]
-    targets = [torch.zeros(size // 4, device=device) for size in sizes]
-
-    def copy() -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
-
-    return _median_seconds(copy, device)
-
-
-def _median_seconds(action: Callable[[], None], device: torch.device, times: int = 3) -> float:
-    seconds = []
-    for _ in range(times):
-        began = _now(device)
-        action()
-        seconds.append(_now(device) - began)
-    return statistics.median(seconds)
 
 
 def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int = 0) -> Tensor:
@@ -279,34 +231,3 @@ def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int =
         start %= len(ids) - rows * length + 1
         ids = ids[start : start + rows * length]
     return ids.reshape(rows, length).to(loaded.model.device)
-
-
-def _neuron_bytes(blocks: Sequence[griffin.FeedForwardBlock]) -> list[int]:
-    """Per block, the bytes of one neuron's weights in all projections."""
-    weights = [[weight_out_in(module) for module in (*block.inputs, block.output)] for block in blocks]
-    return [
-        sum(weight.numel() * weight.element_size() for weight in mine) // block.width
-        for block, mine in zip(blocks, weights, strict=True)
-    ]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _forget_peak(device: torch.device) -> None:
-    """On a GPU, count the most memory from now on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """On a GPU, the most its tensors have taken since `_forget_peak`; elsewhere the most this process ever has."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource  # not on Windows
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

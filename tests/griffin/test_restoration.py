@@ -154,7 +154,7 @@ def test_experts_that_were_gathered_half_way_are_gathered_again(monkeypatch: pyt
     experts = griffin.choose(engine, [first], method)
 
     def scored(state: griffin.PromptState, experts: griffin.Experts | None) -> torch.Tensor:
-        ((_, logits_CV),) = griffin.score(engine, [(griffin.Row(state, method, experts), following)], 1)
+        ((_, logits_CV),) = griffin.score(engine, [(griffin.Row([state], 0, method, experts), following)], 1)
         return logits_CV
 
     with unchanged(model):

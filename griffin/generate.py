@@ -1,0 +1,174 @@
+"""`model.generate` on the engine: our decoding loop with transformers' logits processors, stopping and streamers.
+
+`generate` prepares everything and then calls the decoding method that it is given (`custom_generate`).
+
+Dimensions: B = prompts, S = their tokens, padding included, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from griffin.decoding import Generation, Row, begin, decode
+from griffin.engine import Engine
+from griffin.method import Method
+from griffin.prompt import prefill, wanted
+
+# The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
+# with the same experts, so swapping them is harmless.
+_DECODINGS = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
+
+
+def generate_on_engine(
+    generate: Callable[..., Any],
+    engine: Engine,
+    method: Method,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    seed: int,
+    shared: bool,
+) -> tuple[Any, list[Row]]:
+    """Call `generate` so that prompts run dense and their texts go on under a method, row by row as the engine does it.
+
+    Args:
+        generate: the model's own.
+        engine: of the model.
+        method: how prompts are continued.
+        args: of `generate`.
+        kwargs: of `generate`.
+        seed: of random selections.
+        shared: whether all prompts share one set of experts.
+
+    Returns:
+        What `generate` returns, and the rows that ran.
+    """
+    rows: list[Row] = []
+    streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
+    if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+        # `generate` keeps the tokenizer from decoding methods that are not its own.
+        stop = StopStringCriteria(kwargs["tokenizer"], kwargs["stop_strings"])
+        criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
+        kwargs = {**kwargs, "stopping_criteria": criteria, "tokenizer": None, "stop_strings": None}
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
+        states = [prefill(engine, [ids.tolist()], wanted([method]))[0] for ids in prompts]
+        # Each row's label is its place in the batch.
+        groups = (
+            [(states, range(len(states)))] if shared else [([state], [place]) for place, state in enumerate(states)]
+        )
+        rows.extend(row for group, places in groups for row in begin(engine, group, method, seed, places))
+        texts = _Texts(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        generation = Generation(
+            generation_config.max_length - input_ids.shape[1], texts.pick, lambda row: row.label in texts.ended
+        )
+        for _ in decode(engine, rows, len(rows), len(rows), max(map(len, prompts)), generation):
+            pass
+        return texts.result()
+
+    return generate(*args, **kwargs, custom_generate=loop), rows
+
+
+class _Texts:
+    """The texts of a batch as `generate` sees them: prompts, new tokens, and padding behind rows that have ended.
+
+    Attributes:
+        ended: the rows that a stopping criterion has ended.
+    """
+
+    def __init__(self, ids_BS: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
+        self._ids_BS, self._processor, self._criteria, self._config = ids_BS, processor, criteria, config
+        self._streamer = streamer
+        self._steps: dict[str, list[Tensor]] = {"logits": [], "scores": []}
+        self.ended: set[int] = set()
+
+    def pick(self, rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        """The next token of each row [B], by the logits processors, greedily or by sampling."""
+        places_B = torch.tensor([row.label for row in rows], device=logits_BV.device)
+        scores_BV = self._processor(self._ids_BS[places_B], logits_BV.clone())
+        for name, of_rows_BV in (("logits", logits_BV), ("scores", scores_BV)):
+            if self._config.return_dict_in_generate and getattr(self._config, f"output_{name}"):
+                all_BV = of_rows_BV.new_zeros(len(self._ids_BS), of_rows_BV.shape[1])  # ended rows have none
+                self._steps[name].append(all_BV.index_copy(0, places_B, of_rows_BV))
+        if self._config.do_sample:
+            tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens_B = scores_BV.argmax(dim=-1)
+        padding = self._config._pad_token_tensor  # None where neither it nor an end token is named
+        newest_B = tokens_B.new_full((len(self._ids_BS),), 0 if padding is None else int(padding))
+        newest_B[places_B] = tokens_B
+        self._ids_BS = torch.cat([self._ids_BS, newest_B.unsqueeze(1)], dim=1)
+        if self._streamer is not None:
+            self._streamer.put(newest_B.cpu())
+        done_B = self._criteria(self._ids_BS[places_B], None)
+        self.ended.update(row.label for row, done in zip(rows, done_B.tolist(), strict=True) if done)
+        return tokens_B
+
+    def result(self) -> Any:
+        """What `generate` returns."""
+        if self._streamer is not None:
+            self._streamer.end()
+        if not self._config.return_dict_in_generate:
+            return self._ids_BS
+        given = {name: tuple(values) for name, values in self._steps.items() if values}
+        return GenerateDecoderOnlyOutput(sequences=self._ids_BS, **given)
+
+
+def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
+    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
+
+    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
+
+    Args:
+        default: the model's generation config.
+        given: the one passed to `generate`, or None.
+        kwargs: the other arguments of `generate`.
+        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
+
+    Raises:
+        ValueError: names the option.
+    """
+    merged = copy.deepcopy(default)
+    for options in (vars(given) if given is not None else {}, kwargs):
+        for name, value in options.items():
+            if value is not None and hasattr(merged, name):
+                setattr(merged, name, value)
+
+    if merged.use_cache is False:
+        raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
+    if merged.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("custom_generate is not supported: its forward calls are unknown")
+    for name in ("num_beams", "num_return_sequences"):
+        if one_text and (getattr(merged, name) or 1) > 1:
+            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
+    decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
+    if decoding not in _DECODINGS:
+        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
+        raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")
