@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from griffin.activations import ActivationStatistic, Recorded, Recorder
 from griffin.executors import MODES, Compact, Experts, Masked
@@ -184,8 +184,8 @@ def refuse_uncroppable(model: nn.Module) -> None:
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers language model")
     for number, layer in enumerate(DynamicCache(config=config).layers):
-        # Layers that use the keys and values of another one have a DummyLayer: they keep nothing.
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+        # Layers that use the keys and values of another one keep nothing: newer transformers have a DummyLayer for them.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
             raise UnsupportedModelError(
                 f"layer {number} of {type(model).__name__} caches a state ({type(layer).__name__}) that cannot be "
                 "cropped; only attention layers can be rolled back"
