@@ -184,7 +184,7 @@ def refuse_uncroppable(model: nn.Module) -> None:
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers language model")
     for number, layer in enumerate(DynamicCache(config=config).layers):
-        # Layers that use the keys and values of another one keep nothing: newer transformers have a DummyLayer for them.
+        # Layers that use the keys and values of another one keep nothing: a DummyLayer in newer transformers.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and type(layer).__name__ != "DummyLayer":
             raise UnsupportedModelError(
                 f"layer {number} of {type(model).__name__} caches a state ({type(layer).__name__}) that cannot be "
