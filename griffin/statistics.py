@@ -91,10 +91,7 @@ class Statistic:
 
 def squared_relative_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """sum_t (z[b, t, j] / ||z[b, t, :]||)^2, a zero row counting as zero (arXiv 2404.01365)."""
-    squares_BSD = chunk.z_BSD.square()
-    energies_BS = squares_BSD.sum(dim=-1)
-    weights_BS = torch.where(energies_BS > 0, chunk.positions.weight / energies_BS, 0.0)
-    return torch.bmm(weights_BS.unsqueeze(1), squares_BSD).squeeze(1)
+    return chunk.sum(chunk.relative_BSD.square())
 
 
 def squared_relative_contributions(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
