@@ -144,7 +144,7 @@ def texts(folder: Path) -> list[str]:
 
 
 def unchecked(*overrides: str) -> DictConfig:
-    """What a call composes to, before it is checked. Choices of groups are composed once a process: Hydra takes long."""
+    """What a call composes to, before it is checked. Choices of groups are composed once: Hydra takes long."""
     groups = tuple(one for one in overrides if (composition.CONF / one.partition("=")[0]).is_dir())
     config = copy.deepcopy(_composed(groups))
     for override in OverridesParser.create().parse_overrides([one for one in overrides if one not in groups]):
@@ -165,7 +165,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def ran(*overrides: str) -> list[Path]:
-    """The run folders of a call, dense first: what the entry does once Hydra has composed, which is most of its time."""
+    """The run folders of a call, dense first: all that the entry does but composing, which is most of its time."""
     found = attempt(composed(*overrides), composition.Call(overrides, None, single=True))
     assert [one.reason for one in found if one.reason] == []
     return [one.folder for one in found if one.folder]
@@ -175,6 +175,7 @@ def timeless(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All that a run's record and samples say, to the bit, but for where, when and by which call it ran."""
     record = read_record(folder)
     record["config"]["output_dir"] = record["environment"]["command"] = record["timing"] = None
+    record["config"]["task"].pop("data_files", None)  # the digest of their content is in the environment
     return record, [sample | {"seconds": None} for sample in read_samples(folder)]
 
 

@@ -117,7 +117,9 @@ def test_a_batch_gives_the_texts_of_one_row_at_a_time(methods: list[str], count:
     alone = ran(*tiny(tmp_path / "alone", *methods, **sizes))
     batch = ran(*tiny(tmp_path / "batch", *methods, "batch_size=5", **sizes))
     assert len(alone) == len(batch) == count
-    pairs = [pair for one, other in zip(alone, batch, strict=True) for pair in zip(texts(one), texts(other))]
+    pairs = [
+        pair for one, other in zip(alone, batch, strict=True) for pair in zip(texts(one), texts(other), strict=True)
+    ]
     assert sum(one != other for one, other in pairs) <= len(pairs) // 20
     assert len({str(texts(folder)) for folder in alone}) >= count - 3, "methods that all agree test nothing"
     assert all(len(set(texts(folder))) > 1 for folder in alone), "and so do rows"
