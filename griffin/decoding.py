@@ -36,7 +36,8 @@ class Row:
         experts: what it computes with; None: dense. Rows that share their experts have the same object.
         seed: of random selections.
         label: whatever tells the row from others, for whoever asked for it.
-        sharing: the rows that share its experts, itself included.
+        sharing: the rows that share its experts, itself included; empty where it has its own. A row that held itself
+            would keep its KV cache until the garbage collector comes, also where memory has just run out.
         tokens: new tokens so far; the last one has not run yet.
         seconds: what choosing its experts took, and its share of the steps that it was part of.
         ran: how many tokens of its continuation have run.
@@ -76,7 +77,7 @@ def begin(
     experts = choose(engine, states, method, seed)
     rows = [Row(state, method, experts, seed, label) for state, label in zip(states, labels, strict=True)]
     for row in rows:
-        row.sharing = rows
+        row.sharing = rows if len(rows) > 1 else []
         row.seconds = (time.perf_counter() - began) / len(rows)
     return rows
 
@@ -151,8 +152,9 @@ class Batch:
         self._changed = True
         read = {row: self._read_again(row, place) for row, place in due.items()}
         for row in due:
-            if row.sharing[0] is row or row.sharing[0] not in due:
-                _renew(self._engine, {member: read[member][1] for member in row.sharing if member in read})
+            sharing = row.sharing or [row]
+            if sharing[0] is row or sharing[0] not in due:
+                _renew(self._engine, {member: read[member][1] for member in sharing if member in read})
         tokens = ids_BT.shape[1]
         return torch.stack(
             [read[row][0][-tokens:] if row in read else logits[place] for place, row in enumerate(self.rows)]
@@ -208,7 +210,7 @@ def _renew(engine: Engine, read: dict[Row, Recorded]) -> None:
     experts = row.experts
     assert experts is not None
     if row.method.refresh == "experts":
-        experts = choose(engine, [member.state for member in row.sharing], row.method, row.seed)
+        experts = choose(engine, [member.state for member in row.sharing or [row]], row.method, row.seed)
     else:
         compensation = COMPENSATIONS[row.method.compensation]
         assert compensation is not None
@@ -222,7 +224,7 @@ def _renew(engine: Engine, read: dict[Row, Recorded]) -> None:
                 before = (*before, compensation.learn(before, fresh_ND, block, neurons_K))
             learned.append(before)
         experts = Experts(experts.neurons, tuple(learned))
-    for member in row.sharing:
+    for member in row.sharing or [row]:
         member.experts = experts
 
 
