@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -13,11 +15,14 @@ from typing import Any
 
 import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 import griffin
 from pipelines import composition, run
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
+from pipelines.job import attempt
 
 REPOSITORY = Path(run.__file__).resolve().parents[1]
 
@@ -138,26 +143,57 @@ def texts(folder: Path) -> list[str]:
     return [sample["text"] for sample in read_samples(folder)]
 
 
-def composed(*overrides: str) -> RunConfig:
-    """The checked configuration of a call."""
+def unchecked(*overrides: str) -> DictConfig:
+    """What a call composes to, before it is checked. Choices of groups are composed once: Hydra takes long."""
+    groups = tuple(one for one in overrides if (composition.CONF / one.partition("=")[0]).is_dir())
+    config = copy.deepcopy(_composed(groups))
+    for override in OverridesParser.create().parse_overrides([one for one in overrides if one not in groups]):
+        OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_add())
+    return config
+
+
+@functools.cache
+def _composed(groups: tuple[str, ...]) -> DictConfig:
     composition.register()
     with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
-        return typed(hydra.compose("config", overrides=list(overrides)))
+        return hydra.compose("config", overrides=list(groups))
 
 
-def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the number of rows with every dense pass over prompts."""
-    rows: list[int] = []
-    run, run_each = griffin.SharedPrompt.run, griffin.SharedPrompt.run_each
+def composed(*overrides: str) -> RunConfig:
+    """The checked configuration of a call."""
+    return typed(unchecked(*overrides))
 
-    def counted(shared: griffin.SharedPrompt, ids_BS: Any, *arguments: Any, **options: Any) -> Any:
-        rows.append(len(ids_BS))
-        return run(shared, ids_BS, *arguments, **options)
 
-    def counted_each(shared: griffin.SharedPrompt, prompts: Sequence[Any], *arguments: Any) -> Any:
-        rows.extend(1 for _ in prompts)
-        return run_each(shared, prompts, *arguments)
+def ran(*overrides: str) -> list[Path]:
+    """The run folders of a call, dense first: all that the entry does but composing, which is most of its time."""
+    found = attempt(composed(*overrides), composition.Call(overrides, None, single=True))
+    assert [one.reason for one in found if one.reason] == []
+    return [one.folder for one in found if one.folder]
 
-    monkeypatch.setattr(griffin.SharedPrompt, "run", counted)
-    monkeypatch.setattr(griffin.SharedPrompt, "run_each", counted_each)
-    return rows
+
+def timeless(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All that a run's record and samples say, to the bit, but for where, when and by which call it ran."""
+    record = read_record(folder)
+    record["config"]["output_dir"] = record["environment"]["command"] = record["timing"] = None
+    record["config"]["task"].pop("data_files", None)  # the digest of their content is in the environment
+    return record, [sample | {"seconds": None} for sample in read_samples(folder)]
+
+
+def cut_off(folder: Path, *kept: int) -> None:
+    """Leave a run as if it had ended before its record, with so many samples as they were written, or all."""
+    (folder / "record.json").unlink(missing_ok=True)
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join(lines[: kept[0]] if kept else lines))
+
+
+def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """A list that grows by the lengths of the prompts of every dense pass over prompts."""
+    lengths: list[list[int]] = []
+    prefill = griffin.prefill
+
+    def counted(engine: griffin.Engine, prompts: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        lengths.append([len(ids) for ids in prompts])
+        return prefill(engine, prompts, *arguments, **options)
+
+    monkeypatch.setattr(griffin, "prefill", counted)
+    return lengths

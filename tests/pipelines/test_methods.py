@@ -105,11 +105,14 @@ def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
 
 
 def test_a_methods_words_are_made_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(description, "family", lambda method: "other words")
+    monkeypatch.setattr(Method, "family", property(lambda method: "other words"))
     config = composed(*BASE)
     (method,) = methods(config)
-    assert (method.family, method.label) == ("other words", "other words 50%")
-    assert described(config, method)["label"] == method.label
+    assert method.label == "other words 50%"
+    entry = described(config, method)
+    assert (entry["family"], entry["label"]) == ("other words", method.label)
+    shared = description.method_entry(run_config(config, method) | {"shared_experts": True}, "a b 5%", "a b")
+    assert (shared["family"], shared["label"]) == ("a b shared", "a b shared 5%")
 
 
 def test_a_record_says_its_method_in_words_and_settings() -> None:
@@ -145,9 +148,12 @@ def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
     assert only_evaluation("task.shots=0")["task.embedded_shots"] is None, "no shots are read"
 
 
-def test_times_are_of_one_machine() -> None:
+def test_times_are_of_one_machine_and_of_one_way_to_multiply() -> None:
     keys = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
-    assert {"platform", "cpus", "offload_dense"} <= keys
+    assert {"platform", "cpus", "offload_dense", "cpu_pieces"} <= keys
+    both = [only_identity("task=latency", f"cpu_pieces={value}") for value in ("true", "false")]
+    assert both[0] != both[1]
+    assert "cpu_pieces" not in both[1], "runs from before the key multiplied plainly"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,7 @@ def test_times_are_of_one_machine() -> None:
         "device=cpu",  # what auto stands for
         "mode=compact",  # what auto stands for
         "offload_dense=true",
+        "cpu_pieces=false",
         "sparsity=0.50",
         "grid.sparsity=[0.5]",
         "grid.statistic=[griffin]",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from calling import Outcome, read_samples, run_folder, tiny
+from calling import composed, ran, timeless, tiny
+
+from pipelines.errors import UserError
+from pipelines.tasks import module_of
 
 PLAIN = ["model=random_tiny", "wandb.mode=disabled"]
 
@@ -28,23 +29,16 @@ def calls(folder: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in sample.items() if key != "seconds"} for sample in read_samples(folder)]
-
-
 @pytest.mark.parametrize("kind", ["generation", "fidelity", "perplexity", "classification"])
-def test_rows_after_an_offset_are_those_of_a_run_over_all(
-    kind: str, call: Callable[..., Outcome], tmp_path: Path
-) -> None:
-    assert call(*calls(tmp_path / "all")[kind]).code == 0
+def test_rows_after_an_offset_are_those_of_a_run_over_all(kind: str, tmp_path: Path) -> None:
+    (whole,) = ran(*calls(tmp_path / "all")[kind])
     later = [override for override in calls(tmp_path / "later")[kind] if not override.startswith("limit=")]
-    assert call(*later, "offset=1", "limit=2").code == 0
-    assert timeless(run_folder(tmp_path / "later" / "out")) == timeless(run_folder(tmp_path / "all" / "out"))[1:]
+    (rest,) = ran(*later, "offset=1", "limit=2")
+    assert timeless(rest)[1] == timeless(whole)[1][1:]
 
 
 @pytest.mark.parametrize("task", ["briefs", "briefs_choice"])
-def test_an_offset_beyond_the_data_is_one_line(task: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
-    ended = call(*PLAIN, f"task={task}", "offset=1000", f"output_dir={tmp_path}")
-    assert ended.code == 1
-    (line,) = ended.lines("error: ")
-    assert line.startswith("error: offset=1000: expected less than")
+def test_an_offset_beyond_the_data_is_told(task: str) -> None:
+    config = composed(*PLAIN, f"task={task}", "offset=1000")
+    with pytest.raises(UserError, match=r"^offset=1000: expected less than"):
+        module_of(config.task.kind).read(config)

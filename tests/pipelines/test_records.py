@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from calling import Outcome, read_record, run_folder, tiny
+from calling import ran, read_record, tiny
 
 from pipelines.records import mean_and_stderr
 
 
-def test_metrics_and_timing_are_flat_finite_numbers(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*tiny(tmp_path / "out"))
-    record = read_record(run_folder(tmp_path / "out"))
+def test_a_record_is_flat_finite_numbers_and_says_what_ran(tmp_path: Path) -> None:
+    (folder,) = ran(*tiny(tmp_path / "out"))
+    record = read_record(folder)
     for values in (record["metrics"], record["timing"]):
         assert values
         assert all(type(value) in (int, float) and math.isfinite(value) for value in values.values())
     assert {"rouge1", "rouge2", "rougeL", "samples", "skipped_prompts"} < set(record["metrics"])
-
-
-def test_the_environment_says_what_ran(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*tiny(tmp_path / "out"))
-    environment = read_record(run_folder(tmp_path / "out"))["environment"]
+    environment = record["environment"]
     assert {"python", "torch", "transformers", "rouge-score", "griffin-pruning", "device"} < set(environment)
     assert [name for name in ("torch", "transformers", "rouge-score") if not environment[name]] == []
 
 
 def test_nothing_names_the_machine_or_the_user_or_their_secrets(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secrets = {"HF_TOKEN": "hf_secret7261", "WANDB_API_KEY": "7261" * 10}
     people = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), "person7261")
@@ -39,8 +34,8 @@ def test_nothing_names_the_machine_or_the_user_or_their_secrets(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("platform.node", lambda: "machine7261")
     monkeypatch.setattr("socket.gethostname", lambda: "machine7261")
-    assert call(*tiny(tmp_path / "out")).code == 0
-    files = [path for path in run_folder(tmp_path / "out").rglob("*") if path.is_file()]
+    (folder,) = ran(*tiny(tmp_path / "out"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 3
     for word in (*secrets.values(), "person7261", "machine7261"):
         assert [path.name for path in files if word.encode() in path.read_bytes()] == []

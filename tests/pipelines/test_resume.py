@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,45 +11,32 @@ from typing import Any
 import pytest
 from calling import (
     Outcome,
-    command,
-    environment,
-    process,
+    cut_off,
     prompts_run,
-    read_record,
+    ran,
     read_samples,
     run_folder,
     run_folders,
-    texts,
+    timeless,
     tiny,
 )
 
-from pipelines.tasks import generation
+from pipelines import evaluation
+from pipelines.run_folder import RunFolder
 
 
-def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
-    rows = [sample["index"] for sample in read_samples(undisturbed)]
-    assert [sample["index"] for sample in read_samples(folder)] == rows == list(range(len(rows)))
-    assert texts(folder) == texts(undisturbed)
-    assert read_record(folder)["metrics"] == read_record(undisturbed)["metrics"]
-
-
-def test_a_finished_run_is_left_alone(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = call(*tiny(tmp_path / "out"))
     folder = run_folder(tmp_path / "out")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    monkeypatch.setattr("pipelines.evaluation.kept_model", lambda *_: pytest.fail("a model was loaded"))
     again = call(*tiny(tmp_path / "out"))
     assert again.code == 0
     assert [line for line in again.err.splitlines() if str(folder) in line and "skipped" in line]
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
     assert again.out == first.out, "the table shows finished runs too"
-
-
-def test_a_finished_run_loads_no_model(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call(*tiny(tmp_path / "out"))
-    monkeypatch.setattr("pipelines.evaluation.kept_model", lambda *_: pytest.fail("a model was loaded"))
-    assert call(*tiny(tmp_path / "out")).code == 0
 
 
 def cuts(content: bytes) -> dict[str, int]:
@@ -78,139 +63,127 @@ def cuts(content: bytes) -> dict[str, int]:
         ["batch_size=2", "shared_experts=true"],  # a batch shares its experts, so its rest alone is another batch
     ],
 )
-def test_a_run_cut_off_at_any_byte_ends_as_undisturbed(
-    overrides: list[str], call: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_a_run_cut_off_at_any_byte_ends_as_undisturbed(overrides: list[str], tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
-        return tiny(tmp_path / name, *overrides, rows=5, tokens=24)
+        return tiny(tmp_path / name, *overrides, rows=5, tokens=12)
 
-    assert call(*arguments("undisturbed")).code == 0
-    undisturbed = run_folder(tmp_path / "undisturbed")
-    for name, place in cuts((undisturbed / "samples.jsonl").read_bytes()).items():
+    (undisturbed,) = ran(*arguments("undisturbed"))
+    places = cuts((undisturbed / "samples.jsonl").read_bytes())
+    kept = list(places) if not overrides else ["before the first byte", "within a character", "within the last line"]
+    for name in kept:
         folder = tmp_path / name / undisturbed.name
         shutil.copytree(undisturbed, folder)
         (folder / "record.json").unlink()
         with (folder / "samples.jsonl").open("r+b") as file:
-            file.truncate(place)
-        assert call(*arguments(name)).code == 0, name
-        assert_as_undisturbed(folder, undisturbed)
+            file.truncate(places[name])
+        ran(*arguments(name))
+        assert timeless(folder) == timeless(undisturbed), name
 
 
-def test_samples_that_are_there_are_not_run_again(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def rows_of(task: str, out: Path) -> list[str]:
+    """A grid of three methods, three rows at a time, by the kind of its task."""
+    text = out.with_name("text.txt")
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("The tide comes in twice a day, and the harbour fills slowly. " * 10)
+    grid = ["grid.sparsity=[0,0.5]", "grid.refresh=[none,experts]", "batch_size=3"]
+    lengths = ["task.prompt_lengths=[12]", "task.generation_lengths=[9]", f"task.data_files={text}"]
+    plain = ["model=random_tiny", f"task={task}", "limit=4", f"output_dir={out}", "wandb.mode=disabled"]
+    return {
+        "generation": [*tiny(out, rows=4, tokens=12), *grid],
+        "fidelity": [*tiny(out, "task.kind=fidelity", rows=4, tokens=12), *grid],
+        "perplexity": [*plain, *lengths, *grid],
+        "briefs_choice": [*plain, *grid],
+        "briefs_qa": [*plain, *grid],
+    }[task]
+
+
+@pytest.fixture
+def short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of rows that are evaluated as a whole are of one batch, so that there are some to stop between."""
+    monkeypatch.setattr("pipelines.tasks.generation.BATCHES", 1)
+    monkeypatch.setattr("pipelines.tasks.classification_and_qa.BATCHES", 1)
+    monkeypatch.setattr("pipelines.tasks.classification_and_qa._BLOCK_DOCUMENTS", 2)
+
+
+@pytest.mark.usefixtures("short_groups")
+@pytest.mark.parametrize("task", ["generation", "fidelity", "perplexity", "briefs_choice", "briefs_qa"])
+def test_a_grid_of_batches_that_was_cut_off_ends_as_undisturbed_to_the_bit(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(*tiny(tmp_path / "out"))
-    folder = run_folder(tmp_path / "out")
-    (folder / "record.json").unlink()
-    kept = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)[:2]
-    (folder / "samples.jsonl").write_bytes(b"".join(kept))
-    prompts = prompts_run(monkeypatch)
-    call(*tiny(tmp_path / "out"))
-    assert prompts == [1]
-    assert (folder / "samples.jsonl").read_bytes().startswith(b"".join(kept))
+    options = rows_of(task, tmp_path / "out")
+    whole = [timeless(folder) for folder in ran(*options)]
+    folders = run_folders(tmp_path / "out")
+    assert len(folders) == 3
+    beside = {"samples": 4, "failed": None, "beside": [folder.name for folder in folders]}
+    # None: finished, with its record; others go on beside it.
+    for left in ((0, 0, 0), (3, 2, 2), (None, 1, 1), (None, None, 3), (1, 4, None)):
+        for folder, kept in zip(folders, left, strict=True):
+            if kept is not None:
+                cut_off(folder, kept)
+                (folder / "state.json").write_text(json.dumps(beside))
+        ran(*options)
+        assert sorted(map(str, whole)) == sorted(str(timeless(folder)) for folder in folders), left
 
 
-def test_a_gap_in_the_samples_is_filled(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*tiny(tmp_path / "out", rows=5))
-    call(*tiny(tmp_path / "undisturbed", rows=5))
-    folder = run_folder(tmp_path / "out")
-    (folder / "record.json").unlink()
-    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "samples.jsonl").write_bytes(b"".join(lines[:1] + lines[3:]))
-    call(*tiny(tmp_path / "out", rows=5))
-    assert sorted(sample["index"] for sample in read_samples(folder)) == [0, 1, 2, 3, 4]
-    assert texts(folder) == texts(run_folder(tmp_path / "undisturbed"))
-    assert read_record(folder)["metrics"] == read_record(run_folder(tmp_path / "undisturbed"))["metrics"]
-
-
-def wait_for(happened: Callable[[], bool], running: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert running.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
-def test_a_killed_process_leaves_what_the_next_continues(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    sizes = {"rows": 4, "tokens": 200}
-    running = subprocess.Popen(
-        command(*tiny(tmp_path / "killed", **sizes)),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("killed/*/samples.jsonl")), running)
-    finally:
-        running.kill()
-    assert running.wait() == -signal.SIGKILL
-    folder = run_folder(tmp_path / "killed")
-    assert not (folder / "record.json").exists()
-
-    assert call(*tiny(tmp_path / "killed", **sizes)).code == 0
-    assert call(*tiny(tmp_path / "undisturbed", **sizes)).code == 0
-    assert_as_undisturbed(folder, run_folder(tmp_path / "undisturbed"))
-
-
-def test_an_interrupted_run_says_how_to_go_on(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("short_groups")
+@pytest.mark.parametrize("batches", [1, 5, 11])
+def test_an_interrupted_grid_says_how_to_go_on_and_knows_what_ran_beside_it(
+    batches: int, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = generation.evaluate
+    options = rows_of("generation", tmp_path / "out")
+    evaluated = evaluation.evaluated
 
     def interrupted(*arguments: Any) -> Iterator[Any]:
-        yield next(evaluate(*arguments))
-        raise KeyboardInterrupt
+        for number, batch in enumerate(evaluated(*arguments)):
+            if number == batches:
+                raise KeyboardInterrupt
+            yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "evaluate", interrupted)
-        ended = call(*tiny(tmp_path / "out"))
-    assert ended.code != 0
+        patch.setattr(evaluation, "evaluated", interrupted)
+        ended = call(*options)
+    assert ended.code == 128 + 2
     assert "Traceback" not in ended.err
     assert ended.err.splitlines()[-1].startswith("interrupted; the same command continues")
-    assert len(read_samples(run_folder(tmp_path / "out"))) == 1
-
-    assert call(*tiny(tmp_path / "out")).code == 0
-    assert call(*tiny(tmp_path / "undisturbed")).code == 0
-    assert_as_undisturbed(run_folder(tmp_path / "out"), run_folder(tmp_path / "undisturbed"))
-
-
-def test_a_sweep_makes_one_record_per_point(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    swept = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
-    assert swept.code == 0
-    records = [read_record(folder) for folder in run_folders(tmp_path / "out")]
-    assert sorted(record["config"]["sparsity"] for record in records) == [0, 0.5]
-    assert "dense" in swept.out
-    assert "griffin 50%" in swept.out
+    folders = run_folders(tmp_path / "out")
+    assert sum(len(read_samples(folder)) for folder in folders if (folder / "samples.jsonl").exists()) == batches
+    for folder in folders:
+        if not (folder / "record.json").exists():
+            state = RunFolder(tmp_path / "out", folder.name).state()
+            assert sorted(state["beside"]) == [other.name for other in folders]
+    ran(*options)
+    undisturbed = ran(*rows_of("generation", tmp_path / "undisturbed" / "out"))
+    assert {str(timeless(folder)) for folder in folders} == {str(timeless(folder)) for folder in undisturbed}
 
 
-@pytest.mark.parametrize("points", ["1,0,0.5", "0,1,0.5", "0,0.5,1"])
-def test_a_failing_point_does_not_stop_a_sweep(points: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
-    swept = call("-m", *tiny(tmp_path / "out", f"sparsity={points}"))
-    assert swept.code == 1
-    assert len(swept.lines("error: sparsity=1")) == len(swept.lines("error: ")) == 1
-    assert len(list((tmp_path / "out").rglob("record.json"))) == 2
+def test_a_gap_in_the_samples_is_filled_and_what_is_there_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = ran(*tiny(tmp_path / "out", rows=5))
+    undisturbed = timeless(folder)
+    cut_off(folder)
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    kept = b"".join(lines[:1] + lines[3:])
+    (folder / "samples.jsonl").write_bytes(kept)
+    prompts = prompts_run(monkeypatch)
+    ran(*tiny(tmp_path / "out", rows=5))
+    assert len(prompts) == 2
+    assert (folder / "samples.jsonl").read_bytes().startswith(kept)
+    assert timeless(folder) == undisturbed
 
 
-def test_nothing_is_written_outside_the_output_folder(tmp_path: Path) -> None:
-    # Hydra would make outputs/<date>/<time> in the current folder, and multirun.yaml beside it.
-    cwd = tmp_path / "cwd"
-    cwd.mkdir()
-    ended = process(command("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")), cwd=cwd)
-    assert ended.code == 0
-    assert list(cwd.iterdir()) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["articles.jsonl", "cwd", "out"]
-    assert len(run_folders(tmp_path / "out")) == 2
-
-
-def test_a_single_run_leaves_its_run_folder_only(
+def test_a_run_leaves_its_run_folder_only(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Hydra would make outputs/<date>/<time> in the current folder, and multirun.yaml beside it.
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     monkeypatch.chdir(cwd)
     assert call(*tiny(tmp_path / "out")).code == 0
-    assert list(cwd.iterdir()) == []
     assert list((tmp_path / "out").iterdir()) == [run_folder(tmp_path / "out")]
     files = sorted(path.name for path in run_folder(tmp_path / "out").iterdir())
     assert files == ["config.yaml", "record.json", "samples.jsonl"]
+    assert call("-m", *tiny(tmp_path / "swept", "sparsity=0,0.5")).code == 0
+    assert len(run_folders(tmp_path / "swept")) == 2
+    assert list(cwd.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["articles.jsonl", "cwd", "out", "swept"]

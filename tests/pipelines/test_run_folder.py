@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from calling import Outcome, read_record, run_folder, run_folders, tiny
+from calling import ran, read_record, tiny
 
 from pipelines.errors import UserError
 from pipelines.run_folder import RunFolder, run_id
@@ -45,21 +45,17 @@ def test_other_identities_have_other_run_ids(other: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("name", ["owner/name", "../../up", "a b: c", "long" * 60])
-def test_run_ids_are_safe_whatever_the_names(name: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
-    # Another hub model needs no file, only a name in the call, so the name may be anything. Refusing it would do, too.
-    out = tmp_path / "out"
-    ended = call(*tiny(out, f"model.name='{name}'", rows=1, tokens=2))
-    if ended.code:
-        assert "model.name" in ended.lines("error: ")[0]
-        assert list(out.rglob("record.json")) == []
-    else:
-        assert SAFE.fullmatch(run_folder(out).name)
-        assert run_folder(out).name == read_record(run_folder(out))["run_id"]
+def test_run_ids_are_safe_whatever_the_names(name: str, tmp_path: Path) -> None:
+    # Another hub model needs no file, only a name in the call, so the name may be anything.
+    (folder,) = ran(*tiny(tmp_path / "out", f"model.name='{name}'", rows=1, tokens=1))
+    assert folder.parent == tmp_path / "out"
+    assert SAFE.fullmatch(folder.name)
+    assert folder.name == read_record(folder)["run_id"]
 
 
-def test_run_ids_of_a_grid_are_safe_and_readable(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call(*tiny(tmp_path / "out", "grid.statistic=[griffin,wanda]", "grid.sparsity=[0,0.125]", rows=1, tokens=2))
-    names = [path.name for path in run_folders(tmp_path / "out")]
+def test_run_ids_of_a_grid_are_safe_and_readable(tmp_path: Path) -> None:
+    grid = ["grid.statistic=[griffin,wanda]", "grid.sparsity=[0,0.125]"]
+    names = [folder.name for folder in ran(*tiny(tmp_path / "out", *grid, rows=1, tokens=1))]
     assert all(SAFE.fullmatch(name) for name in names)
     assert [name.rpartition("-")[0] for name in names] == [
         "briefs-random_tiny-dense",
@@ -141,9 +137,19 @@ def test_a_file_system_without_locks_is_refused(folder: RunFolder, monkeypatch: 
 def test_a_failure_is_kept_until_the_next_start(folder: RunFolder) -> None:
     folder.start({"seed": 0}, 7)
     folder.fail("out of memory")
-    assert folder.state() == {"samples": 7, "failed": "out of memory"}
+    assert folder.state() == {"samples": 7, "failed": "out of memory", "beside": []}
     folder.start({"seed": 0}, 7)
-    assert folder.state() == {"samples": 7, "failed": None}
+    assert folder.state() == {"samples": 7, "failed": None, "beside": []}
+
+
+def test_a_run_that_goes_on_keeps_those_that_it_ran_beside(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "a-run")
+    folder.start({"seed": 0}, 3, ["a-run", "b-run"])
+    folder.start({"seed": 0}, 3, ["a-run", "c-run"])
+    assert folder.state()["beside"] == ["a-run", "c-run"], "nothing had been written"
+    folder.append(SAMPLES[:1])
+    folder.start({"seed": 0}, 3, ["a-run"])
+    assert folder.state()["beside"] == ["a-run", "c-run"]
 
 
 def test_what_a_killed_process_left_half_written_is_removed(folder: RunFolder) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
-from calling import Outcome, composed, read_record, read_samples, run_folder
+from calling import Outcome, composed, ran, read_record, read_samples, run_folder
 
+from pipelines.errors import UserError
 from pipelines.models import load
 from pipelines.tasks.latency import decode_bytes, metrics
 
@@ -21,19 +23,34 @@ def test_one_pair_of_lengths_has_flat_metrics(call: Callable[..., Outcome], tmp_
     ended = call(*options(tmp_path))
     assert ended.code == 0
     assert "decode speed-up" in ended.out
+    assert "dense, over plain torch" in ended.out
     found = read_record(run_folder(tmp_path))["metrics"]
     assert {"decode_speedup", "decode_limit", "prompt_overhead", "compaction_vs_memcpy", "total_speedup"} <= set(found)
     assert found["decode_fraction_of_limit"] == pytest.approx(found["decode_speedup"] / found["decode_limit"])
     samples = read_samples(run_folder(tmp_path))
     assert len(samples) == 2
     assert all(sample["pruned"]["compact"] > 0 and sample["dense"]["decode"] > 0 for sample in samples)
+    plain, dense = (median(sample[kind]["decode"] for sample in samples) for kind in ("plain", "dense"))
+    assert found["linear_in_pieces_speedup"] == pytest.approx(plain / dense)
 
 
-def test_several_pairs_have_a_suffix_each(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert call(*options(tmp_path, "task.prompt_lengths=[8,12]", "statistic=magnitude")).code == 0
-    found = read_record(run_folder(tmp_path))["metrics"]
+def test_several_pairs_have_a_suffix_each(tmp_path: Path) -> None:
+    (folder,) = ran(*options(tmp_path, "task.prompt_lengths=[8,12]", "statistic=magnitude"))
+    found = read_record(folder)["metrics"]
     assert {"decode_speedup_p8_g3", "decode_speedup_p12_g3"} <= set(found)
     assert "decode_speedup" not in found
+
+
+@pytest.mark.parametrize("override", ["cpu_pieces=false", "model.dtype=bfloat16"])
+def test_without_pieces_there_is_nothing_to_compare_them_with(override: str, tmp_path: Path) -> None:
+    (folder,) = ran(*options(tmp_path, override, "task.repeats=1"))
+    assert "plain" not in read_samples(folder)[0]
+    assert "linear_in_pieces_speedup" not in read_record(folder)["metrics"]
+
+
+def test_a_shared_set_of_experts_is_timed_for_a_batch(tmp_path: Path) -> None:
+    (folder,) = ran(*options(tmp_path, "batch_size=2", "shared_experts=true", "task.repeats=1"))
+    assert read_record(folder)["metrics"]["decode_speedup"] > 0
 
 
 def test_ratios_are_those_of_the_medians() -> None:
@@ -73,10 +90,9 @@ def test_the_limit_counts_what_a_token_reads(tied: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("override", ["mode=masked", "batch_size=2"])
-def test_only_compact_weights_are_timed(override: str, call: Callable[..., Outcome], tmp_path: Path) -> None:
-    ended = call(*options(tmp_path, override))
-    assert ended.code == 1
-    assert len(ended.lines("error: ")) == 1
+def test_only_compact_weights_are_timed(override: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="task=latency times mode=compact"):
+        composed(*options(tmp_path, override))
 
 
 def test_lengths_left_open_suit_the_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from calling import composed, tiny
 from torch import Tensor
 
+import griffin
 from pipelines.methods import Method
 from pipelines.models import LoadedModel, load
-from pipelines.tasks.scoring import PROTOCOLS, Request, score
+from pipelines.tasks import scoring
+from pipelines.tasks.scoring import PROTOCOLS, Request, Score
 
 DENSE = Method("griffin", "topk", 0.0)
 GRIFFIN = Method("griffin", "topk", 0.5)
@@ -39,6 +42,13 @@ def requests() -> list[Request]:
     made = [Request(tokens(context), tokens(length)) for context, length in [(30, 4), (3, 9), (17, 1), (2, 1), (45, 2)]]
     shared = tokens(12)
     return [*made, Request(shared, (7,)), Request(shared, (9,)), Request(tokens(1), tokens(3))]
+
+
+def score(
+    loaded: LoadedModel, asked: list[Request], methods: list[Method], protocol: str, batch_size: int
+) -> dict[Method, list[Score]]:
+    engine = griffin.Engine(loaded.model)
+    return scoring.score(loaded, asked, methods, engine, protocol, batch_size, seed=0)
 
 
 @contextmanager
@@ -73,7 +83,7 @@ def literal(model: Any, request: Request, method: Method, protocol: str) -> Iter
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("method", [GRIFFIN, MAGNITUDE], ids=lambda method: method.statistic)
 def test_every_request_agrees_with_a_literal_reading(loaded: LoadedModel, method: Method, protocol: str) -> None:
-    found = score(loaded, requests(), [method], protocol, batch_size=1, seed=0)[method]
+    found = score(loaded, requests(), [method], protocol, batch_size=1)[method]
     for request, one in zip(requests(), found, strict=True):
         with literal(loaded.model, request, method, protocol) as ids, torch.no_grad():
             logprobs = loaded.model(ids).logits[0, -len(request.continuation) :].log_softmax(dim=-1)
@@ -85,8 +95,8 @@ def test_every_request_agrees_with_a_literal_reading(loaded: LoadedModel, method
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_batch_gives_each_request_what_it_gets_alone(loaded: LoadedModel, protocol: str) -> None:
     methods = [DENSE, GRIFFIN, MAGNITUDE]
-    alone = score(loaded, requests(), methods, protocol, batch_size=1, seed=0)
-    batch = score(loaded, requests(), methods, protocol, batch_size=8, seed=0)
+    alone = score(loaded, requests(), methods, protocol, batch_size=1)
+    batch = score(loaded, requests(), methods, protocol, batch_size=8)
     for method in methods:
         for one, many in zip(alone[method], batch[method], strict=True):
             assert many.loglikelihood == pytest.approx(one.loglikelihood, rel=1e-5)
@@ -95,7 +105,7 @@ def test_a_batch_gives_each_request_what_it_gets_alone(loaded: LoadedModel, prot
 
 def test_the_protocols_differ_where_they_should(loaded: LoadedModel) -> None:
     paper, continuation = (
-        score(loaded, requests(), [DENSE, GRIFFIN], protocol, batch_size=4, seed=0) for protocol in PROTOCOLS
+        score(loaded, requests(), [DENSE, GRIFFIN], protocol, batch_size=4) for protocol in PROTOCOLS
     )
     for number, request in enumerate(requests()):
         dense = paper[DENSE][number].loglikelihood
@@ -107,13 +117,35 @@ def test_the_protocols_differ_where_they_should(loaded: LoadedModel) -> None:
 
 def test_methods_scored_together_equal_methods_scored_alone_to_the_bit(loaded: LoadedModel) -> None:
     methods = [DENSE, GRIFFIN, MAGNITUDE, Method("random", "sample", 0.25)]
-    together = score(loaded, requests(), methods, "paper", batch_size=4, seed=0)
+    together = score(loaded, requests(), methods, "paper", batch_size=1)
     for method in methods:
-        assert score(loaded, requests(), [method], "paper", batch_size=4, seed=0)[method] == together[method]
+        assert score(loaded, requests(), [method], "paper", batch_size=1)[method] == together[method]
+
+
+def test_log_likelihoods_are_summed_in_float32(loaded: LoadedModel) -> None:
+    half = LoadedModel(copy.deepcopy(loaded.model).to(torch.bfloat16), loaded.tokenizer, False, 4096, "cpu")
+    long = [Request(tuple(range(2, 40)), tuple(range(60, 90)))]
+    rounded = []
+    for method, protocol in ((DENSE, "paper"), (GRIFFIN, "paper"), (GRIFFIN, "continuation")):
+        ((found,),) = score(half, long, [method], protocol, batch_size=1).values()
+        if method.dense:
+            logits = half.model(torch.tensor([(long[0].context + long[0].continuation)[:-1]])).logits[0, -30:]
+        else:
+            with literal(half.model, long[0], method, protocol) as ids:
+                logits = half.model(ids).logits[0, -30:]
+        each, in_half = (
+            kind.log_softmax(dim=-1)[range(30), long[0].continuation].sum() for kind in (logits.float(), logits)
+        )
+        # Experts of a statistic in bfloat16 may be others in the literal reading.
+        tolerance = 1e-6 if method.dense else 2e-3
+        assert found.loglikelihood == pytest.approx(float(each), rel=tolerance)
+        assert found.loglikelihood != float(torch.tensor(found.loglikelihood).bfloat16()), "not a number of 8 bits"
+        rounded.append(float(in_half))
+    assert all(value == float(torch.tensor(value).bfloat16()) for value in rounded)
 
 
 def test_sparsity_0_is_the_dense_model_to_the_bit(loaded: LoadedModel) -> None:
-    dense = score(loaded, requests(), [DENSE], "paper", batch_size=1, seed=0)[DENSE]
+    dense = score(loaded, requests(), [DENSE], "paper", batch_size=1)[DENSE]
     for request, one in zip(requests(), dense, strict=True):
         ids = torch.tensor([(request.context + request.continuation)[:-1]])
         logits = loaded.model(ids, logits_to_keep=len(request.continuation)).logits[0]
@@ -126,5 +158,5 @@ def test_what_does_not_fit_loses_tokens_on_the_left(loaded: LoadedModel) -> None
     long = Request(tuple(range(2, 40)), (50, 51))
     kept = Request(long.context[-9:], long.continuation)
     for method in (DENSE, GRIFFIN):
-        cut = score(small, [long], [method], "paper", batch_size=1, seed=0)
-        assert cut == score(small, [kept], [method], "paper", batch_size=1, seed=0)
+        cut = score(small, [long], [method], "paper", batch_size=1)
+        assert cut == score(small, [kept], [method], "paper", batch_size=1)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from calling import Outcome, composed, read_record, read_samples, run_folder, run_folders, tiny
+from calling import Outcome, composed, prompts_run, ran, read_record, read_samples, timeless, tiny
 
 import griffin
+from pipelines.composition import Call
+from pipelines.job import attempt
 from pipelines.models import load
+from pipelines.sweeps.run_status import FAILED
 from pipelines.tasks.fidelity import compare
 from pipelines.tasks.prompts import read_prompts
 
 TEXT = "The tide comes in twice a day, and the harbour fills slowly. " * 30
 
 
-def perplexity(tmp_path: Path, *more: str) -> list[str]:
-    (tmp_path / "text.txt").write_text(TEXT)
+def perplexity(folder: Path, *more: str) -> list[str]:
+    (folder / "text.txt").write_text(TEXT)
     return [
         "model=random_tiny",
         "task=perplexity",
-        f"task.data_files={tmp_path / 'text.txt'}",
+        f"task.data_files={folder / 'text.txt'}",
         "task.prompt_lengths=[12,40]",
         "task.generation_lengths=[5,16]",
         "limit=3",
@@ -32,10 +36,14 @@ def perplexity(tmp_path: Path, *more: str) -> list[str]:
     ]
 
 
-def test_perplexity_of_every_cell_is_that_of_plain_calls(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def fidelity(out: Path, *more: str, rows: int = 3, tokens: int = 12) -> list[str]:
+    return tiny(out, "task.kind=fidelity", *more, rows=rows, tokens=tokens)
+
+
+def test_perplexity_of_every_cell_is_that_of_plain_calls(tmp_path: Path) -> None:
     options = perplexity(tmp_path, f"output_dir={tmp_path / 'out'}", "statistic=wanda")
-    assert call(*options).code == 0
-    metrics = read_record(run_folder(tmp_path / "out"))["metrics"]
+    (folder,) = ran(*options)
+    metrics = read_record(folder)["metrics"]
     assert metrics["samples"] == 3
 
     config = composed(*options)
@@ -65,13 +73,12 @@ def test_a_text_too_short_and_a_window_too_long_are_told(call: Callable[..., Out
         assert "Traceback" not in ended.err
 
 
-def test_fidelity_is_the_kl_of_plain_calls(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    options = tiny(tmp_path / "out", "task.kind=fidelity", rows=2, tokens=6)
-    assert call(*options).code == 0
-    samples = read_samples(run_folder(tmp_path / "out"))
+def test_fidelity_is_the_kl_of_plain_calls(tmp_path: Path) -> None:
+    options = fidelity(tmp_path / "out", rows=2, tokens=6)
+    (folder,) = ran(*options)
     config = composed(*options)
     loaded = load(config.model, "cpu", 0)
-    for sample, prompt in zip(samples, read_prompts(config.task, 2), strict=True):
+    for sample, prompt in zip(read_samples(folder), read_prompts(config.task, 2), strict=True):
         ids = torch.tensor([loaded.encode(prompt.text)])
         greedy = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         continuation = greedy[:, ids.shape[1] :]
@@ -86,45 +93,95 @@ def test_fidelity_is_the_kl_of_plain_calls(call: Callable[..., Outcome], tmp_pat
         )
 
 
-def test_dense_fidelity_is_perfect_and_a_grid_equals_separate_runs(
-    call: Callable[..., Outcome], tmp_path: Path
+# Every way to follow the text, beside two statistics and the dense run.
+GRID = ("grid.statistic=[griffin,random]", "grid.sparsity=[0,0.5]", "compensation=ridge")
+REFRESHING = "grid.refresh=[none,experts,compensation]"
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Seven methods on the same texts, one row at a time."""
+    return ran(*fidelity(tmp_path_factory.mktemp("fidelity") / "out", *GRID, REFRESHING))
+
+
+def test_a_grid_equals_separate_runs_to_the_bit(together: list[Path], tmp_path: Path) -> None:
+    separate = [
+        ran(*fidelity(tmp_path / "out", "compensation=ridge", *method))
+        for method in (
+            ["sparsity=0"],
+            *([f"refresh={refresh}"] for refresh in ("none", "experts", "compensation")),
+            ["statistic=random", "refresh=experts"],
+        )
+    ]
+    alone = {folder.name: timeless(folder) for (folder,) in separate}
+    assert len(alone) == 5
+    assert {folder.name: timeless(folder) for folder in together if folder.name in alone} == alone
+
+
+def test_dense_fidelity_is_perfect(together: list[Path]) -> None:
+    assert "dense" in together[0].name
+    metrics = read_record(together[0])["metrics"]
+    assert (metrics["kl"], metrics["top1_agreement"]) == (0.0, 1.0)
+    assert all(read_record(folder)["metrics"]["kl"] > 0 for folder in together[1:])
+
+
+def test_what_follows_the_text_is_read_again_by_the_dense_model(together: list[Path]) -> None:
+    none, *followed = together[1:4]
+    assert len({read_record(folder)["metrics"]["kl"] for folder in together[1:4]}) == 3
+    for folder in followed:
+        for before, sample in zip(read_samples(none), read_samples(folder), strict=True):
+            assert sample["kl_by_token"][:8] == pytest.approx(before["kl_by_token"][:8], abs=2e-6)
+            assert sample["kl_by_token"][8] == pytest.approx(0, abs=2e-6) != before["kl_by_token"][8]
+
+
+def same_up_to_rounding(one: Any, other: Any) -> bool:
+    """Whether records or samples, nested, have the same keys and the same numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_up_to_rounding(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_up_to_rounding, one, other))
+    return bool(one == pytest.approx(other, rel=1e-3, abs=2e-6) if isinstance(one, float) else one == other)
+
+
+def test_batches_of_fidelity_are_their_rows_up_to_rounding(
+    together: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = "task.kind=fidelity"
-    call(*tiny(tmp_path / "grid", kind, "grid.statistic=[griffin,random]", "grid.sparsity=[0,0.5]"))
-    for method in ("sparsity=0", "statistic=griffin", "statistic=random"):
-        call(*tiny(tmp_path / "alone", kind, method))
-    together, alone = run_folders(tmp_path / "grid"), run_folders(tmp_path / "alone")
+    lengths = prompts_run(monkeypatch)
+    batch = ran(*fidelity(tmp_path / "out", *GRID, REFRESHING, "batch_size=5"))
+    assert len(lengths) == 3, "each prompt runs once for all methods"
+    for one, other in zip(together, batch, strict=True):
+        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
+
+
+def test_batches_of_perplexity_are_their_rows_up_to_rounding(tmp_path: Path) -> None:
+    options = perplexity(tmp_path, *GRID)
+    alone = ran(*options, f"output_dir={tmp_path / 'alone'}")
+    batch = ran(*options, f"output_dir={tmp_path / 'batch'}", "batch_size=4")
     assert len(alone) == 3
-    for one, other in zip(together, alone, strict=True):
-        assert one.name == other.name
-        assert read_record(one)["metrics"] == read_record(other)["metrics"]
-    dense = next(path for path in alone if "dense" in path.name)
-    assert read_record(dense)["metrics"]["kl"] == 0.0
-    assert read_record(dense)["metrics"]["top1_agreement"] == 1.0
+    assert len({read_record(folder)["metrics"]["perplexity"] for folder in alone}) == 3
+    for one, other in zip(alone, batch, strict=True):
+        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
 
 
-REFRESHING = ["compensation=ridge", "grid.refresh=[none,experts,compensation]"]
-
-
-@pytest.mark.parametrize("kind", ["fidelity", "generation"])
-def test_methods_that_follow_the_text_do_not_disturb_each_other(
-    kind: str, call: Callable[..., Outcome], tmp_path: Path
+def test_the_plain_model_has_the_same_likelihoods_up_to_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [f"task.kind={kind}"]
-    call(*tiny(tmp_path / "grid", *options, *REFRESHING, tokens=14))
-    for refresh in ("none", "experts", "compensation"):
-        call(*tiny(tmp_path / "alone", *options, "compensation=ridge", f"refresh={refresh}", tokens=14))
-    together, alone = run_folders(tmp_path / "grid"), run_folders(tmp_path / "alone")
-    assert [one.name for one in together] == [other.name for other in alone]
-    metrics = [read_record(one)["metrics"] for one in together]
-    assert metrics == [read_record(other)["metrics"] for other in alone]
-    if kind == "fidelity":
-        assert len({one["kl"] for one in metrics}) == 3
-        by_token = [[sample["kl_by_token"] for sample in read_samples(one)] for one in together]
-        for none, *followed in zip(*by_token, strict=True):
-            for other in followed:
-                assert other[:8] == pytest.approx(none[:8], abs=2e-6)
-                assert other[8] == pytest.approx(0, abs=2e-6) != none[8]  # the reading is the dense model's
+    options = perplexity(tmp_path, "grid.sparsity=[0,0.5]")
+    pieces = ran(*options, f"output_dir={tmp_path / 'pieces'}")
+    monkeypatch.setattr(griffin, "linear_in_pieces", lambda _: pytest.fail("multiplied in pieces"))
+    plain = ran(*options, f"output_dir={tmp_path / 'plain'}", "cpu_pieces=false")
+    for one, other in zip(pieces, plain, strict=True):
+        assert one.name == other.name, "the same run: results differ by rounding only"
+        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_oracle_has_seen_the_text_that_it_is_judged_on(batch_size: int, tmp_path: Path) -> None:
+    grid = ["grid.statistic=[griffin,oracle]", "sparsity=0.5", f"batch_size={batch_size}"]
+    griffins, oracles = (read_record(folder)["metrics"] for folder in ran(*fidelity(tmp_path / "out", *grid)))
+    assert 0 < oracles["kl"] < griffins["kl"]
+    (alone,) = ran(*fidelity(tmp_path / "alone", "statistic=oracle", f"batch_size={batch_size}"))
+    assert read_record(alone)["metrics"]["kl"] == pytest.approx(oracles["kl"], rel=1e-3 if batch_size > 1 else 0)
 
 
 def test_compare_against_the_formula() -> None:
@@ -135,15 +192,35 @@ def test_compare_against_the_formula() -> None:
     assert agreement_C.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("task", ["fidelity", "briefs_choice", "briefs_qa"])
-@pytest.mark.parametrize("override", ["sparsity=[0.5,0.2]", "model.architecture.model_type=mixtral"])
+RECURRENT = [
+    *("model.architecture.model_type=falcon_h1", "+model.architecture.mamba_d_ssm=64"),
+    *("+model.architecture.mamba_n_heads=4", "+model.architecture.mamba_d_head=16"),
+    *("+model.architecture.mamba_d_state=8", "+model.architecture.mamba_n_groups=1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "word"),
+    [
+        ("per layer", ["sparsity=[0.5,0.2]"], "3"),
+        ("mixture", ["model.architecture.model_type=mixtral"], "mixture"),
+        ("recurrent", RECURRENT, "layer 0"),
+    ],
+)
 def test_what_only_the_model_can_tell_is_one_line(
-    task: str, override: str, call: Callable[..., Outcome], tmp_path: Path
+    name: str, overrides: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = ["model=random_tiny", f"task={task}", "limit=1", f"output_dir={tmp_path}", "wandb.mode=disabled"]
-    ended = call(*plain, override)
-    assert ended.code == 1
-    (line,) = ended.lines("error: ")
-    assert "model=random_tiny" in line
-    assert "Traceback" not in ended.err
-    assert not list(tmp_path.rglob("record.json"))
+    for task in ("briefs", "fidelity", "briefs_choice", "briefs_qa", "perplexity", "flocking", "latency"):
+        if (name, task) == ("per layer", "flocking"):
+            continue  # which prunes nothing
+        plain = ["model=random_tiny", f"task={task}", "limit=1", "wandb.mode=disabled"]
+        plain = perplexity(tmp_path) if task == "perplexity" else plain
+        plain = [*plain, "task.repeats=1"] if task == "latency" else plain
+        (status,) = attempt(composed(*plain, f"output_dir={tmp_path / task}", *overrides), Call((), None, single=True))
+        told = capsys.readouterr().err
+        (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+        assert (status.state, f"error: {status.reason}") == (FAILED, line)
+        assert "Traceback" not in told
+        assert "model=random_tiny" in line
+        assert word in line
+        assert not list(tmp_path.rglob("record.json"))
