@@ -113,7 +113,7 @@ class Compact:
         assert experts is not None
         if experts is self._loaded:
             return
-        known = self._loaded.neurons is experts.neurons if self._loaded is not None else False
+        known = self._loaded is not None and _goes_on(experts, self._loaded)
         for layer, (block, neurons_K) in enumerate(zip(self._blocks, experts.neurons, strict=True)):
             if len(neurons_K) == block.width:
                 continue
@@ -136,18 +136,23 @@ class Compact:
                 for projection in self._compact[layer]:
                     projection.install()
                 unwatch(block)
+            elif layer in self._compact:  # experts that were loaded before may still be at work in it
+                self._off(layer)
 
     def off(self) -> None:
         """Compute with the modules' own parameters, the same objects as before."""
-        for layer, projections in self._compact.items():
-            for projection in projections:
-                projection.uninstall()
-            watch(self._blocks[layer])
+        for layer in self._compact:
+            self._off(layer)
 
     def unload(self) -> None:
         """Compute densely, and free the buffers."""
         self.off()
         self._compact, self._loaded = {}, None
+
+    def _off(self, layer: int) -> None:
+        for projection in self._compact[layer]:
+            projection.uninstall()
+        watch(self._blocks[layer])
 
     def _projections(self, layer: int) -> list[CompactProjection]:
         if layer not in self._compact:
@@ -157,6 +162,12 @@ class Compact:
                 CompactProjection(block.output, neurons_out=False, parts=1),
             ]
         return self._compact[layer]
+
+
+def _goes_on(experts: Experts, before: Experts) -> bool:
+    """Whether these are the same neurons with further corrections, if any."""
+    corrections = zip(experts.corrections, before.corrections, strict=True)
+    return experts.neurons is before.neurons and all(now[: len(then)] == then for now, then in corrections)
 
 
 class CompactProjection:
