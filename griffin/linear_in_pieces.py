@@ -26,7 +26,7 @@ def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     outputs = len(weight_OI) // PIECES * PIECES
     rows_PQI = weight_OI[:outputs].view(PIECES, -1, weight_OI.shape[1])
     product_PTQ = torch.bmm(x_TI.expand(PIECES, -1, -1), rows_PQI.transpose(1, 2))
-    product_TO = product_PTQ.transpose(0, 1).flatten(1)
+    product_TO = product_PTQ.transpose(0, 1).flatten(1).contiguous()  # flattening single rows copies nothing
     if outputs < len(weight_OI):
         product_TO = torch.cat([product_TO, functional.linear(x_TI, weight_OI[outputs:])], dim=1)
     return product_TO if bias_O is None else product_TO + bias_O
@@ -62,6 +62,6 @@ def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         tokens = x.numel() // x.shape[-1]
         if not 0 < tokens <= FEW or torch.is_autocast_enabled("cpu"):
             return functional.linear(x, module.weight, module.bias)
-        return multiply(x.flatten(0, -2), module.weight, module.bias).view(*x.shape[:-1], -1)
+        return multiply(x.reshape(tokens, -1), module.weight, module.bias).view(*x.shape[:-1], -1)
 
     return forward
