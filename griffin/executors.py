@@ -117,13 +117,13 @@ class Compact:
         if experts is self._loaded:
             return
         loaded, self._loaded = self._loaded, None  # nothing is whole before all of it is gathered
+        goes_on = loaded is not None and _goes_on(experts, loaded)
         for layer, (block, neurons_K) in enumerate(zip(self._blocks, experts.neurons, strict=True)):
             if len(neurons_K) == block.width:
                 continue
             corrections = experts.corrections[layer]
-            before = loaded.corrections[layer] if loaded is not None else ()
-            if loaded is not None and loaded.neurons is experts.neurons and corrections[: len(before)] == before:
-                corrections = corrections[len(before) :]
+            if goes_on and loaded is not None:
+                corrections = corrections[len(loaded.corrections[layer]) :]
             else:
                 bring(block)
                 for projection in self._projections(layer):
@@ -140,18 +140,23 @@ class Compact:
                 for projection in self._compact[layer]:
                     projection.install()
                 unwatch(block)
+            elif layer in self._compact:  # experts that were loaded before may still be at work in it
+                self._off(layer)
 
     def off(self) -> None:
         """Compute with the modules' own parameters, the same objects as before."""
-        for layer, projections in self._compact.items():
-            for projection in projections:
-                projection.uninstall()
-            watch(self._blocks[layer])
+        for layer in self._compact:
+            self._off(layer)
 
     def unload(self) -> None:
         """Compute densely, and free the buffers."""
         self.off()
         self._compact, self._loaded = {}, None
+
+    def _off(self, layer: int) -> None:
+        for projection in self._compact[layer]:
+            projection.uninstall()
+        watch(self._blocks[layer])
 
     def _projections(self, layer: int) -> list[CompactProjection]:
         if layer not in self._compact:
@@ -161,6 +166,12 @@ class Compact:
                 CompactProjection(block.output, neurons_out=False, parts=1),
             ]
         return self._compact[layer]
+
+
+def _goes_on(experts: Experts, before: Experts) -> bool:
+    """Whether these are the same neurons with further corrections, if any."""
+    corrections = zip(experts.corrections, before.corrections, strict=True)
+    return experts.neurons is before.neurons and all(now[: len(then)] == then for now, then in corrections)
 
 
 class CompactProjection:

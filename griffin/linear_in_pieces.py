@@ -34,7 +34,7 @@ def multiply(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
     weight_PQI = weight_OI[:outputs].view(PIECES, -1, weight_OI.shape[1])
     if len(x_TI) < WEIGHTS_LEFT:
         product_PTQ = torch.bmm(x_TI.expand(PIECES, -1, -1), weight_PQI.transpose(1, 2))
-        product_TO = product_PTQ.transpose(0, 1).flatten(1)
+        product_TO = product_PTQ.transpose(0, 1).flatten(1).contiguous()  # flattening single rows copies nothing
     else:
         product_PQT = torch.bmm(weight_PQI, x_TI.T.expand(PIECES, -1, -1))
         product_TO = product_PQT.flatten(0, 1).T.contiguous()
@@ -73,6 +73,6 @@ def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         tokens = x.numel() // x.shape[-1]
         if not LEAST <= tokens <= MOST or torch.is_autocast_enabled("cpu"):
             return functional.linear(x, module.weight, module.bias)
-        return multiply(x.flatten(0, -2), module.weight, module.bias).view(*x.shape[:-1], -1)
+        return multiply(x.reshape(tokens, -1), module.weight, module.bias).view(*x.shape[:-1], -1)
 
     return forward

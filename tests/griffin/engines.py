@@ -88,11 +88,11 @@ def refuse_parting(
 
 
 @torch.no_grad()
-def plain_logits(model: PreTrainedModel, ids: Sequence[int], *calls: Sequence[int]) -> list[Tensor]:
-    """Per forward call of the model as it is, prompt first, the logits [S, V]; it keeps its own KV cache."""
+def plain_logits(model: PreTrainedModel, *calls: Sequence[int], keep: int = 0) -> list[Tensor]:
+    """Per forward call of the model as it is, with its own KV cache, the logits [S, V], or the last ones to keep."""
     cache, found = None, []
-    for call in (ids, *calls):
-        output = model(torch.tensor([call]), past_key_values=cache, use_cache=True)
+    for call in calls:
+        output = model(torch.tensor([call]), past_key_values=cache, use_cache=True, logits_to_keep=keep)
         cache = output.past_key_values
         found.append(output.logits[0])
     return found
