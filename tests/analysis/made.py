@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pipelines.flocking_measures import MEASURES, TEXTS
 
 from pipelines.old_records import upgraded
+from pipelines.tasks.flocking_measures import MEASURES, TEXTS
 
 Record = dict[str, Any]
 

@@ -84,7 +84,7 @@ def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
 
 def test_one_method_has_one_colour_in_all_figures() -> None:
     fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
-    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, other={0.5: 12.0}), record("fast", "latency", metrics=fast)])
+    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), record("fast", "latency", metrics=fast)])
     styles = Styles(runs["family"])
     sparsity = drawn(only(quality_figures.against_sparsity(runs, styles)))
     speed = drawn(only(quality_figures.against_speed(runs, styles)))

@@ -10,6 +10,7 @@ from made import old_record, record, score
 from analysis import frame as frame_module
 from analysis.frame import COLUMNS, frame, select
 from analysis.runs import checked
+from griffin import Method
 from pipelines import description
 
 
@@ -89,8 +90,9 @@ def test_an_old_record_shows_what_a_new_one_shows() -> None:
     new = []
     for one in (plain, ridge):
         config = later | {"offload_dense": False} | one["config"]
+        method = Method(sparsity=config["sparsity"], compensation=config["compensation"])
         entries = {
-            "method": description.method_entry(config),
+            "method": description.method_entry(config, method.label, method.family),
             "evaluation": description.evaluation_entry(config, one["environment"]),
         }
         new.append(checked(one | {"config": config} | entries, one["run_id"]))
@@ -101,7 +103,7 @@ def test_an_old_record_shows_what_a_new_one_shows() -> None:
 
 
 def test_an_old_records_words_are_made_where_a_new_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(description, "family", lambda method: "other words")
+    monkeypatch.setattr(Method, "family", property(lambda method: "other words"))
     (row,) = frame([checked(old_record("a", compensation="ridge"), "a")]).itertuples()
     assert (row.family, row.method) == ("other words", "other words 50%")
 
@@ -117,15 +119,15 @@ def test_new_axes_are_methods_of_their_own() -> None:
         [
             record("a"),
             record("b", compensation="ridge"),
-            record("c", budget="global"),
+            record("c", budget="late"),
             record("d", selection="sample"),
             record("e", shared_experts=True),
-            record("f", statistic="impact", compensation="ridge"),
+            record("f", statistic="impact", compensation="ridge", refresh="experts"),
         ]
     )
     assert set(table["method"]) == {
-        *("griffin 50%", "griffin+ridge 50%", "griffin global 50%", "griffin sample 50%"),
-        *("griffin shared 50%", "impact+ridge 50%"),
+        *("griffin 50%", "griffin+ridge 50%", "griffin late 50%", "griffin sample 50%"),
+        *("griffin shared 50%", "impact+ridge refresh=experts 50%"),
     }
 
 

@@ -80,7 +80,8 @@ def test_a_damaged_record_is_told(text: str, runs: Path) -> None:
         ({"timing": None}, "timing"),
         ({"method": {"label": ""}}, "method.label"),
         ({"method": ["griffin"]}, "method"),
-        ({"config__statistic": ...}, "config.statistic"),
+        ({"method": ..., "config__statistic": ...}, "config.statistic"),  # an old one, whose words follow from these
+        ({"method": ..., "config__statistic": "foo"}, "statistic='foo'"),
     ],
 )
 def test_a_record_that_is_none_is_told(values: dict[str, Any], words: str, runs: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calling import Outcome, composed, read_record, read_samples, run_folder
+from calling import Outcome, composed, ran, read_record, read_samples
 
 import griffin
 from pipelines import models, packaged_models
@@ -30,13 +30,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def no_network() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("a connection was attempted")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,8 @@ def test_a_second_call_converts_nothing(cache: Path, monkeypatch: pytest.MonkeyP
     assert sorted((path, path.stat().st_mtime_ns) for path in cache.rglob("*")) == before
 
 
-@pytest.mark.usefixtures("cache", "no_network")
-def test_loading_needs_no_network() -> None:
-    loaded = models.load(composed(MODEL).model, "cpu", 0)
+def test_loading_needs_no_network(smollm2: LoadedModel) -> None:
+    loaded = smollm2
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
     assert loaded.encode("The Suez Canal") == loaded.tokenizer("The Suez Canal")["input_ids"]
@@ -87,13 +88,12 @@ def test_sparsity_zero_is_bit_identical_to_dense(mode: str, smollm2: LoadedModel
     assert all(torch.equal(*steps) for steps in zip(pruned.logits, dense.logits, strict=True))
 
 
-@pytest.mark.usefixtures("cache", "no_network")
-def test_half_of_the_neurons_end_to_end(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_half_of_the_neurons_end_to_end(smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.evaluation.kept_model", lambda *_: smollm2)
     out = tmp_path / "out"
-    ended = call(MODEL, "limit=2", "task.max_new_tokens=16", f"output_dir={out}", "wandb.mode=disabled")
-    assert ended.code == 0
-    assert "griffin 50%" in ended.out
-    record, samples = read_record(run_folder(out)), read_samples(run_folder(out))
+    options = ["limit=2", "task.max_new_tokens=16", "task.shots=0", f"output_dir={out}", "wandb.mode=disabled"]
+    (folder,) = ran(MODEL, *options)
+    record, samples = read_record(folder), read_samples(folder)
     assert record["metrics"]["samples"] == 2
     assert record["metrics"]["rouge1"] > 1, "a real model's summaries share words with the reference"
     assert [sample["index"] for sample in samples if not 0 < sample["generated_tokens"] <= 16] == []

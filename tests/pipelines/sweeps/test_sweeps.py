@@ -43,9 +43,12 @@ def launcher_of(*overrides: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_with_every_launcher(experiment: str, launcher: str) -> None:
+def test_every_launcher_composes_and_no_experiment_chooses_another(launcher: str) -> None:
+    # Groups are composed one by one, so one experiment stands for all where none sets anything of the launcher's.
+    experiment = EXPERIMENTS[0]
     assert composed(f"experiment={experiment}", f"launcher={launcher}") == composed(f"experiment={experiment}")
+    texts = [(CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8") for name in EXPERIMENTS]
+    assert [text for text in texts if "override /launcher" in text or "launcher:" in text] == []
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "slurm_gpu"])
@@ -75,6 +78,9 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     assert swept.out.splitlines()[-1] == "2 finished, 4 failed"
     rows = {" ".join(line.split()[:2]): " ".join(line.split()[2:]) for line in table.splitlines()}
     assert rows["sparsity=0.5 batch_size=1"] == "griffin 50% finished"
+    records = [read_record(folder) for folder in run_folders(tmp_path / "out")]
+    assert sorted(record["config"]["sparsity"] for record in records) == [0, 0.5]
+    assert len(swept.lines("error: ")) == 4, "none of them stops the others"
     assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected a number")
     assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected a whole number, 1 or more")
     again = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
