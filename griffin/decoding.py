@@ -120,6 +120,8 @@ class Batch:
     def add(self, row: Row) -> None:
         """Take in a row: its prompt's KV cache is copied, and no longer held by the row."""
         length = row.state.length
+        if not self.rows:
+            self._end = 0  # a row by itself is where it would be without those before it
         longest = max([length, *(self._end - begin for begin in self._begins)])
         if longest > self._end or self._end + self._room > self._columns:
             self._cache.shift(len(self.rows), min(self._begins, default=self._end), self._end, longest)
