@@ -153,6 +153,20 @@ def test_what_ends_at_once_makes_room_at_once() -> None:
     assert not list(decode(engine, [], 0, 2, 17, Generation(3, Recorder(), never)))
 
 
+@pytest.mark.parametrize("family", ["llama", SLIDING])
+def test_whole_caches_as_compiled_graphs_need_them_give_the_same_texts(family: str) -> None:
+    """All rows come first and stay; what comes after the end of a row is discarded."""
+    model, expected = tiny(family), alone(family)
+    engine = Engine(model, compiled=model)
+    count = len(expected)
+    found = generated(engine, rows(engine, METHODS), count, LIMIT, most=count, longest=17, ended=ended)
+    assert found.keys() == expected.keys()
+    for label, (text, logits) in found.items():
+        assert refuse_parting((text, logits[: len(text)]), expected[label]) == 0
+    with pytest.raises(ValueError, match="compiled"):
+        generated(engine, rows(engine, METHODS), count, LIMIT, most=count - 1, longest=17)
+
+
 def test_a_batch_takes_several_tokens_a_step() -> None:
     engine, ids = Engine(tiny("llama")), torch.tensor([tokens(6, 1), tokens(6, 2)])
     found = []
