@@ -212,10 +212,10 @@ class Recorder:
 
     @property
     def recorded(self) -> Recorded:
-        """Everything that was recorded so far, the last forward call included."""
+        """All that is wanted as recorded so far, the last forward call included."""
         if self._recorded is None:
             positions, before = self._positions, self._before
-            totals = dict(before.totals)
+            totals = {}  # without what is recorded no more, which would be of the beginning only
             for statistic, parts in self._parts.items():
                 earlier = before.totals.get(statistic)
                 totals[statistic] = tuple(

@@ -282,7 +282,12 @@ def decode(
 
     Yields:
         Each row as it ends.
+
+    Raises:
+        ValueError: more rows than can run at a time, and the engine is compiled.
     """
+    if engine.compiled is not None and count > most:
+        raise ValueError(f"{count} rows, {most} at a time, of a compiled engine: its rows all come first and stay")
     coming = iter(rows)
     batch = Batch(engine, min(most, count), longest, room or generation.limit, waiting=count > most > 1)
     ended: set[Row] = set()  # rows of a compiled batch whose tokens are discarded

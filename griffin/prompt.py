@@ -109,7 +109,13 @@ def prefill(
     width, device = max(lengths), engine.device
     before = Recorded(torch.zeros(len(prompts), dtype=torch.int64, device=device))
     cache, start = KVCache(len(prompts), width), 0
-    if prefix is not None and prefix.cache is not None and len(prompts) == 1 and _shared(prompts[0], prefix.ids):
+    if (
+        prefix is not None
+        and prefix.cache is not None
+        and len(prompts) == 1
+        and len(prefix.ids) <= counts[0]
+        and _shared(prompts[0], prefix.ids)
+    ):
         start, before = len(prefix.ids), prefix.recorded
         cache.put(0, prefix.cache, start)
         cache.show(1, 0, start)

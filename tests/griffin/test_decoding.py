@@ -114,20 +114,24 @@ def test_methods_differ() -> None:
 @pytest.mark.parametrize("family", [*ONE_PER_LAYOUT, SLIDING])
 @pytest.mark.parametrize("mode", ["auto", "masked"])
 def test_sparsity_0_is_the_plain_model_to_the_bit(family: str, mode: str) -> None:
-    model, ids = tiny(family), tokens(6)
+    """For prompts one after the other, which begin in other columns of one KV cache."""
+    model, prompts = tiny(family), [tokens(6, 1), tokens(4, 2), tokens(5, 3)]
     engine = Engine(model, mode=mode)
-    state = prefilled(engine, ids)
-    for method in (Method(sparsity=0.0), Method("wanda", compensation="ridge", refresh="experts", sparsity=0.0)):
-        (row,) = begin(engine, [state], method)
-        ((text, logits),) = generated(engine, [row], 1, 9).values()
-        # The plain cache forgets what a sliding window of 8 positions has passed, so sums have fewer terms.
-        same = 2 if family == SLIDING else 9
-        plain = torch.cat(plain_logits(model, ids, *([token] for token in text[:-1]), keep=1))
-        assert torch.equal(logits[:same], plain[:same])
-        assert difference(logits, plain) < TOLERANCE
-        (row,) = begin(engine, [state], method)
-        ((_, scored),) = score(engine, [(row, text[:2])], 1)
-        assert torch.equal(scored, plain_logits(model, ids, text[:2])[1])
+    states = [prefilled(engine, ids) for ids in prompts]
+    refreshed = Method("wanda", compensation="ridge", refresh="experts", sparsity=0.0)
+    for method in (Method(sparsity=0.0), refreshed):
+        members = [begin(engine, [state], method, labels=[label])[0] for label, state in enumerate(states)]
+        found = generated(engine, members, 3, 9)
+        for label, ids in enumerate(prompts):
+            text, logits = found[label]
+            # The plain cache forgets what a sliding window of 8 positions has passed, so sums have fewer terms.
+            same = 8 - len(ids) if family == SLIDING else 9
+            plain = torch.cat(plain_logits(model, ids, *([token] for token in text[:-1]), keep=1))
+            assert torch.equal(logits[:same], plain[:same])
+            assert difference(logits, plain) < TOLERANCE
+            (row,) = begin(engine, [states[label]], method)
+            ((_, scored),) = score(engine, [(row, text[:2])], 1)
+            assert torch.equal(scored, plain_logits(model, ids, text[:2])[1])
 
 
 def test_a_prompt_runs_when_there_is_room_for_it() -> None:
@@ -151,6 +155,20 @@ def test_what_ends_at_once_makes_room_at_once() -> None:
     found = generated(engine, rows(engine, METHODS[:3]), 9, 1, most=2, longest=17)
     assert [len(text) for text, _ in found.values()] == [1] * 9
     assert not list(decode(engine, [], 0, 2, 17, Generation(3, Recorder(), never)))
+
+
+@pytest.mark.parametrize("family", ["llama", SLIDING])
+def test_whole_caches_as_compiled_graphs_need_them_give_the_same_texts(family: str) -> None:
+    """All rows come first and stay; what comes after the end of a row is discarded."""
+    model, expected = tiny(family), alone(family)
+    engine = Engine(model, compiled=model)
+    count = len(expected)
+    found = generated(engine, rows(engine, METHODS), count, LIMIT, most=count, longest=17, ended=ended)
+    assert found.keys() == expected.keys()
+    for label, (text, logits) in found.items():
+        assert refuse_parting((text, logits[: len(text)]), expected[label]) == 0
+    with pytest.raises(ValueError, match="compiled"):
+        generated(engine, rows(engine, METHODS), count, LIMIT, most=count - 1, longest=17)
 
 
 def test_a_batch_takes_several_tokens_a_step() -> None:

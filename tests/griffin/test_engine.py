@@ -11,7 +11,7 @@ from engines import begun, generated, plain_logits, prefilled, tokens
 from families import LAYERS, ONE_PER_LAYOUT, build, tiny
 from running import difference
 from torch import nn
-from torch._inductor.compile_fx import compile_fx
+from torch._dynamo.backends.registry import lookup_backend
 
 import griffin
 from griffin import Engine, Experts, Method, choose, refuse_uncroppable
@@ -125,6 +125,7 @@ def test_models_without_a_kv_cache_that_can_be_cropped_are_refused() -> None:
 # -- compiled decoding ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     ("family", "methods", "generate_code"),
     [("llama", [Method(), Method("wanda", compensation="mean")], True), ("gemma3_text", [Method()], False)],
@@ -136,7 +137,7 @@ def test_compiled_decoding_gives_the_same_texts(family: str, methods: list[Metho
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(graph)
-        return compile_fx(graph, inputs) if generate_code else graph.forward
+        return lookup_backend("inductor")(graph, inputs) if generate_code else graph.forward
 
     torch._dynamo.reset()
     plain = Engine(model)

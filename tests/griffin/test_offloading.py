@@ -5,21 +5,27 @@ The device is the CPU here, and the copies to it are as real as to any other.
 
 from __future__ import annotations
 
-import copy
 import gc
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, ONE_PER_LAYOUT, build, fresh, tiny
+from engines import generated, tokens
+from families import LAYERS, ONE_PER_LAYOUT, build, fresh, tiny
 from prompts import prompt
-from running import TOKENS, generate
-from torch import nn
+from running import generate
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import griffin
+from griffin import Engine, Method, begin, prefill, prepare, score, wanted
 
 IDS = prompt(11)
+METHODS = [
+    *(Method(sparsity=0.0), Method(), Method("magnitude"), Method("glass"), Method("wanda", "sample")),
+    *(Method("random", sparsity=(0.5, 0.0, 0.75)), Method("joint", compensation="mean", budget="late")),
+    *(Method(compensation="ridge"), Method(compensation="ridge", refresh="compensation"), Method(refresh="experts")),
+]
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -28,44 +34,45 @@ def same(found: Any, expected: Any) -> bool:
     return torch.equal(found.sequences, expected.sequences) and all(torch.equal(*steps) for steps in pairs)
 
 
-def both(model: PreTrainedModel, *arguments: Any, tokens: int = TOKENS, **options: Any) -> list[Any]:
-    """A prompt that follows another one, pruned without offloading and with it."""
-    outputs = []
-    for offload_dense in (False, True):
-        with griffin.prune(model, *arguments, offload_dense=offload_dense, **options):
-            generate(model, prompt(7, 1))
-            outputs.append(generate(model, IDS, max_new_tokens=tokens))
-    return outputs
+def on_the_engine(model: PreTrainedModel) -> list[Tensor]:
+    """All logits of prompts under every method, compact and masked, generated and scored."""
+    engine, found = Engine(model), []
+    prepare(engine, METHODS)
+    states = prefill(engine, [tokens(9, 1), tokens(7, 2)], wanted(METHODS))
+    for most in (1, 3):  # a row alone is compact
+        rows = [begin(engine, states[:1], method, labels=[method])[0] for method in METHODS]
+        found += [logits for _, logits in generated(engine, rows, len(rows), 10, most=most).values()]
+    shared = begin(engine, states, METHODS[-1], labels=[0, 1])
+    found += [logits for _, logits in generated(engine, shared, 2, 10, most=2).values()]
+    (row,) = begin(engine, states[1:], METHODS[-2])
+    return [*found, *(logits for _, logits in score(engine, [(row, tokens(10))], 1))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_is_the_same_to_the_bit(family: str) -> None:
+@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+def test_the_engine_gives_the_same_to_the_bit(family: str) -> None:
     model = tiny(family)
-    kept, offloaded = both(model)
-    assert same(offloaded, kept)
-    assert not same(offloaded, generate(model, IDS)), "a model that was never pruned would pass"
+    expected = on_the_engine(model)
+    with griffin.Offload(model):
+        offloaded = on_the_engine(model)
+    again = on_the_engine(model)
+    for one, other, third in zip(expected, offloaded, again, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        *({"compensation": "mean"}, {"compensation": "ridge"}, {"statistic": "magnitude"}, {"statistic": "glass"}),
-        *({"refresh": "experts"}, {"refresh": "compensation", "compensation": "ridge"}),
-        *({"statistic": "wanda", "selection": "sample"}, {"statistic": "random"}, {"sparsity": [0.5, 0.0, 0.75]}),
-    ],
-    ids=str,
+    [{}, {"sparsity": [0.5, 0.0, 0.75]}, {"compensation": "ridge", "refresh": "compensation"}, {"sparsity": 0}],
+    ids=["griffin", "per-layer", "refresh", "dense"],
 )
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_so_is_every_part_of_a_method(family: str, options: dict[str, Any]) -> None:
-    kept, offloaded = both(tiny(family), tokens=12, **options)  # more than `refresh` waits for
-    assert same(offloaded, kept)
-
-
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_sparsity_0_is_bit_identical_to_dense(family: str) -> None:
-    model = tiny(family)
-    _, offloaded = both(model, 0)
-    assert same(offloaded, generate(model, IDS))
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_so_does_the_pruner(family: str, options: dict[str, Any]) -> None:
+    model, outputs = tiny(family), []
+    for offload_dense in (False, True):
+        with griffin.prune(model, offload_dense=offload_dense, **options):
+            model.generate(prompt(7, 1), max_new_tokens=3)
+            outputs.append(model.generate(IDS, max_new_tokens=10))
+    assert torch.equal(*outputs)
 
 
 def test_in_inference_mode_and_out_of_it() -> None:
@@ -81,47 +88,22 @@ def test_in_inference_mode_and_out_of_it() -> None:
         assert same(generate(model, IDS), expected)
 
 
-def test_blocks_of_different_widths() -> None:
-    model = fresh("llama")
-    narrow = copy.deepcopy(model.config)
-    narrow.intermediate_size = 48
-    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(narrow)
-    kept, offloaded = both(model)
-    assert same(offloaded, kept)
-
-
-@torch.no_grad()
-def test_a_dense_model_and_its_shared_prompts_run_offloaded() -> None:
-    model, token = tiny("llama"), prompt(1, 1)
-    shared = griffin.SharedPrompt(model, ["griffin", "wanda"], ["ridge"])
+def test_one_within_the_other_is_the_outer_one() -> None:
+    model = tiny("llama")
     dense = generate(model, IDS)
-
-    def continued() -> list[torch.Tensor]:
-        found = [shared.run_each([IDS[0]])]
-        for statistic in ("griffin", "wanda"):
-            experts = shared.experts(statistic, "topk", 0.5)
-            for mode in griffin.MODES:
-                with shared.pruned(experts, shared.corrections("ridge", experts), mode):
-                    found.append(model(token, past_key_values=shared.fork(1), use_cache=True).logits)
-        return found
-
+    with griffin.prune(model):
+        expected = generate(model, IDS)
     with griffin.Offload(model):
         assert same(generate(model, IDS), dense)
-        offloaded = continued()
-        with griffin.prune(model, offload_dense=True):  # one in the other is the outer one
-            pruned = generate(model, IDS)
+        with griffin.prune(model, offload_dense=True):
+            assert same(generate(model, IDS), expected)
         assert same(generate(model, IDS), dense)
-    assert all(
-        torch.equal(*pair) for pair in zip(offloaded, continued(), strict=True)
-    )  # the same buffers, on the device
-    with griffin.prune(model):
-        assert same(generate(model, IDS), pruned)
+    assert same(generate(model, IDS), dense)
 
 
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 @torch.no_grad()
-def test_a_block_runs_on_a_copy_and_all_others_are_away(family: str) -> None:
-    model = tiny(family)
+def test_a_block_runs_on_a_copy_and_all_others_are_away() -> None:
+    model = tiny("llama")
     blocks = griffin.find_feedforward_blocks(model)
     home = [[weight.data_ptr() for weight in block.weights] for block in blocks]
     seen = []
@@ -134,27 +116,25 @@ def test_a_block_runs_on_a_copy_and_all_others_are_away(family: str) -> None:
         model(IDS)
         for handle in handles:
             handle.remove()
-    assert len(seen) == len(blocks)
+    assert len(seen) == LAYERS
     for running, places in enumerate(seen):
         for layer, (place, away) in enumerate(zip(places, home, strict=True)):
             assert (place != away) == (layer == running)
     (slot,) = {tuple(places[layer]) for layer, places in enumerate(seen)}  # one for all blocks
-    assert not set(slot) & {place for places in home for place in places}
+    assert not {*slot} & {place for places in home for place in places}
+    assert [[weight.data_ptr() for weight in block.weights] for block in blocks] == home
 
 
 def matrices() -> dict[int, int]:
     """The bytes of all float32 storages that are as large as the matrices of a block's experts, by their place."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    dense = [tensor for tensor in tensors if tensor.dtype == torch.float32 and tensor.layout == torch.strided]
-    storages = [tensor.untyped_storage() for tensor in dense]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.dtype == torch.float32]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes() >= 4 * 40 * 32}
 
 
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 @torch.no_grad()
-def test_beside_the_host_there_are_the_experts_and_one_block(family: str) -> None:
-    model = tiny(family)
+def test_beside_the_host_there_are_the_experts_and_one_block() -> None:
+    model = tiny("gpt2")
     blocks = [sum(4 * weight.numel() for weight in block.weights) for block in griffin.find_feedforward_blocks(model)]
     before = matrices()
     with griffin.prune(model, 0.5, offload_dense=True):
@@ -175,6 +155,23 @@ def test_hooks_are_off_while_experts_are_at_work() -> None:
         model(IDS)
         assert all(module._forward_pre_hooks for module in inputs)
     assert not any(module._forward_pre_hooks for module in inputs)
+
+
+def test_a_layer_that_keeps_all_again_is_brought_again() -> None:
+    """Loaded after experts of which that layer kept some."""
+    model = tiny("llama")
+    engine = Engine(model)
+    methods = [Method(), Method(sparsity=(0.5, 0.0, 0.5))]
+    states = prefill(engine, [tokens(9)], wanted(methods))
+    some, all_of_one = (begin(engine, states, method)[0].experts for method in methods)
+    found = []
+    with torch.no_grad(), griffin.Offload(model):
+        for before in (all_of_one, some):
+            engine.load([before])
+            engine.load([all_of_one])
+            found.append(model(IDS).logits)
+            engine.unload()
+    assert torch.equal(*found)
 
 
 def test_an_error_on_entering_restores_the_model() -> None:

@@ -131,6 +131,24 @@ def test_a_prefix_of_a_prefix() -> None:
     refuse_difference(state, prefilled(engine, ids, *METHODS))
 
 
+def test_a_prefix_that_was_one_of_a_batch() -> None:
+    engine, ids = Engine(tiny("llama")), tokens(13)
+    _, prefix = prefill(engine, [tokens(17, 1), ids[:6]], EVERYTHING)
+    refuse_difference(prefilled(engine, ids, *METHODS, prefix=prefix), prefilled(engine, ids, *METHODS))
+
+
+def test_a_prompt_that_ends_within_the_prefix_runs_whole() -> None:
+    """The text goes on after the prompt, and begins with the prefix as a whole."""
+    engine, ids = Engine(tiny("llama")), tokens(13)
+    prefix = prefilled(engine, ids[:6], *METHODS)
+    for length in (4, 6, 8):
+        (found,) = prefill(engine, [ids], EVERYTHING, prompt_lengths=[length], prefix=prefix)
+        whole = prefilled(engine, ids)
+        alone = prefilled(engine, ids[:length], *METHODS)
+        refuse_difference(replace(found, logits_TV=alone.logits_TV), alone)
+        assert difference(found.logits_TV, whole.logits_TV) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("prefix", "ids"),
     [
@@ -166,7 +184,18 @@ def test_a_prefix_that_did_not_record_what_is_wanted_is_refused() -> None:
     prefix = prefilled(engine, tokens(5), Method("griffin"))
     with pytest.raises(ValueError, match="without recording"):
         prefilled(engine, tokens(9), Method("wanda"), prefix=prefix)
-    assert prefilled(engine, tokens(9), Method("joint"), prefix=prefix).length == 9, "joint records what griffin does"
+    state = prefilled(engine, tokens(9), Method("joint"), prefix=prefix)
+    assert list(state.recorded.totals) == wanted([Method("griffin")]), "joint records what griffin does"
+
+
+def test_what_was_recorded_of_a_prefix_only_is_forgotten() -> None:
+    """Else methods would choose from the beginning of a prompt without anybody's notice."""
+    engine = Engine(tiny("llama"))
+    prefix = prefilled(engine, tokens(9)[:5], Method("griffin"), Method("wanda"))
+    state = prefilled(engine, tokens(9), Method("griffin"), prefix=prefix)
+    assert list(state.recorded.totals) == wanted([Method("griffin")])
+    with pytest.raises(ValueError, match="without recording"):
+        prefilled(engine, tokens(13), Method("wanda"), prefix=state)
 
 
 # -- a state is immutable ---------------------------------------------------------------------------------------------
