@@ -9,6 +9,7 @@ Dimensions: B = rows, N = heads of keys and values, S = positions, E = size of a
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -100,9 +101,9 @@ class KVCache(StaticCache):  # type: ignore[misc]
         """A cache of one of the rows that shares its memory with this one, and shows these columns."""
         one = KVCache(1, self.columns)
         for layer in self.layers:
-            own = KVLayer(1, self.columns, whole=False)
+            own = copy.copy(layer)
+            own._rows, own._whole, own.is_compileable = 1, False, False
             if layer.is_initialized:
-                own.lazy_initialization(layer.keys[:1, :, :0], layer.values[:1, :, :0])
                 own.keys, own.values = layer.keys[row : row + 1], layer.values[row : row + 1]
             one.layers.append(own)
         one.show(1, begin, end)
