@@ -112,11 +112,10 @@ def test_methods_differ() -> None:
 
 
 @pytest.mark.parametrize("family", [*ONE_PER_LAYOUT, SLIDING])
-@pytest.mark.parametrize("mode", ["auto", "masked"])
-def test_sparsity_0_is_the_plain_model_to_the_bit(family: str, mode: str) -> None:
+def test_sparsity_0_is_the_plain_model_to_the_bit(family: str) -> None:
     """For prompts one after the other, which begin in other columns of one KV cache."""
     model, prompts = tiny(family), [tokens(6, 1), tokens(4, 2), tokens(5, 3)]
-    engine = Engine(model, mode=mode)
+    engine = Engine(model)
     states = [prefilled(engine, ids) for ids in prompts]
     refreshed = Method("wanda", compensation="ridge", refresh="experts", sparsity=0.0)
     for method in (Method(sparsity=0.0), refreshed):

@@ -11,7 +11,6 @@ from engines import begun, generated, plain_logits, prefilled, tokens
 from families import LAYERS, ONE_PER_LAYOUT, build, tiny
 from running import difference
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
 
 import griffin
 from griffin import Engine, Experts, Method, choose, refuse_uncroppable
@@ -125,19 +124,18 @@ def test_models_without_a_kv_cache_that_can_be_cropped_are_refused() -> None:
 # -- compiled decoding ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
-    ("family", "methods", "generate_code"),
-    [("llama", [Method(), Method("wanda", compensation="mean")], True), ("gemma3_text", [Method()], False)],
+    ("family", "methods"),
+    [("llama", [Method(), Method("wanda", compensation="mean")]), ("gemma3_text", [Method()])],
     ids=["llama", "sliding-windows"],
 )
-def test_compiled_decoding_gives_the_same_texts(family: str, methods: list[Method], generate_code: bool) -> None:
+def test_compiled_decoding_gives_the_same_texts(family: str, methods: list[Method]) -> None:
     """One graph without breaks for all prompts, steps and experts of one method's buffers."""
     model, graphs = tiny(family), []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         graphs.append(graph)
-        return lookup_backend("inductor")(graph, inputs) if generate_code else graph.forward
+        return graph.forward  # generating code takes long, and tests of the pipeline do
 
     torch._dynamo.reset()
     plain = Engine(model)

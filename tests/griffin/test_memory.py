@@ -56,7 +56,7 @@ def hooks(model: nn.Module) -> int:
 
 def held() -> tuple[int, int]:
     """How many tensors there are, and how many bytes their storages have."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return len(tensors), sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -161,12 +161,12 @@ def failing(model: PreTrainedModel, call: int) -> Any:
     return griffin.find_feedforward_blocks(model)[1].output.register_forward_hook(fail)
 
 
-# Compact, one row after the other: 2 and 4 are steps, 10 is a refresh, 11 the second prompt. Masked, two rows together:
-# 2 is the second prompt, 4 and 10 are steps, 11 is the first row's refresh.
-@pytest.mark.parametrize("call", [2, 4, 10, 11])
+# Compact, one row after the other: 2 is a step, 10 a refresh, 11 the second prompt. Masked, two rows together: 2 is the
+# second prompt, 10 a step, 11 the first row's refresh.
+@pytest.mark.parametrize("call", [2, 10, 11])
 @pytest.mark.parametrize(
     ("method", "most"),
-    [(METHODS[2], 1), (METHODS[1], 2), *itertools.product(METHODS[3:], (1, 2))],
+    [(METHODS[1], 2), *itertools.product(METHODS[3:], (1, 2))],
     ids=lambda value: {1: "compact", 2: "masked"}[value] if isinstance(value, int) else value.family,
 )
 def test_an_error_frees_everything_at_once(no_collector: None, method: Method, most: int, call: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import generated, tokens
-from families import LAYERS, ONE_PER_LAYOUT, build, fresh, tiny
+from families import LAYERS, build, fresh, tiny
 from prompts import prompt
 from running import generate
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def on_the_engine(model: PreTrainedModel) -> list[Tensor]:
     return [*found, *(logits for _, logits in score(engine, [(row, tokens(10))], 1))]
 
 
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_the_engine_gives_the_same_to_the_bit(family: str) -> None:
     model = tiny(family)
     expected = on_the_engine(model)
@@ -127,7 +127,7 @@ def test_a_block_runs_on_a_copy_and_all_others_are_away() -> None:
 
 def matrices() -> dict[int, int]:
     """The bytes of all float32 storages that are as large as the matrices of a block's experts, by their place."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.dtype == torch.float32]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes() >= 4 * 40 * 32}
 
