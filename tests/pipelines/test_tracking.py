@@ -194,7 +194,7 @@ def test_a_failing_method_closes_its_run_as_failed_and_no_other(tracked: Tracked
 
 def test_an_unreachable_server_costs_one_warning(tmp_path: Path) -> None:
     ended = process(
-        command(*tiny(tmp_path / "out", "wandb.mode=online", "grid.sparsity=[0,0.5]")),
+        command(*tiny(tmp_path / "out", "wandb.mode=online", "grid.sparsity=[0,0.5]", tokens=2)),
         tmp_path,
         **homes(tmp_path / "home"),
         WANDB_BASE_URL=UNREACHABLE,

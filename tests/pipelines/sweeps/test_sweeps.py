@@ -16,7 +16,6 @@ from calling import (
     command,
     composed,
     environment,
-    process,
     read_record,
     read_samples,
     run_folders,
@@ -114,10 +113,10 @@ def group_of(output_dir: Path) -> set[str]:
 
 
 def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call("-m", *tiny(tmp_path / "first", "sparsity=0,0.5", "seed=0,1"))
-    call("-m", *tiny(tmp_path / "second", "seed=0,1", "sparsity=0,0.5", "launcher=local"))
-    call("-m", *tiny(tmp_path / "third", "sparsity=0,0.25", "seed=0,1"))
-    call("-m", *tiny(tmp_path / "named", "sparsity=0,0.5", "wandb.group=mine"))
+    call("-m", *tiny(tmp_path / "first", "sparsity=0,0.5", "seed=0,1", rows=1, tokens=1))
+    call("-m", *tiny(tmp_path / "second", "seed=0,1", "sparsity=0,0.5", "launcher=local", rows=1, tokens=1))
+    call("-m", *tiny(tmp_path / "third", "sparsity=0,0.25", "seed=0,1", rows=1, tokens=1))
+    call("-m", *tiny(tmp_path / "named", "sparsity=0,0.5", "wandb.group=mine", rows=1, tokens=1))
     (first,), (second,), (third,) = (group_of(tmp_path / name) for name in ("first", "second", "third"))
     assert first.startswith("sparsity-seed-")
     assert second.rpartition("-")[2] == first.rpartition("-")[2], "the same sweep, wherever it runs"
@@ -171,7 +170,7 @@ def lock_holder(output_dir: Path) -> int | None:
 
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="which worker to kill is read from /proc/locks")
 def test_joblib_survives_a_killed_worker(tmp_path: Path) -> None:
-    sweep = command(*tiny(tmp_path / "out", "sparsity=0,0.25,0.5", "launcher=joblib", rows=6, tokens=60))
+    sweep = command(*tiny(tmp_path / "out", "sparsity=0,0.5", "launcher=joblib", rows=6, tokens=60))
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(sweep, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 90
@@ -185,22 +184,21 @@ def test_joblib_survives_a_killed_worker(tmp_path: Path) -> None:
     printed = (tmp_path / "log").read_text()
     assert "a worker died; going on with one point at a time" in printed
     assert "Traceback" not in printed
-    assert "3 finished" in printed
+    assert "2 finished" in printed
     for folder in run_folders(tmp_path / "out"):
         assert [sample["index"] for sample in read_samples(folder)] == list(range(6))
 
 
-def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(tmp_path: Path) -> None:
+def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = "7261" * 10
-    ended = process(
-        command("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")),
-        tmp_path,
-        WANDB_API_KEY=key,
-        HF_TOKEN="hf_secret7261",
-        USER="person7261",
-        HOSTNAME="machine7261",
-    )
-    assert ended.code == 0
+    variables = {"WANDB_API_KEY": key, "HF_TOKEN": "hf_secret7261", "USER": "person7261", "HOSTNAME": "machine7261"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("platform.node", lambda: "machine7261")
+    monkeypatch.setattr("socket.gethostname", lambda: "machine7261")
+    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"multirun.yaml", "record.json"} <= {path.name for path in files}
     for word in (key, "hf_secret7261", "person7261", "machine7261"):

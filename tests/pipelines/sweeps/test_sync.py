@@ -18,7 +18,7 @@ from pipelines.run_folder import RunFolder
 sys.path.append(str(Path(__file__).parents[2] / "analysis"))
 from loopback import KEY, LoopbackWandb
 
-ROWS = 150
+ROWS = 100
 
 
 @pytest.fixture(scope="module")
