@@ -183,7 +183,8 @@ class Batch:
         if any(other != begin for other in self._begins):
             last = self._cache.columns if whole else self._end + ids_BT.shape[1]
             mask_BP = (torch.arange(begin, last, device=ids_BT.device) >= begins_B1).long()
-        positions_BT = self._end - begins_B1 + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        steps = range(self._end, self._end + ids_BT.shape[1])
+        positions_BT = torch.tensor([steps], device=ids_BT.device) - begins_B1
         return self._engine.forward(ids_BT, self._cache, mask_BP=mask_BP, positions_BS=positions_BT)
 
     def _read_again(self, row: Row, place: int) -> tuple[Tensor, Recorded]:

@@ -88,11 +88,12 @@ class Engine:
             wanted = self._compact
         else:
             wanted = self._masked
-        if self._on is not None and self._on is not wanted:
-            self._on.off()
-        self._on = wanted
+        if wanted is not None and wanted is self._on and wanted.holds(rows):
+            return  # as in the step before
+        self.use_dense()
         if wanted is not None:
             wanted.load(rows)
+            self._on = wanted
             wanted.on()
 
     def dense(self, ids_BS: Tensor, cache: KVCache, **options: Any) -> Tensor:

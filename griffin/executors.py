@@ -50,9 +50,13 @@ class Masked:
         self._rows: Sequence[Experts | None] = ()
         self._dropped: list[Tensor] = []
 
+    def holds(self, rows: Sequence[Experts | None]) -> bool:
+        """Whether these are the experts that were loaded last."""
+        return len(rows) == len(self._rows) and all(new is old for new, old in zip(rows, self._rows, strict=True))
+
     def load(self, rows: Sequence[Experts | None]) -> None:
         """Take the experts of the rows of the coming calls; None: the row runs dense."""
-        if len(rows) == len(self._rows) and all(new is old for new, old in zip(rows, self._rows, strict=True)):
+        if self.holds(rows):
             return
         self._rows, self._dropped = tuple(rows), []
         for layer, block in enumerate(self._blocks):
@@ -106,6 +110,10 @@ class Compact:
         self._blocks = blocks
         self._compact: dict[int, list[CompactProjection]] = {}  # by layer
         self._loaded: Experts | None = None
+
+    def holds(self, rows: Sequence[Experts | None]) -> bool:
+        """Whether these are the experts that were loaded last."""
+        return rows[0] is self._loaded
 
     def load(self, rows: Sequence[Experts | None]) -> None:
         """Gather the weights of the experts, which all rows share.
