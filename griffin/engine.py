@@ -28,8 +28,8 @@ class Engine:
     Args:
         model: a `transformers` causal language model.
         pruning: whether it will be pruned; a model that only runs dense may have any FF blocks.
-        mode: how pruned calls run: `masked`; `compact`, which needs experts that all rows share; `auto`: compact where
-            all rows share their experts.
+        mode: how pruned calls run: `masked`; `compact` or `auto`: compact where all rows share their experts, else
+            masked.
         compiled: the model's compiled call, for decoding with caches that are whole; None: not compiled.
 
     Attributes:
