@@ -80,12 +80,12 @@ def test_a_run_cut_off_at_any_byte_ends_as_undisturbed(overrides: list[str], tmp
         assert timeless(folder) == timeless(undisturbed), name
 
 
-def rows_of(task: str, out: Path) -> list[str]:
-    """A grid of three methods, three rows at a time, by the kind of its task."""
+def rows_of(task: str, out: Path, batch_size: int = 3) -> list[str]:
+    """A grid of three methods by the kind of its task."""
     text = out.with_name("text.txt")
     text.parent.mkdir(parents=True, exist_ok=True)
     text.write_text("The tide comes in twice a day, and the harbour fills slowly. " * 10)
-    grid = ["grid.sparsity=[0,0.5]", "grid.refresh=[none,experts]", "batch_size=3"]
+    grid = ["grid.sparsity=[0,0.5]", "grid.refresh=[none,experts]", f"batch_size={batch_size}"]
     lengths = ["task.prompt_lengths=[12]", "task.generation_lengths=[9]", f"task.data_files={text}"]
     plain = ["model=random_tiny", f"task={task}", "limit=4", f"output_dir={out}", "wandb.mode=disabled"]
     return {
@@ -106,11 +106,12 @@ def short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_groups")
-@pytest.mark.parametrize("task", ["generation", "fidelity", "perplexity", "briefs_choice", "briefs_qa"])
-def test_a_grid_of_batches_that_was_cut_off_ends_as_undisturbed_to_the_bit(
-    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = rows_of(task, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("task", "batch_size"),
+    [*((task, 3) for task in ("generation", "fidelity", "perplexity", "briefs_choice", "briefs_qa")), ("briefs_qa", 1)],
+)
+def test_a_grid_that_was_cut_off_ends_as_undisturbed_to_the_bit(task: str, batch_size: int, tmp_path: Path) -> None:
+    options = rows_of(task, tmp_path / "out", batch_size)
     whole = [timeless(folder) for folder in ran(*options)]
     folders = run_folders(tmp_path / "out")
     assert len(folders) == 3

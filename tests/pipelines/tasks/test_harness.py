@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,29 +221,6 @@ def test_the_record_says_protocol_and_versions(tmp_path: Path) -> None:
     assert record["environment"]["lm-eval"] == lm_eval.__version__
     assert record["environment"]["task_version"] == 1.0
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "samples"} <= set(record["metrics"])
-
-
-@pytest.mark.parametrize(
-    ("task", "options"),
-    [("briefs_choice", ["batch_size=3"]), ("briefs_qa", []), ("briefs_qa", ["batch_size=3"])],
-    ids=str,
-)
-def test_the_rest_of_a_grid_that_was_cut_off_is_as_undisturbed(
-    task: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(classification_and_qa, "_BLOCK_DOCUMENTS", 2)
-    monkeypatch.setattr(classification_and_qa, "BATCHES", 1)
-    grid = arguments(tmp_path / "out", task, *options, "grid.sparsity=[0,0.5]")
-    whole = [timeless(folder) for folder in ran(*grid)]
-    for left, behind in ((0, 0), (3, 2), (DOCUMENTS, 1)):  # a method may be a batch ahead of the other
-        folders = run_folders(tmp_path / "out")
-        before = [folder.joinpath("state.json") for folder in folders]
-        beside = [folder.name for folder in folders]
-        for folder, state, kept in zip(folders, before, (left, behind), strict=True):
-            cut_off(folder, kept)
-            state.write_text(json.dumps({"samples": DOCUMENTS, "failed": None, "beside": beside}))
-        ran(*grid)
-        assert [timeless(folder) for folder in folders] == whole
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
