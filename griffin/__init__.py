@@ -16,9 +16,9 @@ from griffin.decoding import Generation, Row, begin, decode, greedy, score
 from griffin.engine import Engine, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.linear_in_pieces import linear_in_pieces
 from griffin.method import LEARNING, Method
 from griffin.offloading import Offload, move_without_dense
+from griffin.onednn import onednn_linear
 from griffin.prompt import PromptState, choose, prefill, wanted
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES
@@ -58,8 +58,8 @@ __all__ = [
     "greedy",
     "kept_neurons",
     "kept_per_layer",
-    "linear_in_pieces",
     "move_without_dense",
+    "onednn_linear",
     "prefill",
     "prepare",
     "prune",

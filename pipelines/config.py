@@ -88,7 +88,7 @@ class RunConfig:
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
-    cpu_pieces: bool = described("on a CPU, in float32, multiply few tokens in pieces, dense and pruned alike", True)
+    cpu_onednn: bool = described("on a CPU, in float32, run linear layers by oneDNN, dense and pruned alike", True)
     offload_dense: bool = described(
         "keep the dense FF weights in host memory, on the device block by block: generated text and latency", False
     )

@@ -22,7 +22,7 @@ LATER: Plain = {
     "offset": 0,
     "compile": False,
     "offload_dense": False,
-    "cpu_pieces": False,
+    "cpu_onednn": False,
 }
 
 # A file that is named on the command line is read instead of the data that the task names.
@@ -83,8 +83,8 @@ def determining(config: Plain, data: Mapping[str, str]) -> Plain:
         if task.get(local) is not None:
             task |= dict.fromkeys(unread)
     dense = is_dense(config["sparsity"])
-    # Where the dense weights lie changes times only, and in which pieces a CPU multiplies, times and rounding.
-    idle = {*_IDLE, *(METHOD if dense else ()), *(() if task["kind"] == "latency" else ("offload_dense", "cpu_pieces"))}
+    # Where the dense weights lie changes times only, and who multiplies on a CPU, times and rounding.
+    idle = {*_IDLE, *(METHOD if dense else ()), *(() if task["kind"] == "latency" else ("offload_dense", "cpu_onednn"))}
     settings = {key: value for key, value in (LATER | config).items() if key not in idle}
     settings["model"] = {key: value for key, value in config["model"].items() if key not in _IDLE_MODEL}
     return settings | {"task": task | data} | ({"sparsity": 0.0} if dense else {})

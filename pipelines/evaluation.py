@@ -56,7 +56,7 @@ def evaluate(
     began = time.perf_counter()
     seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
     offloaded = config.offload_dense and config.task.kind != "latency"  # which times dense on the device
-    in_pieces = config.cpu_pieces and not config.compile and config.task.kind != "latency"  # which times both ways
+    by_onednn = config.cpu_onednn and not config.compile and config.task.kind != "latency"  # which times both ways
     loaded = kept_model(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed, offloaded)
     load_seconds = time.perf_counter() - began
 
@@ -113,7 +113,7 @@ def evaluate(
         refusals = {method: refusal for method in together if (refusal := _refusal(loaded, config, method))}
         possible = [method for method in together if method not in refusals]
         stack.enter_context(griffin.Offload(loaded.model) if offloaded else nullcontext())
-        stack.enter_context(griffin.linear_in_pieces(loaded.model) if in_pieces else nullcontext())
+        stack.enter_context(griffin.onednn_linear(loaded.model) if by_onednn else nullcontext())
         # Closed whatever happens here: the model may be pruned in between.
         batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
         for method, batch in batches if possible else ():

@@ -52,7 +52,7 @@ def latency_table(rows: Sequence[tuple[str, Record]]) -> str | None:
         "breakeven_tokens": "break-even tokens",
         "total_speedup": "total speed-up",
         "dense_decode_ms": "dense ms/token",
-        "linear_in_pieces_speedup": "dense, over plain torch",
+        "onednn_speedup": "dense, over plain torch",
     }
     lines = []
     for method, record in rows:

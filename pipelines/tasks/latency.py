@@ -85,7 +85,7 @@ def evaluate(
                 continue
             timing = _Timing(loaded, engine, repeat, config)
             dense_method = Method(sparsity=0.0)
-            plain = timing.plain() if _pieces_apply(loaded, config) else None
+            plain = timing.plain() if _onednn_applies(loaded, config) else None
             with _fast(loaded, config):
                 if config.compile:
                     timing.run(dense_method, 2)  # compiles
@@ -159,7 +159,7 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
         "peak_memory_bytes": max(sample["peak_memory_bytes"] for sample in samples),
     }
     if "plain" in first:
-        values["linear_in_pieces_speedup"] = median("plain", "decode") / median("dense", "decode")
+        values["onednn_speedup"] = median("plain", "decode") / median("dense", "decode")
     if dense > pruned:  # else no number of tokens pays for the preparation
         values["breakeven_tokens"] = overhead / (dense - pruned)
     return values
@@ -204,14 +204,14 @@ class _Timing:
         return self.run(Method(sparsity=0.0))
 
 
-def _pieces_apply(loaded: LoadedModel, config: RunConfig) -> bool:
-    """Whether the model's linear layers multiply few tokens in pieces here."""
+def _onednn_applies(loaded: LoadedModel, config: RunConfig) -> bool:
+    """Whether the model's linear layers run by oneDNN here."""
     model = loaded.model
-    return config.cpu_pieces and not config.compile and model.device.type == "cpu" and model.dtype == torch.float32
+    return config.cpu_onednn and not config.compile and model.device.type == "cpu" and model.dtype == torch.float32
 
 
 def _fast(loaded: LoadedModel, config: RunConfig) -> AbstractContextManager[None]:
-    return griffin.linear_in_pieces(loaded.model) if _pieces_apply(loaded, config) else nullcontext()
+    return griffin.onednn_linear(loaded.model) if _onednn_applies(loaded, config) else nullcontext()
 
 
 def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int = 0) -> Tensor:

@@ -150,10 +150,10 @@ def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
 
 def test_times_are_of_one_machine_and_of_one_way_to_multiply() -> None:
     keys = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
-    assert {"platform", "cpus", "offload_dense", "cpu_pieces"} <= keys
-    both = [only_identity("task=latency", f"cpu_pieces={value}") for value in ("true", "false")]
+    assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= keys
+    both = [only_identity("task=latency", f"cpu_onednn={value}") for value in ("true", "false")]
     assert both[0] != both[1]
-    assert "cpu_pieces" not in both[1], "runs from before the key multiplied plainly"
+    assert "cpu_onednn" not in both[1], "runs from before the key multiplied plainly"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_times_are_of_one_machine_and_of_one_way_to_multiply() -> None:
         "device=cpu",  # what auto stands for
         "mode=compact",  # what auto stands for
         "offload_dense=true",
-        "cpu_pieces=false",
+        "cpu_onednn=false",
         "sparsity=0.50",
         "grid.sparsity=[0.5]",
         "grid.statistic=[griffin]",

@@ -65,10 +65,10 @@ def hflm(config: RunConfig) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("pieces", ["true", "false"])
+@pytest.mark.parametrize("onednn", ["true", "false"])
 @pytest.mark.parametrize("task", ["briefs_choice", "briefs_boolq", "briefs_qa"])
-def test_dense_equals_plain_lm_eval(task: str, pieces: str, tmp_path: Path) -> None:
-    options = arguments(tmp_path, task, "sparsity=0", "batch_size=4", f"cpu_pieces={pieces}")
+def test_dense_equals_plain_lm_eval(task: str, onednn: str, tmp_path: Path) -> None:
+    options = arguments(tmp_path, task, "sparsity=0", "batch_size=4", f"cpu_onednn={onednn}")
     (folder,) = ran(*options)
     found, expected = read_record(folder)["metrics"], hflm(composed(*options))
     assert {name: found[name] for name in expected if not name.endswith("_stderr")} == {

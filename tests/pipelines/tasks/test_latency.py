@@ -31,7 +31,7 @@ def test_one_pair_of_lengths_has_flat_metrics(call: Callable[..., Outcome], tmp_
     assert len(samples) == 2
     assert all(sample["pruned"]["compact"] > 0 and sample["dense"]["decode"] > 0 for sample in samples)
     plain, dense = (median(sample[kind]["decode"] for sample in samples) for kind in ("plain", "dense"))
-    assert found["linear_in_pieces_speedup"] == pytest.approx(plain / dense)
+    assert found["onednn_speedup"] == pytest.approx(plain / dense)
 
 
 def test_several_pairs_have_a_suffix_each(tmp_path: Path) -> None:
@@ -41,11 +41,11 @@ def test_several_pairs_have_a_suffix_each(tmp_path: Path) -> None:
     assert "decode_speedup" not in found
 
 
-@pytest.mark.parametrize("override", ["cpu_pieces=false", "model.dtype=bfloat16"])
-def test_without_pieces_there_is_nothing_to_compare_them_with(override: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("override", ["cpu_onednn=false", "model.dtype=bfloat16"])
+def test_without_onednn_there_is_nothing_to_compare_it_with(override: str, tmp_path: Path) -> None:
     (folder,) = ran(*options(tmp_path, override, "task.repeats=1"))
     assert "plain" not in read_samples(folder)[0]
-    assert "linear_in_pieces_speedup" not in read_record(folder)["metrics"]
+    assert "onednn_speedup" not in read_record(folder)["metrics"]
 
 
 def test_a_shared_set_of_experts_is_timed_for_a_batch(tmp_path: Path) -> None:

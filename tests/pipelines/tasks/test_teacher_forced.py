@@ -167,10 +167,10 @@ def test_the_plain_model_has_the_same_likelihoods_up_to_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = perplexity(tmp_path, "grid.sparsity=[0,0.5]")
-    pieces = ran(*options, f"output_dir={tmp_path / 'pieces'}")
-    monkeypatch.setattr(griffin, "linear_in_pieces", lambda _: pytest.fail("multiplied in pieces"))
-    plain = ran(*options, f"output_dir={tmp_path / 'plain'}", "cpu_pieces=false")
-    for one, other in zip(pieces, plain, strict=True):
+    onednn = ran(*options, f"output_dir={tmp_path / 'onednn'}")
+    monkeypatch.setattr(griffin, "onednn_linear", lambda _: pytest.fail("ran by oneDNN"))
+    plain = ran(*options, f"output_dir={tmp_path / 'plain'}", "cpu_onednn=false")
+    for one, other in zip(onednn, plain, strict=True):
         assert one.name == other.name, "the same run: results differ by rounding only"
         assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
 
