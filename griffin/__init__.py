@@ -12,32 +12,39 @@ and `score` continue any number of such rows together.
 from griffin.activations import Recorded, record_activations, relative_activations
 from griffin.compensation import COMPENSATIONS, Compensation
 from griffin.correction import Correction
-from griffin.decoding import Generation, Row, begin, decode, greedy, score
+from griffin.decoding import decode, score
+from griffin.draft_vocabulary import DRAFT_VOCABULARIES
 from griffin.engine import Engine, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.method import LEARNING, Method
+from griffin.method import LEARNING, MOST_DRAFTED, VERIFICATIONS, Method
 from griffin.offloading import Offload, move_without_dense
 from griffin.onednn import onednn_linear
 from griffin.prompt import PromptState, choose, prefill, wanted
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES
+from griffin.rows import Drafting, Generation, Row, begin, greedy
 from griffin.selection import BUDGETS, SELECTIONS, kept_neurons, kept_per_layer, select
 from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS, Statistic, aggregate
+from griffin.traffic import Traffic, neuron_bytes, traffic
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BUDGETS",
     "COMPENSATIONS",
+    "DRAFT_VOCABULARIES",
     "LEARNING",
     "MODES",
+    "MOST_DRAFTED",
     "REFRESHES",
     "SELECTIONS",
     "STATISTICS",
+    "VERIFICATIONS",
     "Compensation",
     "Correction",
+    "Drafting",
     "Engine",
     "Experts",
     "FeedForwardBlock",
@@ -49,6 +56,7 @@ __all__ = [
     "Recorded",
     "Row",
     "Statistic",
+    "Traffic",
     "UnsupportedModelError",
     "aggregate",
     "begin",
@@ -60,6 +68,7 @@ __all__ = [
     "kept_per_layer",
     "move_without_dense",
     "onednn_linear",
+    "neuron_bytes",
     "prefill",
     "prepare",
     "prune",
@@ -68,5 +77,6 @@ __all__ = [
     "relative_activations",
     "score",
     "select",
+    "traffic",
     "wanted",
 ]

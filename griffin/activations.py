@@ -204,7 +204,7 @@ class Recorder:
     def attach(self) -> None:
         """Record from the next forward call on."""
         if self._wanted:
-            self._hooks.attach(self._record)
+            self._hooks.attach(self.record)
 
     def detach(self) -> None:
         """Record no more."""
@@ -228,7 +228,8 @@ class Recorder:
         return self._recorded
 
     @torch.no_grad()
-    def _record(self, layer: int, z: Tensor) -> None:
+    def record(self, layer: int, z: Tensor) -> None:
+        """Take in a layer's activations of the announced call."""
         positions = self._positions
         z_BSD = z.detach().reshape(positions.rows, positions.columns, -1).float()  # some architectures flatten B and S
         if positions.counted_BS is not None:

@@ -7,10 +7,8 @@ reads again, V = vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,75 +18,11 @@ from griffin.compensation import COMPENSATIONS
 from griffin.engine import Engine
 from griffin.executors import Experts
 from griffin.feedforward import FeedForwardBlock
-from griffin.method import Method
 from griffin.offloading import bring
-from griffin.prompt import PromptState, choose, wanted
-from griffin.refresh import WEIGHT, call_ends, next_refresh
-
-
-@dataclass(eq=False)
-class Row:
-    """A prompt that one method continues.
-
-    Attributes:
-        states: the prompts of all rows that share its experts, in a list that all of them have; with
-            `refresh=experts`, also what was generated since.
-        place: which of them is its own.
-        method: how it is pruned.
-        experts: what it computes with; None: dense. Rows that share their experts have the same object.
-        seed: of random selections.
-        label: whatever tells the row from others, for whoever asked for it.
-        tokens: new tokens so far; the last one has not run yet.
-        seconds: what choosing its experts took, and its share of the steps that it was part of.
-        ran: how many tokens of its continuation have run.
-        unread: those of them that have run pruned since its last refresh.
-    """
-
-    states: list[PromptState]
-    place: int
-    method: Method
-    experts: Experts | None
-    seed: int = 0
-    label: Any = None
-    tokens: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    ran: int = 0
-    unread: list[Tensor] = field(default_factory=list)
-
-    @property
-    def state(self) -> PromptState:
-        """Its prompt."""
-        return self.states[self.place]
-
-    @state.setter
-    def state(self, state: PromptState) -> None:
-        self.states[self.place] = state
-
-    @property
-    def refreshes(self) -> bool:
-        """Whether some of its steps are dense ones."""
-        return self.method.refresh != "none" and self.experts is not None
-
-    @property
-    def due(self) -> bool:
-        """Whether its next step is a dense one."""
-        return self.refreshes and self.ran >= next_refresh(self.ran - sum(len(ids) for ids in self.unread))
-
-
-def begin(
-    engine: Engine, states: Sequence[PromptState], method: Method, seed: int = 0, labels: Sequence[Any] = (None,)
-) -> list[Row]:
-    """The row of a prompt under a method, with its experts; or those of several prompts that share one set of experts.
-
-    Rows that share their experts must run in one batch.
-    """
-    began = time.perf_counter()
-    experts, shared = choose(engine, states, method, seed), list(states)
-    seconds = (time.perf_counter() - began) / len(shared)
-    return [
-        Row(shared, place, method, experts, seed, label, seconds=seconds)
-        for place, label in zip(range(len(shared)), labels, strict=True)
-    ]
+from griffin.prompt import choose, wanted
+from griffin.refresh import WEIGHT, call_ends
+from griffin.rows import Generation, Row
+from griffin.verification import decode_verified
 
 
 class Batch:
@@ -240,26 +174,6 @@ def _renewed(engine: Engine, read: dict[Row, Recorded]) -> Experts | None:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Generation:
-    """How texts are generated.
-
-    Attributes:
-        limit: the most new tokens of a row.
-        pick: (rows, float32 logits [B, V]) -> the next token of each row [B].
-        ended: whether a row that got its newest token is done.
-    """
-
-    limit: int
-    pick: Callable[[Sequence[Row], Tensor], Tensor]
-    ended: Callable[[Row], bool]
-
-
-def greedy(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-    """The most likely token of each row [B]."""
-    return logits_BV.argmax(dim=-1)
-
-
 def decode(
     engine: Engine,
     rows: Iterable[Row],
@@ -271,6 +185,8 @@ def decode(
     room: int | None = None,
 ) -> Iterator[Row]:
     """Generate: every row's `tokens` grow until it has ended. The one loop behind all generated text.
+
+    Verified rows run by themselves, each from its beginning to its end when its turn comes.
 
     Args:
         engine: the model.
@@ -312,6 +228,10 @@ def decode(
         while True:
             arrived = []
             while batch.free and (row := next(coming, None)) is not None:
+                if row.method.verified and row.experts is not None:
+                    decode_verified(engine, row, generation, longest + (room or generation.limit))
+                    yield row
+                    continue
                 batch.add(row)
                 arrived.append(row)
             if arrived:

@@ -1,4 +1,4 @@
-"""The engine: a model, and what lasts from prompt to prompt: executors with their buffers, and a KV cache for decoding.
+"""The engine: a model, and what lasts from prompt to prompt: executors with their buffers, and KV caches for decoding.
 
 Dimensions: B = rows of a batch, S = positions of one forward call, T = positions whose logits are asked for,
 V = vocabulary.
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from griffin.activations import ActivationStatistic, Recorded, Recorder
+from griffin.activations import ActivationStatistic, BlockHooks, Recorded, Recorder
+from griffin.correction import Correction
+from griffin.draft_vocabulary import DraftVocabulary, output_embedding
 from griffin.executors import MODES, Compact, Experts, Masked
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
 from griffin.kv_cache import KVCache
@@ -60,7 +62,8 @@ class Engine:
         self._mode = mode
         self._compact, self._masked = Compact(self.blocks), Masked(self.blocks)
         self._on: Compact | Masked | None = None
-        self._cache: KVCache | None = None
+        self._vocabulary: DraftVocabulary | None = None
+        self._caches: dict[bool, KVCache] = {}
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._keeps_logits = "logits_to_keep" in parameters
@@ -71,14 +74,32 @@ class Engine:
         device: torch.device = self.model.device
         return device
 
-    def decoding_cache(self, rows: int, columns: int) -> KVCache:
-        """An empty cache of at least so many rows and columns, the same one as last time where it is large enough."""
-        whole, cache = self.compiled is not None, self._cache
+    def decoding_cache(self, rows: int, columns: int, *, verified: bool = False) -> KVCache:
+        """An empty cache of at least so many rows and columns, the same one as last time where it is large enough.
+
+        Args:
+            rows: of a batch.
+            columns: positions of a row.
+            verified: for a row that is verified, which may run while a batch waits with its own cache.
+        """
+        whole, cache = self.compiled is not None, self._caches.get(verified)
         if cache is None or cache.rows < rows or cache.columns < columns or (whole and cache.rows != rows):
-            self._cache = None  # its memory is free before the next one is allocated
-            self._cache = cache = KVCache(rows, columns, whole=whole)
+            del cache
+            self._caches.pop(verified, None)  # its memory is free before the next one is allocated
+            cache = self._caches[verified] = KVCache(rows, columns, whole=whole)
         cache.show(rows, 0, 0)
         return cache
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """The rows of the output embedding that drafts use.
+
+        Raises:
+            UnsupportedModelError: the model's output embedding is no linear layer.
+        """
+        if self._vocabulary is None:
+            self._vocabulary = DraftVocabulary(output_embedding(self.model))
+        return self._vocabulary
 
     def load(self, rows: Sequence[Experts | None]) -> None:
         """Put the experts of the rows of the coming calls to work; None: the row runs dense."""
@@ -95,6 +116,26 @@ class Engine:
             wanted.load(rows)
             self._on = wanted
             wanted.on()
+
+    def draft(self, experts: Experts) -> None:
+        """Put the experts of a row by itself to work with compact weights, whatever the mode; they are gathered anew
+        where others were loaded since, or where what they learned is to be forgotten."""
+        self.use_dense()
+        self._compact.load([experts])
+        self.resume_draft()
+
+    def resume_draft(self) -> None:
+        """Put the experts of the last `draft` back to work, with all that they learned."""
+        self._on = self._compact
+        self._compact.on()
+
+    def draft_output(self, layer: int, kept_NK: Tensor) -> Tensor:
+        """What the drafting experts of a layer write [N, H] at these activations, with all that they learned."""
+        return self._compact.output(layer, kept_NK)
+
+    def draft_learns(self, layer: int, correction: Correction) -> None:
+        """Add to what the drafting experts of a layer write."""
+        self._compact.learn(layer, correction)
 
     def dense(self, ids_BS: Tensor, cache: KVCache, **options: Any) -> Tensor:
         """As `forward`, with all rows dense."""
@@ -149,8 +190,44 @@ class Engine:
         finally:
             recorder.detach()
 
+    @contextlib.contextmanager
+    def hidden_states(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """The last hidden states [B, S, H] of the forward calls in this context, which the output embedding reads.
+
+        Args:
+            wanted: whether to keep any.
+        """
+        seen: list[Tensor] = []
+        if not wanted:
+            yield seen
+            return
+        handle = self.model.get_decoder().register_forward_hook(
+            lambda module, args, output: seen.append(output.last_hidden_state)
+        )
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Per layer, z [S, D] and what the block makes of it [S, H], of the one forward call in this context."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def after(layer: int, z: Tensor, output: Tensor) -> None:
+            seen.append((z.detach().flatten(0, -2), output.detach().flatten(0, -2)))
+
+        hooks = BlockHooks(self.blocks)
+        hooks.attach(lambda layer, z: None, after)
+        try:
+            yield seen
+        finally:
+            hooks.detach()
+
     def use_dense(self) -> None:
         """Have the model as it is without pruning. Buffers stay for the next prompts."""
+        if self._vocabulary is not None:
+            self._vocabulary.off()
         if self._on is not None:
             self._on.off()
             self._on = None
@@ -160,7 +237,8 @@ class Engine:
         self.use_dense()
         self._compact.unload()
         self._masked.unload()
-        self._cache = None
+        self._vocabulary = None
+        self._caches = {}
 
 
 def kept_positions(model: nn.Module, logits_to_keep: int, ids_BS: Tensor) -> int | Tensor:

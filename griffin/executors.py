@@ -110,6 +110,7 @@ class Compact:
         self._blocks = blocks
         self._compact: dict[int, list[CompactProjection]] = {}  # by layer
         self._loaded: Experts | None = None
+        self._learned = False  # whether more was added to the weights of the loaded experts than they say
 
     def holds(self, rows: Sequence[Experts | None]) -> bool:
         """Whether these are the experts that were loaded last."""
@@ -122,10 +123,11 @@ class Compact:
         """
         (experts,) = {id(row): row for row in rows}.values()
         assert experts is not None
-        if experts is self._loaded:
+        if experts is self._loaded and not self._learned:
             return
         loaded, self._loaded = self._loaded, None  # nothing is whole before all of it is gathered
-        goes_on = loaded is not None and _goes_on(experts, loaded)
+        goes_on = loaded is not None and not self._learned and _goes_on(experts, loaded)
+        self._learned = False
         for layer, (block, neurons_K) in enumerate(zip(self._blocks, experts.neurons, strict=True)):
             if len(neurons_K) == block.width:
                 continue
@@ -139,6 +141,15 @@ class Compact:
             for correction in corrections:
                 self._projections(layer)[-1].correct(correction)
         self._loaded = experts
+
+    def learn(self, layer: int, correction: Correction) -> None:
+        """Add to what the loaded experts write in a layer, until experts are loaded again."""
+        self._learned = True
+        self._projections(layer)[-1].correct(correction)
+
+    def output(self, layer: int, kept_NK: Tensor) -> Tensor:
+        """What the loaded experts write [N, H] at these activations of the kept neurons, the output bias included."""
+        return self._projections(layer)[-1].output(kept_NK)
 
     def on(self) -> None:
         """Compute with the gathered weights from the next forward call on."""
@@ -237,14 +248,25 @@ class CompactProjection:
         """Change what the kept neurons write, on top of earlier corrections of the same experts."""
         weight = self._compact["weight"]
         assert isinstance(weight, nn.Parameter)
-        change_KH = correction.change()
-        if change_KH is not None:
-            weight.data.add_((change_KH.T if self._neuron_dim else change_KH).to(weight.device))
+        if correction.basis_TK is not None and correction.weights_TH is not None:
+            basis_TK, weights_TH = correction.basis_TK.to(weight.device), correction.weights_TH.to(weight.device)
+            left, right = (weights_TH, basis_TK) if self._neuron_dim else (basis_TK, weights_TH)
+            if weight.dtype == left.dtype:
+                weight.data.addmm_(left.T, right)  # reads and writes the weights once
+            else:
+                weight.data.add_(left.T @ right)
         if correction.bias_H is not None:
             before = self._compact.get("bias")
             own = before.data if isinstance(before, nn.Parameter) else torch.zeros_like(correction.bias_H)
             corrected_H = own + correction.bias_H.to(own)
             self._buffer("bias", "_bias_memory", list(corrected_H.shape)).data.copy_(corrected_H)
+
+    def output(self, inputs_NK: Tensor) -> Tensor:
+        """What the projection makes of these inputs with the kept neurons, while its own parameters may be in place."""
+        weight, bias = self._compact["weight"], self._compact.get("bias")
+        assert isinstance(weight, nn.Parameter)
+        output = inputs_NK @ (weight.data.T if self._neuron_dim else weight.data)
+        return output + bias.data if isinstance(bias, nn.Parameter) else output
 
     def install(self) -> None:
         """Compute with the kept neurons from now on."""

@@ -20,10 +20,11 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from griffin.decoding import Generation, Row, begin, decode
+from griffin.decoding import decode
 from griffin.engine import Engine
 from griffin.method import Method
 from griffin.prompt import prefill, wanted
+from griffin.rows import Generation, Row, begin
 
 # The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
 # with the same experts, so swapping them is harmless.

@@ -9,9 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from griffin.compensation import COMPENSATIONS
+from griffin.draft_vocabulary import DRAFT_VOCABULARIES
 from griffin.refresh import REFRESHES
 from griffin.selection import BUDGETS, SELECTIONS, kept_per_layer
 from griffin.statistics import STATISTICS
+
+# name: which drafted tokens are kept (see `griffin.verification`).
+VERIFICATIONS = {
+    "none": "nothing is drafted: what the experts generate is the text, as in the paper",
+    "exact": "those that the dense model would have generated: its text, or its distribution",
+    "threshold": "those that the dense model gives at least `verification_threshold`: not exact (Sirius)",
+}
+
+MOST_DRAFTED = 16  # tokens before a check
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,12 @@ class Method:
         compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`.
         budget: how the layers share what is kept, one of `BUDGETS`.
         refresh: what follows the generated text, one of `REFRESHES`.
+        verification: how the dense model checks what the experts draft, one of `VERIFICATIONS`. The others mean
+            nothing where it is `none`.
+        draft_tokens: how many tokens are drafted before each check, at most `MOST_DRAFTED`; `auto` drafts until the
+            draft is unsure.
+        draft_vocabulary: of which tokens drafts are made, one of `DRAFT_VOCABULARIES`.
+        verification_threshold: the least dense probability of a token that is kept, of `threshold` only.
 
     Raises:
         ValueError: a value that is not allowed; the message names the key, the value and what is allowed.
@@ -37,6 +53,10 @@ class Method:
     compensation: str = "none"
     budget: str = "uniform"
     refresh: str = "none"
+    verification: str = "none"
+    draft_tokens: int | str = "auto"
+    draft_vocabulary: str = "prompt"
+    verification_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -45,6 +65,8 @@ class Method:
             ("compensation", self.compensation, COMPENSATIONS),
             ("budget", self.budget, BUDGETS),
             ("refresh", self.refresh, REFRESHES),
+            ("verification", self.verification, VERIFICATIONS),
+            ("draft_vocabulary", self.draft_vocabulary, DRAFT_VOCABULARIES),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
@@ -58,6 +80,33 @@ class Method:
                 f"refresh={self.refresh!r} with compensation={self.compensation!r}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
             )
+
+        self._check_verification()
+
+    def _check_verification(self) -> None:
+        if self.draft_tokens != "auto" and not (
+            isinstance(self.draft_tokens, int) and 1 <= self.draft_tokens <= MOST_DRAFTED
+        ):
+            raise ValueError(f"draft_tokens={self.draft_tokens!r}: expected auto, or 1 to {MOST_DRAFTED}")
+        if not 0 < self.verification_threshold < 1:
+            raise ValueError(
+                f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
+            )
+        if self.verification != "none" and self.dense:
+            raise ValueError(
+                f"verification={self.verification!r} with sparsity=0: a dense draft is the model itself; "
+                "expected sparsity > 0"
+            )
+
+    @property
+    def verified(self) -> bool:
+        """Whether the dense model checks what the experts draft."""
+        return self.verification != "none"
+
+    @property
+    def prunes_vocabulary(self) -> bool:
+        """Whether the draft needs the tokens that the prompt makes likely."""
+        return self.verified and self.draft_vocabulary == "prompt"
 
     @property
     def dense(self) -> bool:
@@ -73,6 +122,10 @@ class Method:
         words += [] if self.selection == "topk" else [self.selection]
         words += [] if self.budget == "uniform" else [self.budget]
         words += [] if self.refresh == "none" else [f"refresh={self.refresh}"]
+        if self.verified:
+            words += ["verified" if self.verification == "exact" else f"p>={self.verification_threshold:g} (not exact)"]
+            words += [] if self.draft_tokens == "auto" else [f"k={self.draft_tokens}"]
+            words += [] if self.draft_vocabulary == "prompt" else ["full vocabulary"]
         return " ".join(words)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from griffin.activations import ActivationStatistic, Recorded
 from griffin.compensation import COMPENSATIONS
 from griffin.correction import Correction
+from griffin.draft_vocabulary import find_likely, output_embedding
 from griffin.engine import Engine, refuse_uncroppable
 from griffin.executors import Experts
 from griffin.feedforward import FeedForwardBlock
@@ -42,6 +43,7 @@ class PromptState:
         logits_TV: the dense model's logits at the last positions of what was run, at least one.
         recorded: what the wanted activation statistics came to over the prompt, one row.
         continuation: the same over the dense continuation, for statistics that are oracles; None: not known.
+        likely: tokens that the prompt makes likely, some more than once, where a draft's vocabulary is made of them.
     """
 
     ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class PromptState:
     logits_TV: Tensor
     recorded: Recorded
     continuation: Recorded | None = None
+    likely: Tensor | None = None
 
     def extended(self, ids: Sequence[int], recorded: Recorded) -> PromptState:
         """The same prompt after some more tokens, of which only what was recorded counts."""
@@ -80,6 +83,7 @@ def prefill(
     prompt_lengths: Sequence[int] | None = None,
     keep_logits: int = 1,
     prefix: PromptState | None = None,
+    likely_tokens: bool = False,
 ) -> list[PromptState]:
     """The dense pass over prompts, in one call of the model: rows are padded on the right.
 
@@ -93,6 +97,7 @@ def prefill(
         prompt_lengths: how many tokens of each are the prompt: only these are recorded and cached. None: all.
         keep_logits: at how many of the last positions of each row logits are kept, at most.
         prefix: a state of tokens that the prompt begins with: a single prompt goes on from there, where that pays.
+        likely_tokens: whether to collect the tokens that prompts make likely, see `griffin.draft_vocabulary`.
 
     Returns:
         A state for each prompt.
@@ -103,12 +108,15 @@ def prefill(
     """
     if prefix is not None and not {*record} <= {*prefix.recorded.totals}:
         raise ValueError("the prefix was run without recording what is to be recorded of the prompt")
+    if prefix is not None and likely_tokens and prefix.likely is None:
+        raise ValueError("the prefix was run without collecting likely tokens")
     refuse_uncroppable(engine.model)
     lengths = [len(ids) for ids in prompts]
     counts = list(prompt_lengths) if prompt_lengths is not None else lengths
     width, device = max(lengths), engine.device
     before = Recorded(torch.zeros(len(prompts), dtype=torch.int64, device=device))
     cache, start = KVCache(len(prompts), width), 0
+    before_likely = torch.empty(0, dtype=torch.int64, device=device)
     if (
         prefix is not None
         and prefix.cache is not None
@@ -117,6 +125,7 @@ def prefill(
         and _shared(prompts[0], prefix.ids)
     ):
         start, before = len(prefix.ids), prefix.recorded
+        before_likely = before_likely if prefix.likely is None else prefix.likely
         cache.put(0, prefix.cache, start)
         cache.show(1, 0, start)
     counted_BS = None
@@ -125,11 +134,19 @@ def prefill(
         counted_BS = columns_S < torch.tensor(counts, device=device).unsqueeze(1)
     ids_BS = torch.tensor([[*ids[start:], *[0] * (width - len(ids))] for ids in prompts], device=device)
     kept = min(width - min(length - min(keep_logits, length) for length in lengths), width - start)
-    with engine.recording(record, before, len(prompts), width - start, counted_BS) as recorder:
+    with (
+        engine.recording(record, before, len(prompts), width - start, counted_BS) as recorder,
+        engine.hidden_states(likely_tokens) as hidden,
+    ):
         logits_BTV = engine.dense(ids_BS, cache, logits_to_keep=kept)
     states = []
+    likely = None
     for row, (ids, length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
         last = kept - width + length  # behind this row's last position among the kept ones
+        if likely_tokens:
+            run = slice(0, count - start)
+            found = find_likely(output_embedding(engine.model), hidden[0][row, run])
+            likely = torch.cat([before_likely, ids_BS[row, run], found])
         states.append(
             PromptState(
                 tuple(ids[:count]),
@@ -137,6 +154,7 @@ def prefill(
                 cache.row(row, 0, count),
                 logits_BTV[row, max(last - keep_logits, 0) : last],
                 recorder.recorded.row(row, count),
+                likely=likely,
             )
         )
     return states

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from griffin.activations import Recorded, Recorder
-from griffin.decoding import Row
 from griffin.engine import Engine, kept_positions, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError
@@ -30,6 +29,7 @@ from griffin.generate import generate_on_engine, refuse_decoding
 from griffin.method import Method
 from griffin.offloading import Offload
 from griffin.prompt import choose_from, draws, prompt_digest, score_neurons, wanted
+from griffin.rows import Row
 from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS
 

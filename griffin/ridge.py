@@ -25,6 +25,9 @@ RIDGE = 1.0
 ROWS = 512
 TOKENS_PER_ROW = 2
 
+# Rows that were learned later and that a fit remembers; what it forgets can be learned anew.
+LEARNED = 512
+
 
 # -- what is recorded of the prompt -----------------------------------------------------------------------------------
 
@@ -104,10 +107,11 @@ def ridge(total_1TD: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Corr
     solution = inverse @ (wrote_TH if dual else kept_TK.T @ wrote_TH)
     usable = (failed == 0) & solution.isfinite().all()
     solution = torch.where(usable, solution, 0.0)
+    nothing_MK = kept_TK[:0]
     if not dual:
-        return Correction(eye, solution, fit=RidgeFit(None, inverse, penalty))
+        return Correction(eye, solution, fit=RidgeFit(None, inverse, penalty, nothing_MK))
     rows_TK = torch.where(usable, kept_TK, 0.0)
-    return Correction(rows_TK, solution, fit=RidgeFit(rows_TK, inverse, penalty))
+    return Correction(rows_TK, solution, fit=RidgeFit(rows_TK, inverse, penalty, nothing_MK))
 
 
 def learn(before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Correction:
@@ -140,16 +144,18 @@ class RidgeFit:
         rows_TK: Z_K, where the inverse is of Z_K Z_K^T + c I [T, T]; None where it is P itself [K, K].
         inverse: either.
         penalty: c, a scalar.
-        learned: per later step, U = Z_new P [N, K] and (I + Z_new P Z_new^T)^-1 [N, N].
+        learned_MK: what later rows took from P, which is P - learned^T learned now; the newest `LEARNED` of them.
     """
 
     rows_TK: Tensor | None
     inverse: Tensor
     penalty: Tensor
-    learned: tuple[tuple[Tensor, Tensor], ...] = ()
+    learned_MK: Tensor
 
     def step(self, kept_NK: Tensor, error_NH: Tensor) -> tuple[Tensor, Tensor, RidgeFit]:
-        """Learn N more rows.
+        """Learn N more rows (recursive least squares).
+
+        With U = Z_new P and S = I + Z_new P Z_new^T, the solution gains U^T S^-1 error and P loses U^T S^-1 U.
 
         Args:
             kept_NK: the kept neurons' activations.
@@ -158,16 +164,16 @@ class RidgeFit:
         Returns:
             The step of the solution as basis [N, K] and weights [N, H], zeros where it is not finite; the fit after it.
         """
-        basis_NK = self._through(kept_NK)
-        gain_NN = kept_NK @ basis_NK.T
+        through_NK = self._through(kept_NK)
+        gain_NN = kept_NK @ through_NK.T
         gain_NN.diagonal().add_(1.0)
-        inverse_NN = torch.linalg.inv_ex(gain_NN).inverse
-        weights_NH = inverse_NN @ error_NH
-        usable = basis_NK.isfinite().all() & inverse_NN.isfinite().all() & weights_NH.isfinite().all()
-        basis_NK, inverse_NN, weights_NH = (
-            torch.where(usable, part, 0.0) for part in (basis_NK, inverse_NN, weights_NH)
-        )
-        return basis_NK, weights_NH, replace(self, learned=(*self.learned, (basis_NK, inverse_NN)))
+        factor_NN, _ = torch.linalg.cholesky_ex(gain_NN)
+        basis_NK = torch.linalg.solve_triangular(factor_NN, through_NK, upper=False)
+        weights_NH = torch.linalg.solve_triangular(factor_NN, error_NH, upper=False)
+        usable = basis_NK.isfinite().all() & weights_NH.isfinite().all()
+        basis_NK, weights_NH = torch.where(usable, basis_NK, 0.0), torch.where(usable, weights_NH, 0.0)
+        learned_MK = torch.cat([self.learned_MK, basis_NK])[-LEARNED:]
+        return basis_NK, weights_NH, replace(self, learned_MK=learned_MK)
 
     def _through(self, kept_NK: Tensor) -> Tensor:
         """Z_new P [N, K], with all that was learned so far (Woodbury's identity)."""
@@ -176,9 +182,7 @@ class RidgeFit:
         else:
             along_NT = (kept_NK @ self.rows_TK.T) @ self.inverse
             through_NK = (kept_NK - along_NT @ self.rows_TK) / self.penalty
-        for basis_MK, inverse_MM in self.learned:
-            through_NK = through_NK - (kept_NK @ basis_MK.T) @ inverse_MM @ basis_MK
-        return through_NK
+        return through_NK - (kept_NK @ self.learned_MK.T) @ self.learned_MK
 
 
 def _dropped(experts_K: Tensor, width: int) -> Tensor:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from griffin.activations import ActivationStatistic, Recorded
-from griffin.decoding import Generation, Row, begin, decode
+from griffin.decoding import decode
 from griffin.engine import Engine
 from griffin.kv_cache import KVCache
 from griffin.method import Method
 from griffin.prompt import prefill
+from griffin.rows import Generation, Row, begin
 from griffin.statistics import STATISTICS
 
 TEXTS = 8

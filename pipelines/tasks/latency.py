@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
-from pipelines.tasks.device_memory import decode_bytes, forget_peak, memcpy_seconds, now, peak_memory
+from pipelines.tasks.device_memory import forget_peak, memcpy_seconds, now, peak_memory
 
 Seconds = dict[str, float]
 
@@ -79,7 +79,7 @@ def evaluate(
     for method in methods:
         engine = engine_for(loaded.model, methods, config)
         kept = method.kept([block.width for block in griffin.find_feedforward_blocks(loaded.model)])
-        traffic = decode_bytes(loaded, kept)
+        traffic = griffin.traffic(loaded.model, kept)
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue
@@ -108,7 +108,7 @@ def evaluate(
                 "dense": dense,
                 "pruned": pruned,
                 "memcpy": memcpy_seconds(loaded, kept),
-                "bytes": traffic,
+                "bytes": {"dense": traffic.dense, "pruned": traffic.pruned},
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
                 "seconds": sum(dense.values()) + sum(pruned.values()),
