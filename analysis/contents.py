@@ -70,6 +70,7 @@ def make_report(source: str) -> Report:
     groups = [
         quality_figures.against_sparsity(table, styles),
         quality_figures.against_speed(table, styles),
+        quality_figures.predicted_speed(table, styles),
         latency_figures.bars(table, styles),
         quality_figures.by_length(table, styles),
         flocking(runs, labels),

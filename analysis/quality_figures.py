@@ -1,4 +1,5 @@
-"""Figures of quality: against sparsity, against prompt and generation length, and against decode speed."""
+"""Figures of quality: against sparsity, against prompt and generation length, and against decode speed; and what exact
+verification is predicted to bring."""
 
 from __future__ import annotations
 
@@ -39,6 +40,27 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
             )
         )
     return Group("Quality against sparsity", drawings, f"python -m pipelines.run task=fidelity {_GRID}")
+
+
+def predicted_speed(runs: pd.DataFrame, styles: Styles) -> Group:
+    """One figure per model and fidelity task: what exact verification is predicted to bring, against sparsity."""
+    runs = select(runs, kind="fidelity", metric="predicted_speedup")
+    drawings = []
+    for (model, task), mine in runs[runs["sparsity"].notna()].groupby(["model", "task"], sort=True):
+        if mine["sparsity"].nunique() > 1:
+            drawings.append(
+                Drawing(
+                    file_name("predicted_speed", model, task),
+                    f"Predicted exact speed-up against sparsity, {model}",
+                    f"Decode speed-up that checking the drafts of a pruned {model} brings on {task}, greedily and with "
+                    "the best fixed number of drafted tokens, by bytes of weights read. Above the dashed line "
+                    "verified decoding pays.",
+                    _ids(mine),
+                    functools.partial(_predicted_figure, mine, styles),
+                )
+            )
+    command = "python -m pipelines.run task=fidelity 'grid.sparsity=[0.25,0.5,0.75]'"
+    return Group("Predicted exact speed-up against sparsity", drawings, command)
 
 
 def by_length(runs: pd.DataFrame, styles: Styles) -> Group:
@@ -121,6 +143,23 @@ def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     axis.set_xlabel("FF sparsity (%)")
     axis.set_ylabel(metric(runs["metric"].iloc[0]).axis)
     _scale(axis, runs)
+    add_legend(figure, axis)
+    return figure
+
+
+def _predicted_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
+    figure, axis = new_figure()
+    for family, mine in runs.groupby("family", sort=True):
+        line = _with_gaps(mine, runs, "sparsity")
+        axis.plot(
+            *(100 * line["sparsity"], line["value"]),
+            color=styles.colour(str(family)),
+            marker=styles.marker(str(family)),
+            label=family,
+        )
+    axis.axhline(1.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
+    axis.set_xlabel("FF sparsity (%)")
+    axis.set_ylabel(metric("predicted_speedup").axis)
     add_legend(figure, axis)
     return figure
 

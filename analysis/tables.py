@@ -24,9 +24,15 @@ QUALITY = {
     "perplexity": "Perplexity",
     "fidelity": "Fidelity to the dense model",
 }
+_DRAFTING = (
+    *("acceptance_rate", "tokens_per_check", "drafted_per_check", "dense_steps", "effective_density"),
+    *("predicted_speedup", "predicted_draft_tokens"),
+)
 _LATENCY = (
-    *("decode_speedup", "decode_limit", "decode_fraction_of_limit", "prompt_overhead", "compaction_vs_memcpy"),
-    *("breakeven_tokens", "total_speedup", "dense_decode_ms", "pruned_decode_ms"),
+    *("decode_speedup", "pruned_decode_speedup", "decode_limit", "decode_fraction_of_limit", "prompt_overhead"),
+    *("compaction_vs_memcpy", "breakeven_tokens", "total_speedup", "dense_decode_ms", "pruned_decode_ms"),
+    *("acceptance_rate", "tokens_per_check", "effective_density"),
+    *("draft_ms", "check_ms", "learn_ms", "choose_anew_ms", "learning_overhead"),
 )
 
 
@@ -110,7 +116,7 @@ class Table:
 def tables(runs: pd.DataFrame) -> list[Table]:
     """All tables that have rows; tables of quality come first."""
     made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
-    made += [_perplexity_by_length(runs), _latency(runs), *_flocking(runs)]
+    made += [_perplexity_by_length(runs), _drafting(runs), _latency(runs), *_flocking(runs)]
     return [table for table in made if table.rows]
 
 
@@ -163,13 +169,34 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
     return table
 
 
+def _drafting(runs: pd.DataFrame) -> Table:
+    """A row per model, task and method that was verified, or predicted to be; a column per metric."""
+    runs = runs[(runs["kind"] != "latency") & runs["metric"].isin(_DRAFTING)]
+    names = [name for name in _DRAFTING if (runs["metric"] == name).any()]
+    note = (
+        "Tokens that the pruned model drafts and the dense model checks. The effective density is bytes of weights "
+        "read per token, of drafts and checks over dense, and the predicted speed-up its inverse; for fidelity, that "
+        "of greedy decoding with the best fixed number of drafted tokens."
+    )
+    headings = [("", _heading(metric(name))) for name in names]
+    table = Table("verified", "Verified decoding", note, ("model and task", "method"), headings)
+    found = {(row.model, row.task, row.method, row.metric): row for row in runs.itertuples()}
+    rows = runs.drop_duplicates(["model", "task", "method"])
+    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *_method_order(row))):
+        place = (row.model, row.task, row.method)
+        cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
+        table.rows.append(((f"{row.model}, {row.task}", row.method), cells))
+    return table
+
+
 def _latency(runs: pd.DataFrame) -> Table:
     """A row per model, task, method and pair of lengths, a column per metric."""
     runs = select(runs, kind="latency")
     names = [name for name in _LATENCY if (runs["metric"] == name).any()]
     note = (
         "Medians of repeats, dense and pruned in turn. The limit of the decode speed-up is bytes of weights read per "
-        "token, dense over pruned. The break-even is missing where pruning does not pay."
+        "token, dense over pruned or, for a verified method, over drafts and checks. The break-even is missing where "
+        "pruning does not pay."
     )
     stubs = ("model and task", "method", "tokens")
     table = Table("latency", "Latency", note, stubs, [("", _heading(metric(name))) for name in names])

@@ -51,8 +51,8 @@ def find_likely(head: nn.Linear, hidden_SH: Tensor) -> Tensor:
 
     What models do to logits after the embedding, such as soft-capping and scaling, leaves their order as it is.
     """
-    sampled_SH = hidden_SH[:: -(-len(hidden_SH) // POSITIONS)]
-    pieces = [sampled_SH[first : first + _PIECE] for first in range(0, len(sampled_SH), _PIECE)]
+    sampled_SH = hidden_SH[:: max(1, -(-len(hidden_SH) // POSITIONS))]
+    pieces = [sampled_SH[first : first + _PIECE] for first in range(0, max(1, len(sampled_SH)), _PIECE)]
     best = [head(piece_SH).topk(min(BEST, head.out_features), dim=-1).indices for piece_SH in pieces]
     return torch.cat(best).flatten()
 
@@ -82,8 +82,8 @@ class DraftVocabulary:
         self._in_V[tokens] = True
         found_N = self._in_V.nonzero().squeeze(1)
         if len(found_N) != len(self.tokens_N) or not torch.equal(found_N, self.tokens_N):
-            self.tokens_N = found_N
             self._projection.gather(found_N)
+            self.tokens_N = found_N
 
     def on(self) -> None:
         """Compute logits of these tokens only, from the next forward call on."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,10 +84,10 @@ def one_round(
 
     The cache ends before the row's last token, and after the round before the last one of what is returned.
     """
-    clock = row.drafting.seconds
+    clock, ran = row.drafting.seconds, row.state.length + len(row.tokens) - 1
     with _timed(clock, "draft"):
         drafts = draft.run(length, cache, generation)
-        cache.crop(len(drafts))
+        cache.show(1, 0, ran)
     with _timed(clock, "check"), engine.watching() as seen:
         latest_T = torch.tensor([row.tokens[-1], *drafts.tokens], device=engine.device)
         logits_TV = engine.dense(latest_T.unsqueeze(0), cache)[0].float()
@@ -97,7 +97,7 @@ def one_round(
             kept, own = accept_greedy(row, drafts, logits_TV, generation)
         else:
             kept, own = accept_sampled(row, drafts, logits_TV, generation)
-        cache.crop(len(drafts) - kept)
+        cache.show(1, 0, ran + kept + 1)
     row.drafting.checks += 1
     row.drafting.drafted += len(drafts)
     row.drafting.accepted += kept
@@ -203,7 +203,10 @@ class _Draft:
         else:
             logits_V = logits_N.new_full((self._traffic.vocabulary,), -torch.inf)
             logits_V.index_copy_(0, self._engine.vocabulary.tokens_N, logits_N)
-        return _scores(self._row, drafts.tokens, logits_V, generation)
+        scores_V = _scores(self._row, drafts.tokens, logits_V, generation)
+        if self._prunes_vocabulary:  # where none of its tokens is allowed, whatever is drafted is a guess
+            scores_V = torch.where(scores_V.max() == -torch.inf, 0.0, scores_V)
+        return scores_V
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -230,8 +233,8 @@ class _Draft:
         if method.refresh == "experts":
             with _timed(clock, "choose"):
                 self._unread.append([z[:accepted].float() for z, _ in seen])
-                ran = len(self._row.tokens) + len(tokens) - 1
-                if ran >= next_refresh(self._chosen_at):
+                ran = [*self._row.tokens, *tokens[:-1]]
+                if len(ran) >= next_refresh(self._chosen_at):
                     self._choose(ran)
 
     def _learn_layer(self, layer: int, fit: Fit, z_ND: Tensor, output_NH: Tensor) -> Fit:
@@ -246,17 +249,18 @@ class _Draft:
         self._engine.draft_learns(layer, Correction(basis_NK, weights_NH))
         return learned
 
-    def _choose(self, ran: int) -> None:
-        """New experts, from the prompt and all that was accepted."""
+    def _choose(self, ran: Sequence[int]) -> None:
+        """New experts, from the prompt and all that was accepted: new tokens, all of which have run."""
         engine, row = self._engine, self._row
         layers = [torch.cat(rows) for rows in zip(*self._unread, strict=True)]
-        self._unread, self._chosen_at = [], ran
+        read = ran[self._chosen_at :]
+        self._unread, self._chosen_at = [], len(ran)
         recorder = Recorder(engine.blocks, wanted([row.method]))
         recorder.begin(row.state.recorded)
         recorder.expect(1, len(layers[0]), None, WEIGHT)
         for layer, z_ND in enumerate(layers):
             recorder.record(layer, z_ND)
-        row.state = replace(row.state, recorded=recorder.recorded)
+        row.state = row.state.extended(read, recorder.recorded)
         row.experts = choose(engine, row.states, row.method, row.seed)
         self._load()
 
@@ -342,7 +346,8 @@ def accept_sampled(row: Row, drafts: Drafts, logits_TV: Tensor, generation: Gene
         q_V = drafts.chances_V[place]
         keep = (p_V[token] / q_V[token]).clamp(max=1.0)
         if int(draw(row, torch.stack([1.0 - keep, keep]))) == 0:
-            return place, int(draw(row, (p_V - q_V).clamp(min=0.0)))
+            residual_V = (p_V - q_V).clamp(min=0.0)  # nothing of it may be left by rounding, where p is q
+            return place, int(draw(row, torch.where(residual_V.sum() > 0, residual_V, p_V)))
     return len(drafts), int(draw(row, _scores(row, drafts.tokens, logits_TV[-1], generation).softmax(dim=-1)))
 
 

@@ -16,6 +16,7 @@ import torch
 
 import griffin
 from pipelines.config_fields import at_least, count_or_auto, described, one_of
+from pipelines.description import is_dense
 from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import LatencyTask
@@ -25,10 +26,14 @@ SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 BUDGETS = tuple(griffin.BUDGETS)
 REFRESHES = tuple(griffin.REFRESHES)
+VERIFICATIONS = tuple(griffin.VERIFICATIONS)
+DRAFT_VOCABULARIES = tuple(griffin.DRAFT_VOCABULARIES)
 LEARNING = griffin.LEARNING
 MODES = ("auto", *griffin.MODES)
 # The kinds of task whose rows, prompts times methods, run together.
 BATCHED = ("generation", "classification", "question_answering", "fidelity", "perplexity")
+# The kinds of task that generate text, where drafts can be checked and dense weights are for prompts only.
+GENERATING = ("generation", "question_answering", "latency")
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 
@@ -52,6 +57,7 @@ class GridConfig:
     compensation: list[str] = described("compensations", list)
     budget: list[str] = described("budgets", list)
     refresh: list[str] = described("what is refreshed", list)
+    verification: list[str] = described("verifications", list)
     sparsity: list[float] = described("sparsities; all points with 0 are the one dense run", list)
 
 
@@ -83,6 +89,18 @@ class RunConfig:
     )
     budget: str = described(f"how the layers share what is kept, beyond the paper: {', '.join(BUDGETS)}", "uniform")
     refresh: str = described(f"what follows the generated text, beyond the paper: {', '.join(REFRESHES)}", "none")
+    verification: str = described(
+        f"how the dense model checks what the experts draft, beyond the paper: {', '.join(VERIFICATIONS)}", "none"
+    )
+    draft_tokens: Any = described(
+        f"tokens drafted before each check: 1 to {griffin.MOST_DRAFTED}; auto: until the draft is unsure", "auto"
+    )
+    draft_vocabulary: str = described(
+        f"of which tokens drafts are made: {', '.join(DRAFT_VOCABULARIES)} (what the text makes likely)", "prompt"
+    )
+    verification_threshold: float = described(
+        "of verification=threshold: the least dense probability of a drafted token that is kept", 0.1
+    )
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
     grid: GridConfig = described("many of the above in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
@@ -106,6 +124,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_methods()
         self._check_values()
+        self._check_verification()
         self._check_batch_size()
         self._check_task()
         self._check_compile_and_mode()
@@ -119,6 +138,8 @@ class RunConfig:
         one_of("compensation", self.compensation, COMPENSATIONS)
         one_of("budget", self.budget, BUDGETS)
         one_of("refresh", self.refresh, REFRESHES)
+        one_of("verification", self.verification, VERIFICATIONS)
+        one_of("draft_vocabulary", self.draft_vocabulary, DRAFT_VOCABULARIES)
         one_of("mode", self.mode, MODES)
         self.sparsity = _sparsity("sparsity", self.sparsity)
         for value in self.grid.statistic:
@@ -131,6 +152,8 @@ class RunConfig:
             one_of("grid.budget", value, BUDGETS)
         for value in self.grid.refresh:
             one_of("grid.refresh", value, REFRESHES)
+        for value in self.grid.verification:
+            one_of("grid.verification", value, VERIFICATIONS)
         self._can_refresh()
         for value in self.grid.sparsity:
             _sparsity("grid.sparsity", value)
@@ -155,6 +178,41 @@ class RunConfig:
         if not (self.device in ("auto", "cpu", "cuda", "mps") or self.device.removeprefix("cuda:").isdigit()):
             raise UserError(f"device={self.device}: expected auto, cpu, cuda, cuda:N or mps")
 
+    @property
+    def _verification(self) -> str:
+        """The setting by which a method is verified, for messages; empty where none is."""
+        key, values = "verification", [self.verification]
+        if self.grid.verification:
+            key, values = "grid.verification", self.grid.verification
+        return f"{key}={', '.join(values)}" if {*values} != {"none"} else ""
+
+    def _check_verification(self) -> None:
+        """What verified decoding is told, and what it goes with: its rows run one at a time, with compact weights."""
+        most = griffin.MOST_DRAFTED
+        count = self.draft_tokens
+        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most):
+            shown = "null" if count is None else count
+            raise UserError(f"draft_tokens={shown}: expected a whole number, 1 to {most}, or auto")
+        if not 0 < self.verification_threshold < 1:
+            raise UserError(
+                f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
+            )
+        setting = self._verification
+        if not setting:
+            return
+        if all(map(is_dense, self.grid.sparsity or [self.sparsity])):
+            key = "grid.sparsity" if self.grid.sparsity else "sparsity"
+            raise UserError(f"{setting} with {key} 0 only: a dense draft is the model itself; expected sparsity > 0")
+        if self.task.kind not in GENERATING:
+            raise UserError(f"{setting} with task={self.task.name}: expected a task that generates, or latency")
+        if self.batch_size != "auto" and self.batch_size != 1:
+            raise UserError(f"{setting} with batch_size={self.batch_size}: expected 1, drafts are checked row by row")
+        if self.mode == "masked":
+            raise UserError(f"{setting} with mode=masked: expected compact, drafts are to be cheap")
+        for key in ("shared_experts", "compile", "offload_dense"):
+            if getattr(self, key):
+                raise UserError(f"{setting} with {key}=true: expected one of the two")
+
     def _check_batch_size(self) -> None:
         """A number, or `auto` where more than one prompt at a time is possible at all; else `auto` becomes 1."""
         count_or_auto("batch_size", self.batch_size)
@@ -163,7 +221,8 @@ class RunConfig:
         if self.shared_experts:
             raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
         # One row at a time is all that these can have, so that is what fits.
-        if self.mode == "compact" or self.compile or self.offload_dense or self.task.kind not in BATCHED:
+        alone = self.mode == "compact" or self.compile or self.offload_dense or bool(self._verification)
+        if alone or self.task.kind not in BATCHED:
             self.batch_size = 1
 
     @property
@@ -197,7 +256,7 @@ class RunConfig:
 
     def _check_offload(self) -> None:
         """Dense weights may be out of reach of the device only where they are needed for prompts alone."""
-        if self.task.kind not in ("generation", "question_answering", "latency"):
+        if self.task.kind not in GENERATING:
             raise UserError(
                 f"offload_dense=true with task={self.task.name}: expected a task that generates, or latency; others "
                 "need the dense weights for what follows a prompt too"

@@ -12,18 +12,28 @@ from typing import Any
 Plain = dict[str, Any]
 
 # These settings say how a run pruned; a dense run has none of them. All others say how a run was evaluated.
-METHOD = ("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts")
+METHOD = (
+    *("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts"),
+    *("verification", "draft_tokens", "draft_vocabulary", "verification_threshold"),
+)
 
 # Settings that were added after runs had been recorded. A run with these values is the run that it was before.
 LATER: Plain = {
     "compensation": "none",
     "budget": "uniform",
     "refresh": "none",
+    "verification": "none",
+    "draft_tokens": "auto",
+    "draft_vocabulary": "prompt",
+    "verification_threshold": 0.1,
     "offset": 0,
     "compile": False,
     "offload_dense": False,
     "cpu_onednn": False,
 }
+
+# What says how drafts are made and checked; the last of them is read with `verification=threshold` only.
+_DRAFTING = ("draft_tokens", "draft_vocabulary", "verification_threshold")
 
 # A file that is named on the command line is read instead of the data that the task names.
 INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
@@ -85,7 +95,10 @@ def determining(config: Plain, data: Mapping[str, str]) -> Plain:
     dense = is_dense(config["sparsity"])
     # Where the dense weights lie changes times only, and who multiplies on a CPU, times and rounding.
     idle = {*_IDLE, *(METHOD if dense else ()), *(() if task["kind"] == "latency" else ("offload_dense", "cpu_onednn"))}
-    settings = {key: value for key, value in (LATER | config).items() if key not in idle}
+    whole = LATER | config
+    unread = {"none": _DRAFTING, "exact": _DRAFTING[-1:]}.get(whole["verification"], ())
+    whole |= {key: LATER[key] for key in unread}
+    settings = {key: value for key, value in whole.items() if key not in idle}
     settings["model"] = {key: value for key, value in config["model"].items() if key not in _IDLE_MODEL}
     return settings | {"task": task | data} | ({"sparsity": 0.0} if dense else {})
 

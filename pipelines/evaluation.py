@@ -21,6 +21,7 @@ from pipelines.methods import Method, data_digests, described, engine_for, evalu
 from pipelines.model_config import ModelConfig
 from pipelines.records import Record
 from pipelines.run_folder import RunFolder
+from pipelines.tasks import drafting
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def evaluate(
         timing = {
             "load_seconds": load_seconds,
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
+            **drafting.timing(samples[method]),
         }
         media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
         versions = kind.versions(items) if hasattr(kind, "versions") else {}

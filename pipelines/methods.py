@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import griffin
 from griffin import LEARNING, Method
+from griffin.draft_vocabulary import output_embedding
 from pipelines import description
 from pipelines.compiling import compiling
 from pipelines.config import RunConfig
@@ -27,17 +28,26 @@ def methods(config: RunConfig) -> list[Method]:
     if config.task.kind == "flocking":  # looks at the dense model
         return [Method(config.statistic, config.selection, 0.0)]
     points: list[Method] = []
-    for statistic, compensation, budget, refresh, sparsity in itertools.product(
+    for statistic, compensation, budget, refresh, verification, sparsity in itertools.product(
         config.grid.statistic or [config.statistic],
         config.grid.compensation or [config.compensation],
         config.grid.budget or [config.budget],
         config.grid.refresh or [config.refresh],
+        config.grid.verification or [config.verification],
         config.grid.sparsity or [config.sparsity],
     ):
         if refresh == "compensation" and compensation not in LEARNING:
             continue
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
         method = Method(statistic, config.selection, amount, compensation, budget, refresh)
+        if verification != "none" and not method.dense:
+            method = replace(
+                method,
+                verification=verification,
+                draft_tokens=config.draft_tokens,
+                draft_vocabulary=config.draft_vocabulary,
+                verification_threshold=config.verification_threshold,
+            )
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
@@ -55,6 +65,10 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
         "compensation": method.compensation,
         "budget": method.budget,
         "refresh": method.refresh,
+        "verification": method.verification,
+        "draft_tokens": method.draft_tokens,
+        "draft_vocabulary": method.draft_vocabulary,
+        "verification_threshold": method.verification_threshold,
     }
 
 
@@ -111,6 +125,8 @@ def engine_for(model: nn.Module, methods: Sequence[Method], config: RunConfig) -
     loaded: Any = model
     compiled = loaded.get_compiled_call(compiling(loaded.device)) if config.compile else None
     pruning = any(not method.dense for method in methods)
+    if any(method.prunes_vocabulary for method in methods):
+        output_embedding(model)  # refuses what has none
     engine = griffin.Engine(model, pruning=pruning, mode=config.mode, compiled=compiled)
     griffin.prepare(engine, methods)
     return engine

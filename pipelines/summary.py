@@ -8,9 +8,17 @@ from tabulate import tabulate
 
 from pipelines.records import Record
 
+# Of verified runs, and the last one of fidelity.
+_DRAFTING = {
+    "acceptance_rate": "acceptance",
+    "tokens_per_check": "tokens/check",
+    "effective_density": "effective density",
+    "predicted_speedup": "predicted speed-up",
+}
+
 
 def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
-    """One line per run: the method, every metric that has a standard error with it, and time.
+    """One line per run: the method, every metric that has a standard error with it, drafts, and time.
 
     Args:
         rows: (method in words, record) of each run; those of latency and flocking have a table of their own.
@@ -21,7 +29,8 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
         return None
     errors = dict.fromkeys(name for _, record in rows for name in record["metrics"] if name.endswith("_stderr"))
     measures = [name.removesuffix("_stderr") for name in errors if not name.startswith("perplexity_p")]
-    headers = ["model", "task", "method", *measures, "samples", "skipped", "s/sample", "tokens/s"]
+    drafting = {name: text for name, text in _DRAFTING.items() if any(name in record["metrics"] for _, record in rows)}
+    headers = ["model", "task", "method", *measures, *drafting.values(), "samples", "skipped", "s/sample", "tokens/s"]
     lines = []
     for method, record in rows:
         metrics = record["metrics"]
@@ -32,6 +41,7 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
                 record["config"]["task"]["name"],
                 method,
                 *(_with_error(metrics, name) for name in measures),
+                *(f"{metrics[name]:.3g}" if name in metrics else "-" for name in drafting),
                 samples,
                 metrics.get("skipped_prompts", 0),
                 f"{seconds / samples:.2f}" if samples else "-",
@@ -54,6 +64,9 @@ def latency_table(rows: Sequence[tuple[str, Record]]) -> str | None:
         "dense_decode_ms": "dense ms/token",
         "onednn_speedup": "dense, over plain torch",
     }
+    if any(name.startswith("pruned_decode_speedup") for _, record in rows for name in record["metrics"]):
+        names |= {"pruned_decode_speedup": "decode speed-up unverified"}
+        names |= {name: text for name, text in _DRAFTING.items() if name != "predicted_speedup"}  # which is the limit
     lines = []
     for method, record in rows:
         metrics, task = record["metrics"], record["config"]["task"]

@@ -13,6 +13,7 @@ from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks import drafting
 from pipelines.tasks.generation import end_tokens, sampled
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.lm_eval_adapter import (
@@ -53,12 +54,14 @@ def evaluate(
         instances = [instance for document in block for instance in document.instances]
         began = time.perf_counter()
         answers = _loglikelihoods(lm, loaded, engine, instances, config, run)
-        for method, texts in _texts(lm, loaded, engine, instances, config, run).items():
-            answers[method] |= texts
+        texts = _texts(lm, loaded, engine, instances, config, run)
+        for method in run:
+            answers[method] |= {instance: text.text for instance, text in texts[method].items()}
         seconds = (time.perf_counter() - began) / len(run) / len(block)
         for method in needed:
             samples = [
                 _sample(document, [answers[method][id(instance)] for instance in document.instances], seconds)
+                | drafting.sample_part(engine, method, _draftings(document, texts[method]))
                 for document in block
                 if document.index not in done[method]
             ]
@@ -66,12 +69,12 @@ def evaluate(
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """The task's own metrics as fractions, with standard errors, over all samples of a run."""
+    """The task's own metrics as fractions, with standard errors, and what became of drafts, over all samples."""
     names = list(samples[0]["metrics"]) if samples else []
     values: dict[str, float] = {}
     for name in names:
         values[name], values[f"{name}_stderr"] = mean_and_stderr([sample["metrics"][name] for sample in samples])
-    return values | {"samples": len(samples)}
+    return values | {"samples": len(samples)} | drafting.metrics(samples)
 
 
 def _blocks(
@@ -127,6 +130,18 @@ class _Wanted:
     request: TextRequest
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """A text as lm-eval takes it, and what became of its drafts."""
+
+    text: str
+    drafting: griffin.Drafting
+
+
+def _draftings(document: Document, texts: dict[int, _Text]) -> list[griffin.Drafting]:
+    return [texts[id(one)].drafting for one in document.instances if id(one) in texts]
+
+
 def _texts(
     lm: GriffinLM,
     loaded: LoadedModel,
@@ -134,21 +149,21 @@ def _texts(
     instances: Sequence[Any],
     config: RunConfig,
     methods: Sequence[Method],
-) -> Answers:
-    """The text of each generation request."""
+) -> dict[Method, dict[int, _Text]]:
+    """Per method, the text of each generation request, by the request's identity."""
     wanted = [
         _Wanted(instance.doc_id, id(instance), text_request(lm, instance))
         for instance in instances
         if instance.request_type == "generate_until"
     ]
-    answers: Answers = {method: {} for method in methods}
+    texts: dict[Method, dict[int, _Text]] = {method: {} for method in methods}
     if not wanted:
-        return answers
-    record = griffin.wanted(methods)
+        return texts
+    record, likely = griffin.wanted(methods), any(method.prunes_vocabulary for method in methods)
 
     def rows() -> Iterator[Row]:
         for one in wanted:
-            (state,) = griffin.prefill(engine, [one.request.ids], record)
+            (state,) = griffin.prefill(engine, [one.request.ids], record, likely_tokens=likely)
             for method in methods:
                 yield from griffin.begin(engine, [state], method, config.seed, [one])
 
@@ -161,8 +176,9 @@ def _texts(
     longest = max(len(one.request.ids) for one in wanted)
     for batch, count, most in batches:
         for row in griffin.decode(engine, batch, count, most, longest, _generation(lm, loaded, wanted, config)):
-            answers[row.method][row.label.instance] = finished_text(lm, row.tokens, row.label.request.stop)
-    return answers
+            text = finished_text(lm, row.tokens, row.label.request.stop)
+            texts[row.method][row.label.instance] = _Text(text, row.drafting)
+    return texts
 
 
 def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], config: RunConfig) -> griffin.Generation:
@@ -175,8 +191,10 @@ def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], c
         text = lm.tok_decode(row.tokens)  # what follows a stop text would be cut anyway
         return any(stop in text for stop in request.stop if stop)
 
-    pick = sampled(config.seed, temperature) if temperature else griffin.greedy
-    return griffin.Generation(max(one.request.limit for one in wanted), pick, ended)
+    limit = max(one.request.limit for one in wanted)
+    if temperature:
+        return sampled(config.seed, limit, ended, temperature)
+    return griffin.Generation(limit, griffin.greedy, ended)
 
 
 def _sample(document: Document, answers: list[Any], seconds: float) -> Sample:

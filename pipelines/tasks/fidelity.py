@@ -23,6 +23,7 @@ from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.drafting import predicted
 from pipelines.tasks.generation import end_tokens
 from pipelines.tasks.grouping import groups
 from pipelines.tasks.prompts import Prompt, read_prompts
@@ -48,6 +49,7 @@ def evaluate(
     steps = config.task.max_new_tokens
     room = loaded.context_length - steps
     engine = engine_for(loaded.model, methods, config)
+    costs = {method: _draft_cost(engine, method) for method in methods if not method.dense}
     fitting = []
     for prompt in prompts:
         ids = loaded.encode(prompt.text)
@@ -84,12 +86,20 @@ def evaluate(
         for method, one, logprobs_CV, seconds in scored:
             if one.prompt.index not in done[method]:
                 kl_C, agreement_C = compare(one.logprobs_CV, logprobs_CV)
+                as_draft: Sample = {}
+                if not method.dense:
+                    as_draft = {
+                        "acceptance": acceptance(one.logprobs_CV, logprobs_CV),
+                        "agreement_by_token": agreement_C.int().tolist(),
+                        "draft_cost": costs[method],
+                    }
                 sample = _sample(one.prompt, one.state.length) | {
                     "generated_tokens": len(one.tokens),
                     "kl": float(kl_C.mean()),
                     "top1_agreement": float(agreement_C.mean()),
                     "seconds": round(dense_seconds + seconds, 4),
                     "kl_by_token": [round(float(kl), 6) for kl in kl_C],
+                    **as_draft,
                 }
                 yield method, [sample]
 
@@ -156,10 +166,31 @@ def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
     return kl_C, agreement_C.float()
 
 
+def acceptance(dense_CV: Tensor, pruned_CV: Tensor) -> float:
+    """The probability that speculative sampling keeps a token drawn from the pruned model: the mean over positions of
+    the mass that both distributions have.
+
+    Args:
+        dense_CV: log-probabilities of the dense model.
+        pruned_CV: log-probabilities of the pruned model.
+    """
+    return float(torch.minimum(dense_CV, pruned_CV).exp().sum(dim=-1).mean())
+
+
+def _draft_cost(engine: griffin.Engine, method: Method) -> float:
+    """Of a step of the pruned model, in steps of the dense one: bytes of weights read."""
+    found = griffin.traffic(engine.model, method.kept(engine.widths))
+    return found.draft(None) / found.dense
+
+
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """`kl` and `top1_agreement` with standard errors over prompts, and counts."""
+    """`kl`, `top1_agreement` and `acceptance` with standard errors over prompts, counts, and what exact verification
+    is predicted to bring, greedily."""
     compared = [sample for sample in samples if "skipped" not in sample]
     values: dict[str, float] = {}
-    for name in ("kl", "top1_agreement") if compared else ():
-        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in compared])
+    for name in ("kl", "top1_agreement", "acceptance"):
+        if compared and name in compared[0]:
+            values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in compared])
+    if compared and "draft_cost" in compared[0]:
+        values |= predicted([sample["agreement_by_token"] for sample in compared], compared[0]["draft_cost"])
     return values | {"samples": len(compared), "skipped_prompts": len(samples) - len(compared)}

@@ -20,6 +20,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import GenerationTask
+from pipelines.tasks import drafting
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
@@ -80,11 +81,12 @@ def evaluate(
             for row in rows:
                 if row.label.index not in done[row.method]:
                     seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
-                    yield row.method, [_scored(row.label, row, seconds, loaded.tokenizer, config.task)]
+                    scored = _scored(row.label, row, seconds, loaded.tokenizer, config.task)
+                    yield row.method, [scored | drafting.sample_part(engine, row.method, [row.drafting])]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """ROUGE F-scores x 100 with standard errors, and counts, over all samples of a run."""
+    """ROUGE F-scores x 100 with standard errors, counts, and what became of drafts, over all samples of a run."""
     scored = [sample for sample in samples if "skipped" not in sample]
     values: dict[str, float] = {}
     for name in ROUGE if scored else ():
@@ -94,6 +96,7 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "skipped_prompts": len(samples) - len(scored),
         "prompt_tokens": sum(sample["prompt_tokens"] for sample in scored),
         "generated_tokens": sum(sample["generated_tokens"] for sample in scored),
+        **drafting.metrics(scored),
     }
 
 
@@ -123,6 +126,7 @@ class _Texts:
     ) -> None:
         self._engine, self._config, self._encoded, self._loaded = engine, config, encoded, loaded
         self._record = griffin.wanted(methods)
+        self._likely = any(method.prunes_vocabulary for method in methods)
         # The last token may be another one where an article follows.
         self._beginning = loaded.encode(beginning)[:-1]
         self._prefix: griffin.PromptState | None = None
@@ -152,8 +156,14 @@ class _Texts:
     def _prefilled(self, prompt: Prompt) -> griffin.PromptState:
         began = time.perf_counter()
         if self._prefix is None and self._beginning:
-            (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record)
-        (state,) = griffin.prefill(self._engine, [self._encoded[prompt.index]], self._record, prefix=self._prefix)
+            (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record, likely_tokens=self._likely)
+        (state,) = griffin.prefill(
+            self._engine,
+            [self._encoded[prompt.index]],
+            self._record,
+            prefix=self._prefix,
+            likely_tokens=self._likely,
+        )
         self.prefill_seconds[prompt.index] = time.perf_counter() - began
         return state
 
@@ -170,10 +180,9 @@ class _Texts:
             # What follows the stop text would be cut anyway.
             return row.tokens[-1] in ends or task.stop in tokenizer.decode(row.tokens, skip_special_tokens=True)
 
-        sampling = task.decoding == "reference_sampling"
-        return griffin.Generation(
-            task.max_new_tokens, sampled(self._config.seed) if sampling else griffin.greedy, ended
-        )
+        if task.decoding == "reference_sampling":
+            return sampled(self._config.seed, task.max_new_tokens, ended)
+        return griffin.Generation(task.max_new_tokens, griffin.greedy, ended)
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
@@ -182,26 +191,36 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
     return {*(eos if isinstance(eos, list) else [] if eos is None else [eos])}
 
 
-def sampled(seed: int, temperature: float = TEMPERATURE) -> Callable[[Sequence[Row], Tensor], Tensor]:
-    """Picks tokens by sampling from the whole vocabulary, every row with random numbers of its own.
+def sampled(
+    seed: int, limit: int, ended: Callable[[Row], bool], temperature: float = TEMPERATURE
+) -> griffin.Generation:
+    """Sampling from the whole vocabulary, every row with random numbers of its own.
 
     The numbers follow from seed and prompt. So a text depends neither on the texts beside it nor on those before it,
     and methods are compared with the same numbers.
+
+    Args:
+        seed: of the numbers.
+        limit: the most new tokens of a row.
+        ended: whether a row that got its newest token is done.
+        temperature: what logits are divided by.
     """
     numbers: dict[Row, torch.Generator] = {}
 
-    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-        for row in rows:
-            if row not in numbers:
-                own = zlib.crc32(f"{seed} {row.label.index}".encode())
-                numbers[row] = torch.Generator(logits_BV.device).manual_seed(own)
-        chances_BV = (logits_BV / temperature).softmax(dim=-1)
-        drawn = [
-            chances_V.multinomial(1, generator=numbers[row]) for row, chances_V in zip(rows, chances_BV, strict=True)
-        ]
-        return torch.cat(drawn)
+    def draw(row: Row, chances_V: Tensor) -> Tensor:
+        if row not in numbers:
+            own = zlib.crc32(f"{seed} {row.label.index}".encode())
+            numbers[row] = torch.Generator(chances_V.device).manual_seed(own)
+        return chances_V.multinomial(1, generator=numbers[row])
 
-    return pick
+    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        chances_BV = (logits_BV / temperature).softmax(dim=-1)
+        return torch.cat([draw(row, chances_V) for row, chances_V in zip(rows, chances_BV, strict=True)])
+
+    def scores(row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
+        return logits_V / temperature
+
+    return griffin.Generation(limit, pick, ended, scores, draw)
 
 
 def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:

@@ -4,6 +4,8 @@ Decoding one token reads every active weight once and does little else, so bytes
 are the speed-up that cannot be passed. Times depend on the machine; ratios of times taken in turn depend on it far
 less, so ratios are the metrics.
 
+A verified method is timed beside the same method without verification. Its limit is what its drafts and checks read.
+
 Prompt lengths P and generation lengths G are in tokens, times in seconds.
 """
 
@@ -26,6 +28,7 @@ from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
+from pipelines.tasks import drafting
 from pipelines.tasks.device_memory import forget_peak, memcpy_seconds, now, peak_memory
 
 Seconds = dict[str, float]
@@ -33,7 +36,7 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class Repeat:
-    """One timed pair, dense and pruned, of one pair of lengths."""
+    """One timed turn, dense and pruned, of one pair of lengths."""
 
     index: int
     prompt_length: int
@@ -63,7 +66,8 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned.
+    """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned; in
+    between, for a verified method, the same without verification.
 
     The very first calls of a process are slow; with three repeats or more they move no median.
 
@@ -91,13 +95,12 @@ def evaluate(
                     timing.run(dense_method, 2)  # compiles
                     timing.run(method, 2)
                 forget_peak(loaded.model.device)
-                dense = timing.run(dense_method)
+                dense, _ = timing.run(dense_method)
                 dense_peak = peak_memory(loaded.model.device)
+                unverified = timing.pruned(_unverified(method)) if method.verified else None
                 with griffin.Offload(loaded.model) if config.offload_dense else nullcontext():
                     forget_peak(loaded.model.device)
-                    # Another prompt first, so that buffers exist and the timed one finds the experts of another text.
-                    timing.run(method, 2, shift=1)
-                    pruned = timing.run(method)
+                    pruned, drafts = timing.pruned(method)
                     peak = peak_memory(loaded.model.device)
                 engine.unload()
             sample: Sample = {
@@ -112,8 +115,11 @@ def evaluate(
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
                 "seconds": sum(dense.values()) + sum(pruned.values()),
+                **drafting.sample_part(engine, method, drafts),
             }
-            yield method, [sample if plain is None else sample | {"plain": plain}]
+            sample |= {} if plain is None else {"plain": plain}
+            sample |= {} if unverified is None else {"unverified": unverified[0]}
+            yield method, [sample]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -139,7 +145,8 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     choose, compaction = median("pruned", "choose"), median("pruned", "compact")
     overhead = gather + choose + compaction
     memcpy = statistics.median(sample["memcpy"] for sample in samples)
-    limit = first["bytes"]["dense"] / first["bytes"]["pruned"]
+    drafts = drafting.metrics(samples)
+    limit = drafts.get("predicted_speedup", first["bytes"]["dense"] / first["bytes"]["pruned"])
     values = {
         "decode_speedup": dense / pruned,
         "decode_limit": limit,
@@ -160,6 +167,13 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     }
     if "plain" in first:
         values["onednn_speedup"] = median("plain", "decode") / median("dense", "decode")
+    if "unverified" in first:
+        values["pruned_decode_speedup"] = dense * generation / median("unverified", "decode")
+    if drafts:
+        values |= drafts | drafting.timing(samples)
+        for part, name in (("draft", "draft"), ("check", "check"), ("learn", "learn"), ("choose", "choose_anew")):
+            each = [one["seconds"][part] / one["emitted"] for one in (sample["drafting"] for sample in samples)]
+            values[f"{name}_ms"] = 1e3 * statistics.median(each)
     if dense > pruned:  # else no number of tokens pays for the preparation
         values["breakeven_tokens"] = overhead / (dense - pruned)
     return values
@@ -171,8 +185,9 @@ class _Timing:
     def __init__(self, loaded: LoadedModel, engine: griffin.Engine, repeat: Repeat, config: RunConfig) -> None:
         self._loaded, self._engine, self._repeat, self._config = loaded, engine, repeat, config
 
-    def run(self, method: Method, tokens: int | None = None, shift: int = 0) -> Seconds:
-        """Seconds of prefill, of choosing experts, of compacting, and of decoding greedily.
+    def run(self, method: Method, tokens: int | None = None, shift: int = 0) -> tuple[Seconds, list[griffin.Drafting]]:
+        """Seconds of prefill, of choosing experts, of compacting, and of decoding greedily; and of each row, what
+        became of its drafts.
 
         Args:
             method: how the prompts are continued.
@@ -183,7 +198,7 @@ class _Timing:
         prompts = _prompt(self._loaded, repeat, config, shift).tolist()
         steps = tokens or repeat.generation_length
         times = [now(engine.device)]
-        states = griffin.prefill(engine, prompts, griffin.wanted([method]))
+        states = griffin.prefill(engine, prompts, griffin.wanted([method]), likely_tokens=method.prunes_vocabulary)
         times.append(now(engine.device))
         rows = griffin.begin(engine, states, method, config.seed, range(len(states)))
         times.append(now(engine.device))
@@ -197,11 +212,25 @@ class _Timing:
             pass
         times.append(now(engine.device))
         names = ("prefill", "choose", "compact", "decode")
-        return dict(zip(names, [last - first for first, last in pairwise(times)], strict=True))
+        seconds = dict(zip(names, [last - first for first, last in pairwise(times)], strict=True))
+        return seconds, [row.drafting for row in rows]
+
+    def pruned(self, method: Method) -> tuple[Seconds, list[griffin.Drafting]]:
+        """The same of a pruned method: another prompt first, so that buffers exist and the timed one finds the experts
+        of another text."""
+        self.run(method, 2, shift=1)
+        return self.run(method)
 
     def plain(self) -> Seconds:
         """The same of the dense model with torch's own products, as everybody has it."""
-        return self.run(Method(sparsity=0.0))
+        return self.run(Method(sparsity=0.0))[0]
+
+
+def _unverified(method: Method) -> Method:
+    """The same method without drafts and checks."""
+    return Method(
+        method.statistic, method.selection, method.sparsity, method.compensation, method.budget, method.refresh
+    )
 
 
 def _onednn_applies(loaded: LoadedModel, config: RunConfig) -> bool:

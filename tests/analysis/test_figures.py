@@ -82,6 +82,30 @@ def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
     assert lines["dense"][:2] == ([1.0], [20.0])
 
 
+def test_predicted_speed_has_a_line_a_method_and_one_at_dense() -> None:
+    def predictions(statistic: str, values: dict[float, float]) -> list[Record]:
+        return [
+            record(
+                f"{statistic}-{sparsity}",
+                "fidelity",
+                sparsity=sparsity,
+                statistic=statistic,
+                metrics=score(0.1, name="kl") | {"predicted_speedup": value},
+            )
+            for sparsity, value in values.items()
+        ]
+
+    runs = frame([*predictions("griffin", {0.25: 1.1, 0.5: 1.3}), *predictions("wanda", {0.25: 0.9, 0.5: 1.0})])
+    drawing = only(quality_figures.predicted_speed(runs, Styles(runs["family"])))
+    lines = drawn(drawing)
+    assert lines["griffin"][:2] == ([25.0, 50.0], [1.1, 1.3])
+    assert lines["wanda"][:2] == ([25.0, 50.0], [0.9, 1.0])
+    assert lines["dense"][1] == [1.0, 1.0]
+    assert set(drawing.run_ids) == set(runs["run_id"])
+    runs = frame(predictions("griffin", {0.5: 1.3}))
+    assert quality_figures.predicted_speed(runs, Styles(runs["family"])).drawings == []
+
+
 def test_one_method_has_one_colour_in_all_figures() -> None:
     fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
     runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), record("fast", "latency", metrics=fast)])

@@ -87,6 +87,8 @@ def test_an_old_record_shows_what_a_new_one_shows() -> None:
     assert not {"method", "evaluation", "compensation", "offset"} & {*plain, *plain["config"]}
     old = [checked(one, one["run_id"]) for one in (plain, ridge)]
     later = {"compensation": "none", "budget": "uniform", "refresh": "none", "offset": 0, "compile": False}
+    later |= {"verification": "none", "draft_tokens": "auto", "draft_vocabulary": "prompt"}
+    later |= {"verification_threshold": 0.1}
     new = []
     for one in (plain, ridge):
         config = later | {"offload_dense": False} | one["config"]

@@ -106,7 +106,7 @@ def test_a_second_report_in_the_same_folder_is_the_same_or_replaces_the_first(ru
     page = written(runs, out)
     assert [*out.glob("tables/latency*"), *out.glob("figures/latency*")] == []
     assert (out / "figures" / "own.png").exists(), "a file of the user's"
-    assert page.count("no data; this makes it") == 4
+    assert page.count("no data; this makes it") == 5
     assert "python -m pipelines.run task=flocking" in page
 
 

@@ -140,3 +140,16 @@ def test_markdown_and_latex_survive_any_name() -> None:
     line = markdown(table).splitlines()[2]
     assert len(re.findall(r"(?<!\\)\|", line)) == len(table.stubs) + len(table.columns) + 1
     assert r"my\textbar{}model\_50\%\&\textbackslash{} cafe ?" in latex(table)
+
+
+def test_verified_runs_have_a_table_of_their_drafts_and_others_have_none() -> None:
+    drafts = {"acceptance_rate": 0.9, "tokens_per_check": 3.25, "effective_density": 0.6, "predicted_speedup": 1 / 0.6}
+    verified = record("v", metrics=score(20.0) | drafts)
+    verified["method"] |= {"family": "griffin verified", "label": "griffin verified 50%", "verification": "exact"}
+    plain = record("p", metrics=score(15.0))
+    assert [table.name for table in tables(frame([plain]))] == ["generation"]
+    _, table = tables(frame([plain, verified]))
+    assert table.name == "verified"
+    ((names, cells),) = table.rows
+    assert names == ("gemma_7b, xsum", "griffin verified 50%")
+    assert [found.number for found in cells if found] == ["0.900", "3.25", "0.600", "1.67"]

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from griffin import BUDGETS, COMPENSATIONS, LEARNING, REFRESHES, SELECTIONS, STATISTICS, Method
+from griffin import (
+    BUDGETS,
+    COMPENSATIONS,
+    DRAFT_VOCABULARIES,
+    LEARNING,
+    MOST_DRAFTED,
+    REFRESHES,
+    SELECTIONS,
+    STATISTICS,
+    VERIFICATIONS,
+    Method,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +29,8 @@ from griffin import BUDGETS, COMPENSATIONS, LEARNING, REFRESHES, SELECTIONS, STA
         ("compensation", "median", COMPENSATIONS),
         ("budget", "early", BUDGETS),
         ("refresh", "always", REFRESHES),
+        ("verification", "roughly", VERIFICATIONS),
+        ("draft_vocabulary", "half", DRAFT_VOCABULARIES),
     ],
 )
 def test_an_unknown_name_is_refused_with_those_that_are_known(key: str, value: str, allowed: Any) -> None:
@@ -37,6 +50,67 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"with compensation='mean', which cannot .* expected compensation=ridge"):
         Method(compensation="mean", refresh="compensation")
     assert LEARNING == ("ridge",)
+
+
+@pytest.mark.parametrize(
+    "draft_tokens",
+    [
+        0,
+        -1,
+        17,
+        4.0,
+        "many",
+        "4",
+        None,
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="a bool is an int: it counts as 1")),
+        False,
+    ],
+)
+def test_a_number_of_drafts_out_of_range_is_refused(draft_tokens: Any) -> None:
+    with pytest.raises(ValueError, match=f"draft_tokens={draft_tokens!r}: expected auto, or 1 to 16"):
+        Method(verification="exact", draft_tokens=draft_tokens)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match=f"verification_threshold={threshold}: expected a probability"):
+        Method(verification="threshold", verification_threshold=threshold)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, (0.0, 0.0)])
+def test_a_dense_draft_is_refused(sparsity: Any) -> None:
+    with pytest.raises(ValueError, match=r"verification='exact' with sparsity=0: .* expected sparsity > 0"):
+        Method(sparsity=sparsity, verification="exact")
+
+
+def test_what_is_drafted_may_be_anything_in_range() -> None:
+    for draft_tokens in (1, MOST_DRAFTED, "auto"):
+        assert Method(verification="exact", draft_tokens=draft_tokens).verified
+    assert Method(sparsity=(0.0, 0.5), verification="exact").verified
+    assert not Method(draft_tokens=1).verified
+
+
+def test_only_a_verified_method_can_prune_the_vocabulary() -> None:
+    assert Method(verification="exact").prunes_vocabulary
+    assert not Method(verification="exact", draft_vocabulary="full").prunes_vocabulary
+    assert not Method(draft_vocabulary="prompt").prunes_vocabulary
+
+
+def test_verified_methods_have_different_labels_and_say_what_is_not_exact() -> None:
+    methods = [
+        Method(),
+        *(
+            Method(verification=verification, draft_tokens=draft_tokens, draft_vocabulary=vocabulary, **options)
+            for verification in ("exact", "threshold")
+            for draft_tokens in (1, 4, 16, "auto")
+            for vocabulary in DRAFT_VOCABULARIES
+            for options in ({}, {"compensation": "ridge"}, {"compensation": "ridge", "refresh": "compensation"})
+        ),
+        *(Method(verification="threshold", verification_threshold=threshold) for threshold in (0.05, 0.3)),
+    ]
+    assert len({method.label for method in methods}) == len({method.family for method in methods}) == len(methods)
+    assert all(("not exact" in method.label) == (method.verification == "threshold") for method in methods)
+    assert Method(verification="exact").label == "griffin verified 50%"
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,11 @@ def timeless(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     record = read_record(folder)
     record["config"]["output_dir"] = record["environment"]["command"] = record["timing"] = None
     record["config"]["task"].pop("data_files", None)  # the digest of their content is in the environment
-    return record, [sample | {"seconds": None} for sample in read_samples(folder)]
+    samples = [sample | {"seconds": None} for sample in read_samples(folder)]
+    for sample in samples:
+        if "drafting" in sample:
+            sample["drafting"]["seconds"] = None
+    return record, samples
 
 
 def cut_off(folder: Path, *kept: int) -> None:

@@ -77,6 +77,23 @@ VALUES: list[tuple[str, ...]] = [
     ("refresh=compensation", "refresh=compensation with compensation=none", "ridge"),
     ("grid.refresh=[compensation] compensation=mean", "grid.refresh=compensation", "ridge"),
     ("compile=true refresh=experts", "compile=true", "refresh=none"),
+    ("verification=foo", "verification=foo", "threshold"),
+    ("grid.verification=[foo]", "grid.verification=foo", "exact"),
+    ("draft_vocabulary=foo", "draft_vocabulary=foo", "prompt"),
+    *((f"draft_tokens={value}", f"draft_tokens={value}", "1 to 16, or auto") for value in ("0", "17", "few", "null")),
+    *((f"verification_threshold={value}", "verification_threshold=", "< 1") for value in ("0", "1", "nan")),
+    ("verification=exact sparsity=0", "verification=exact", "sparsity 0", "sparsity > 0"),
+    ("verification=exact grid.sparsity=[0]", "verification=exact", "grid.sparsity"),
+    ("grid.verification=[none,exact] sparsity=[0,0,0]", "grid.verification=none, exact", "sparsity > 0"),
+    ("verification=exact task.kind=fidelity", "verification=exact", "task=briefs", "generates"),
+    ("task=perplexity verification=exact", "verification=exact", "task=perplexity", "generates"),
+    ("task=briefs_choice verification=threshold", "verification=threshold", "task=briefs_choice"),
+    ("verification=exact batch_size=2", "verification=exact", "batch_size=2", "expected 1"),
+    ("verification=exact mode=masked", "verification=exact", "mode=masked", "compact"),
+    *(
+        (f"verification=exact {key}=true", "verification=exact", f"{key}=true", "one of the two")
+        for key in ("shared_experts", "compile", "offload_dense")
+    ),
     ("budget=late sparsity=[0.1,0.2,0.3]", "budget=late", "sparsity=[0.1, 0.2, 0.3]"),
     ("grid.budget=[late] sparsity=[0.1,0.2,0.3]", "grid.budget=late", "sparsity=[0.1, 0.2, 0.3]"),
     ("statistic=oracle", "statistic=oracle", "fidelity"),

@@ -98,6 +98,7 @@ def test_random_architectures_know_every_byte_token(name: str) -> None:
         (["batch_size=4", "shared_experts=true", "mode=masked"], "masked"),
         (["mode=masked"], "masked"),
         (["mode=compact"], "compact"),
+        (["batch_size=auto", "verification=exact"], "compact"),
     ],
 )
 def test_auto_mode_is_compact_where_one_expert_set_does(overrides: list[str], mode: str) -> None:

@@ -66,10 +66,29 @@ def test_a_grid_leaves_out_what_cannot_learn() -> None:
     ]
 
 
+def test_a_grid_verifies_what_is_pruned_and_leaves_the_rest_at_its_defaults() -> None:
+    drafting = ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"]
+    grid = ["grid.verification=[none,exact,threshold]", "grid.sparsity=[0,0.5]"]
+    found = methods(composed(*BASE, *grid, *drafting))
+    assert found[:2] == [Method(sparsity=0), Method()]
+    rest = {"draft_tokens": 3, "draft_vocabulary": "full", "verification_threshold": 0.3}
+    assert found[2:] == [Method(verification="exact", **rest), Method(verification="threshold", **rest)]
+
+
+@pytest.mark.parametrize("override", ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"])
+def test_how_drafts_are_made_counts_where_there_are_drafts(override: str) -> None:
+    assert only_identity(override) == only_identity()
+    counts = not override.startswith("verification_threshold")
+    exact, threshold = "verification=exact", "verification=threshold"
+    assert (only_identity(exact, override) != only_identity(exact)) == counts
+    assert only_identity(threshold, override) != only_identity(threshold)
+    assert only_evaluation(exact, override) == only_evaluation()
+
+
 def test_runs_from_before_compensation_existed_are_the_same_runs() -> None:
     # The identity of this call when statistic, selection and sparsity were all that a method had.
     known = only_identity()
-    assert not {"compensation", "budget", "refresh", "offset"} & set(known)
+    assert not {"compensation", "budget", "refresh", "verification", "draft_tokens", "offset"} & set(known)
 
 
 def test_the_dense_run_is_one_and_comes_first() -> None:
@@ -131,6 +150,10 @@ def test_a_record_says_its_method_in_words_and_settings() -> None:
         "sparsity": 0.7,
         "mode": "compact",
         "shared_experts": True,
+        "verification": "none",
+        "draft_tokens": "auto",
+        "draft_vocabulary": "prompt",
+        "verification_threshold": 0.1,
     }
 
 
@@ -193,6 +216,7 @@ def test_what_changes_no_result_changes_no_identity(override: str) -> None:
         "compensation=ridge",
         "budget=late",
         "refresh=experts",
+        "verification=exact",
         "offset=1",
         "selection=sample",
         "model.dtype=bfloat16",

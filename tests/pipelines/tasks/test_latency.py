@@ -9,9 +9,10 @@ from statistics import median
 import pytest
 from calling import Outcome, composed, ran, read_record, read_samples, run_folder
 
+import griffin
 from pipelines.errors import UserError
 from pipelines.models import load
-from pipelines.tasks.latency import decode_bytes, metrics
+from pipelines.tasks.latency import metrics
 
 
 def options(out: Path, *more: str) -> list[str]:
@@ -53,6 +54,18 @@ def test_a_shared_set_of_experts_is_timed_for_a_batch(tmp_path: Path) -> None:
     assert read_record(folder)["metrics"]["decode_speedup"] > 0
 
 
+def test_a_verified_method_is_timed_beside_itself_without_verification(tmp_path: Path) -> None:
+    (folder,) = ran(*options(tmp_path, "verification=exact", "draft_tokens=2", "task.generation_lengths=[6]"))
+    found = read_record(folder)["metrics"]
+    assert found["decode_limit"] == found["predicted_speedup"] == pytest.approx(1 / found["effective_density"])
+    assert found["pruned_decode_speedup"] > 0
+    parts = sum(found[f"{part}_ms"] for part in ("draft", "check", "learn", "choose_anew"))
+    assert 0 < parts <= 1.2 * found["pruned_decode_ms"]
+    for sample in read_samples(folder):
+        assert sample["drafting"]["emitted"] == 6
+        assert sample["unverified"]["decode"] > 0
+
+
 def test_ratios_are_those_of_the_medians() -> None:
     def sample(index: int, factor: float) -> dict[str, object]:
         return {
@@ -84,9 +97,9 @@ def test_the_limit_counts_what_a_token_reads(tied: bool, tmp_path: Path) -> None
     hidden, width, vocabulary = 64, 160, 288
     attention = 2 * hidden * hidden + 2 * hidden * (hidden // 2)
     other = 3 * (attention + 2 * hidden) + hidden + vocabulary * hidden  # norms; the output layer, tied or not
-    found = decode_bytes(loaded, [width // 2] * 3)
-    assert found["dense"] == 4 * (other + 3 * 3 * hidden * width)
-    assert found["pruned"] == 4 * (other + 3 * 3 * hidden * width // 2)
+    found = griffin.traffic(loaded.model, [width // 2] * 3)
+    assert found.dense == 4 * (other + 3 * 3 * hidden * width)
+    assert found.pruned == 4 * (other + 3 * 3 * hidden * width // 2)
 
 
 @pytest.mark.parametrize("override", ["mode=masked", "batch_size=2"])

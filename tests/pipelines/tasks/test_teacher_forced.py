@@ -16,7 +16,8 @@ from pipelines.composition import Call
 from pipelines.job import attempt
 from pipelines.models import load
 from pipelines.sweeps.run_status import FAILED
-from pipelines.tasks.fidelity import compare
+from pipelines.tasks.drafting import predicted
+from pipelines.tasks.fidelity import acceptance, compare
 from pipelines.tasks.prompts import read_prompts
 
 TEXT = "The tide comes in twice a day, and the harbour fills slowly. " * 30
@@ -134,6 +135,19 @@ def test_what_follows_the_text_is_read_again_by_the_dense_model(together: list[P
             assert sample["kl_by_token"][8] == pytest.approx(0, abs=2e-6) != before["kl_by_token"][8]
 
 
+def test_every_pruned_method_is_judged_as_a_draft(together: list[Path]) -> None:
+    assert "predicted_speedup" not in read_record(together[0])["metrics"]
+    for folder in together[1:]:
+        metrics, samples = read_record(folder)["metrics"], read_samples(folder)
+        for sample in samples:
+            bits = sample["agreement_by_token"]
+            assert sum(bits) / len(bits) == pytest.approx(sample["top1_agreement"])
+            assert 0 < sample["acceptance"] <= 1
+            assert sample["draft_cost"] == samples[0]["draft_cost"] < 1
+        best = predicted([sample["agreement_by_token"] for sample in samples], samples[0]["draft_cost"])
+        assert {name: metrics[name] for name in best} == best
+
+
 def same_up_to_rounding(one: Any, other: Any) -> bool:
     """Whether records or samples, nested, have the same keys and the same numbers."""
     if isinstance(one, dict):
@@ -190,6 +204,12 @@ def test_compare_against_the_formula() -> None:
     kl_C, agreement_C = compare(dense, pruned)
     assert kl_C.tolist() == pytest.approx([0.5 * math.log(2) - 0.25 * math.log(2), 0.0])
     assert agreement_C.tolist() == [0.0, 1.0]
+
+
+def test_acceptance_is_the_mass_that_both_have() -> None:
+    dense = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+    pruned = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]).log()
+    assert acceptance(dense, pruned) == pytest.approx((0.75 + 1.0) / 2)
 
 
 RECURRENT = [
