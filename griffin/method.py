@@ -85,7 +85,9 @@ class Method:
 
     def _check_verification(self) -> None:
         if self.draft_tokens != "auto" and not (
-            isinstance(self.draft_tokens, int) and 1 <= self.draft_tokens <= MOST_DRAFTED
+            isinstance(self.draft_tokens, int)
+            and not isinstance(self.draft_tokens, bool)
+            and 1 <= self.draft_tokens <= MOST_DRAFTED
         ):
             raise ValueError(f"draft_tokens={self.draft_tokens!r}: expected auto, or 1 to {MOST_DRAFTED}")
         if not 0 < self.verification_threshold < 1:

@@ -106,10 +106,10 @@ def test_the_decoding_cache_is_the_same_where_it_is_large_enough() -> None:
 def test_nothing_is_kept_after_unloading() -> None:
     engine = Engine(tiny("llama"))
     generated(engine, [begun(engine, tokens(9), Method())], 1, 3)
-    assert engine._cache is not None
+    assert engine._caches.get(False) is not None
     assert engine._compact._compact
     engine.unload()
-    assert engine._cache is None
+    assert engine._caches.get(False) is None
     assert not engine._compact._compact
     assert at_work(engine) == "dense"
     assert len(generated(engine, [begun(engine, tokens(9), Method())], 1, 3)) == 1

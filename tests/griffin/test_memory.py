@@ -74,9 +74,11 @@ def test_compact_weights_and_the_kv_cache_keep_their_addresses(family: str, comp
     found: list[list[int]] = []
 
     def look(*_: Any) -> None:
-        assert engine._cache is not None
+        assert engine._caches.get(False) is not None
         own = [weight.data_ptr() for module in projections for weight in module.parameters()]
-        caches = [buffer.data_ptr() for layer in engine._cache.layers for buffer in (layer.keys, layer.values)]
+        caches = [
+            buffer.data_ptr() for layer in engine._caches.get(False).layers for buffer in (layer.keys, layer.values)
+        ]
         found.append([*own, *caches])
 
     for length in (9, 12, 5, 7):
@@ -95,11 +97,11 @@ def test_compact_weights_and_the_kv_cache_keep_their_addresses(family: str, comp
 def test_a_larger_prompt_or_batch_moves_the_kv_cache_once() -> None:
     engine, moved = Engine(tiny("llama")), []
     for rows, longest in ((1, 9), (1, 12), (2, 12), (1, 5), (2, 9)):
-        before = engine._cache
+        before = engine._caches.get(False)
         states = prefill(engine, [tokens(longest, seed) for seed in range(rows)], wanted([Method()]))
         members = [begin(engine, [state], Method(), labels=[label])[0] for label, state in enumerate(states)]
         generated(engine, members, rows, 3, most=rows, longest=longest)
-        moved.append(engine._cache is not before)
+        moved.append(engine._caches.get(False) is not before)
     assert moved == [True, True, True, False, False]
 
 
@@ -191,7 +193,7 @@ def test_an_error_frees_everything_at_once(no_collector: None, method: Method, m
     assert failed
     assert hooks(model) == 0
     assert all(weight is dense[name] for name, weight in model.named_parameters())
-    caches += [ref(engine), ref(engine._cache)] if engine._cache is not None else [ref(engine)]
+    caches += [ref(engine), ref(engine._caches.get(False))] if engine._caches.get(False) is not None else [ref(engine)]
     del engine, rows, dense, handle
     assert not [one for one in caches if one() is not None]
     assert held() == before

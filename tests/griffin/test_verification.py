@@ -472,6 +472,13 @@ def test_auto_learns_from_what_became_of_its_drafts() -> None:
     assert not bad.more(chances, 16, 0.3)
 
 
+def test_drafts_behind_a_rejected_one_say_nothing() -> None:
+    one, other = (verification._DraftLength("auto", Drafting()) for _ in range(2))
+    one.update([0.9, 0.5, 0.8, 0.1], 1)
+    other.update([0.9, 0.5], 1)
+    assert vars(one) == vars(other)
+
+
 # -- accepting, by hand -----------------------------------------------------------------------------------------------
 
 
@@ -739,6 +746,16 @@ def test_weights_and_caches_keep_their_addresses(family: str, kind: str) -> None
     handle.remove()
     assert len(found) > 8
     assert all(one == found[0] for one in found)
+
+
+def test_the_model_is_dense_when_a_row_has_ended() -> None:
+    """Whoever is given the row may run the model. The last round, of 8 tokens, has chosen new experts."""
+    model = fresh("llama")
+    dense, engine = dict(model.named_parameters()), Engine(model)
+    rows = (begun(engine, tokens(9), verified(refresh="experts"), label) for label in range(2))
+    for _ in griffin.decode(engine, rows, 2, 1, 9, Generation(9, griffin.greedy, never)):
+        assert all(weight is dense[name] for name, weight in model.named_parameters())
+        assert hooks(model) == 0
 
 
 @pytest.mark.parametrize("call", [2, 6, 7, 11])  # 1 is the prompt, 6 the first check, 11 the second

@@ -107,8 +107,8 @@ def test_steps_on_whole_caches_do_not_wait(fake: FakeTensorMode) -> None:
     batch = Batch(engine, 1, 12, 3)
     batch.add(begun(engine, LONG, Method()))
     steps(batch, torch.zeros(1, 1, dtype=torch.int64), 3)
-    assert engine._cache is not None
-    assert engine._cache.whole
+    assert engine._caches.get(False) is not None
+    assert engine._caches.get(False).whole
     engine.use_dense()
 
 
