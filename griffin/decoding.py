@@ -217,7 +217,7 @@ def decode(
                 continue
             row.seconds += seconds
             row.tokens.append(token)
-            if len(row.tokens) == generation.limit or generation.ended(row):
+            if generation.ended(row) or len(row.tokens) == generation.limit:
                 if engine.compiled is None:
                     batch.remove(row)
                 else:

@@ -76,71 +76,86 @@ def generate_on_engine(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"a streamer and {len(input_ids)} prompts: expected one prompt")
         mask = model_kwargs.get("attention_mask")
         prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
-        states = [prefill(engine, [ids.tolist()], wanted([method]))[0] for ids in prompts]
+        likely = method.prunes_vocabulary
+        states = [prefill(engine, [ids.tolist()], wanted([method]), likely_tokens=likely)[0] for ids in prompts]
         # Each row's label is its place in the batch.
         groups = (
             [(states, range(len(states)))] if shared else [([state], [place]) for place, state in enumerate(states)]
         )
         rows.extend(row for group, places in groups for row in begin(engine, group, method, seed, places))
         texts = _Texts(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        generation = Generation(
-            generation_config.max_length - input_ids.shape[1], texts.pick, lambda row: row.label in texts.ended
-        )
+        limit = generation_config.max_length - input_ids.shape[1]
+        generation = Generation(limit, texts.pick, texts.ended, texts.scores, texts.draw)
         for _ in decode(engine, rows, len(rows), len(rows), max(map(len, prompts)), generation):
             pass
-        return texts.result()
+        return texts.result(rows)
 
     return generate(*args, **kwargs, custom_generate=loop), rows
 
 
 class _Texts:
-    """The texts of a batch as `generate` sees them: prompts, new tokens, and padding behind rows that have ended.
-
-    Attributes:
-        ended: the rows that a stopping criterion has ended.
-    """
+    """How the texts of a batch are picked and ended, by what `generate` prepared. A row's label is its place in it."""
 
     def __init__(self, ids_BS: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self._ids_BS, self._processor, self._criteria, self._config = ids_BS, processor, criteria, config
         self._streamer = streamer
         self._steps: dict[str, list[Tensor]] = {"logits": [], "scores": []}
-        self.ended: set[int] = set()
+        self.scores = self._scores if processor else None
+        self.draw = self._draw if config.do_sample else None
+
+    def _text(self, row: Row, drafted: Sequence[int] = ()) -> Tensor:
+        """[S + N]: its prompt with its padding, its tokens so far, and those drafted behind them."""
+        return torch.cat([self._ids_BS[row.label], self._ids_BS.new_tensor([*row.tokens, *drafted])])
 
     def pick(self, rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
         """The next token of each row [B], by the logits processors, greedily or by sampling."""
         places_B = torch.tensor([row.label for row in rows], device=logits_BV.device)
-        scores_BV = self._processor(self._ids_BS[places_B], logits_BV.clone())
+        scores_BV = self._processor(torch.stack([self._text(row) for row in rows]), logits_BV.clone())
         for name, of_rows_BV in (("logits", logits_BV), ("scores", scores_BV)):
             if self._config.return_dict_in_generate and getattr(self._config, f"output_{name}"):
                 all_BV = of_rows_BV.new_zeros(len(self._ids_BS), of_rows_BV.shape[1])  # ended rows have none
                 self._steps[name].append(all_BV.index_copy(0, places_B, of_rows_BV))
         if self._config.do_sample:
-            tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
+            tokens_B: Tensor = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
             tokens_B = scores_BV.argmax(dim=-1)
-        padding = self._config._pad_token_tensor  # None where neither it nor an end token is named
-        newest_B = tokens_B.new_full((len(self._ids_BS),), 0 if padding is None else int(padding))
-        newest_B[places_B] = tokens_B
-        self._ids_BS = torch.cat([self._ids_BS, newest_B.unsqueeze(1)], dim=1)
-        if self._streamer is not None:
-            self._streamer.put(newest_B.cpu())
-        done_B = self._criteria(self._ids_BS[places_B], None)
-        self.ended.update(row.label for row, done in zip(rows, done_B.tolist(), strict=True) if done)
         return tokens_B
 
-    def result(self) -> Any:
-        """What `generate` returns."""
+    def _scores(self, row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
+        scores_1V: Tensor = self._processor(self._text(row, drafted).unsqueeze(0), logits_V.unsqueeze(0).clone())
+        return scores_1V[0]
+
+    def _draw(self, row: Row, chances_N: Tensor) -> Tensor:
+        return torch.multinomial(chances_N, num_samples=1)
+
+    def ended(self, row: Row) -> bool:
+        """Whether a stopping criterion ends the row with its newest token, which the streamer gets to hear."""
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(row.tokens[-1:]))
+        return bool(self._criteria(self._text(row).unsqueeze(0), None))
+
+    def result(self, rows: Sequence[Row]) -> Any:
+        """What `generate` returns: rows that have ended before others are padded."""
         if self._streamer is not None:
             self._streamer.end()
+        padding = self._config._pad_token_tensor  # None where neither it nor an end token is named
+        new_BN = self._ids_BS.new_full(
+            (len(rows), max(len(row.tokens) for row in rows)), 0 if padding is None else int(padding)
+        )
+        for row in rows:
+            new_BN[row.label, : len(row.tokens)] = new_BN.new_tensor(row.tokens)
+        sequences_BS = torch.cat([self._ids_BS, new_BN], dim=1)
         if not self._config.return_dict_in_generate:
-            return self._ids_BS
+            return sequences_BS
         given = {name: tuple(values) for name, values in self._steps.items() if values}
-        return GenerateDecoderOnlyOutput(sequences=self._ids_BS, **given)
+        return GenerateDecoderOnlyOutput(sequences=sequences_BS, **given)
 
 
-def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_text: bool = False) -> None:
+def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], axis: str | None = None) -> None:
     """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
 
     `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
@@ -149,7 +164,7 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_tex
         default: the model's generation config.
         given: the one passed to `generate`, or None.
         kwargs: the other arguments of `generate`.
-        one_text: a prompt may have one continuation only, that grows at its end: no beams, no several sequences.
+        axis: what has our own loop decode, `refresh` or `verification`: one text a prompt, that grows at its end.
 
     Raises:
         ValueError: names the option.
@@ -166,9 +181,13 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], *, one_tex
         raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    for name in ("num_beams", "num_return_sequences"):
-        if one_text and (getattr(merged, name) or 1) > 1:
-            raise ValueError(f"{name}={getattr(merged, name)}: refresh follows one text a prompt")
+    if axis is not None:
+        for name in ("num_beams", "num_return_sequences"):
+            if (getattr(merged, name) or 1) > 1:
+                raise ValueError(f"{name}={getattr(merged, name)}: {axis} follows one text a prompt; expected 1")
+        for name in ("output_scores", "output_logits"):
+            if axis == "verification" and merged.return_dict_in_generate and getattr(merged, name):
+                raise ValueError(f"{name}=True: a verified token has a draft's and a check's; expected False")
     decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
     if decoding not in _DECODINGS:
         allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))

@@ -3,8 +3,8 @@
 It is an adapter: `model.generate`, in many of its ways to decode, and plain forward calls go on working. Which of the
 two a forward call is follows from the KV cache, never from the length of its input: an empty cache begins a new prompt;
 inside `model.generate` the prompt lasts until the cache holds all of its tokens, however it is chunked; outside of it,
-until the first call has been made, or for as long as `Pruner.prefill()` lasts. With `refresh`, `model.generate` runs
-our own decoding loop.
+until the first call has been made, or for as long as `Pruner.prefill()` lasts. With `refresh` or
+`verification`, `model.generate` runs our own decoding loop.
 
 Dimensions: B = rows of a batch, S = positions of one forward call, D = FF width, K = kept neurons, V = vocabulary.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin.activations import Recorded, Recorder
+from griffin.draft_vocabulary import output_embedding
 from griffin.engine import Engine, kept_positions, refuse_uncroppable
 from griffin.executors import MODES, Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError
@@ -29,7 +31,7 @@ from griffin.generate import generate_on_engine, refuse_decoding
 from griffin.method import Method
 from griffin.offloading import Offload
 from griffin.prompt import choose_from, draws, prompt_digest, score_neurons, wanted
-from griffin.rows import Row
+from griffin.rows import Drafting, Row
 from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS
 
@@ -51,6 +53,7 @@ class Pruner:
     Attributes:
         blocks: the FF blocks, in layer order.
         kept: how many neurons each layer keeps.
+        drafting: with `verification`, what became of the drafts of each prompt of the last `model.generate`.
     """
 
     def __init__(
@@ -62,6 +65,12 @@ class Pruner:
             raise ValueError(
                 f"offload_dense=True with mode={mode!r}: expected 'compact', which needs dense weights for prompts only"
             )
+        for key, value in (("mode", mode), ("shared_experts", shared_experts), ("offload_dense", offload_dense)):
+            if method.verified and value not in ("compact", False):
+                raise ValueError(
+                    f"{key}={value!r} with verification={method.verification!r}: rows run one by one, drafts compact "
+                    f"and checks dense; expected {'compact' if key == 'mode' else False}"
+                )
         if STATISTICS[method.statistic].oracle:
             raise ValueError(f"statistic={method.statistic!r} knows what comes after the prompt: it cannot generate")
         self.model: Any = model
@@ -73,11 +82,14 @@ class Pruner:
                 f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
             )
         # Where nothing is dropped there is nothing to refresh, and decoding stays dense to the bit.
-        self._refreshes = method.refresh != "none" and self.kept != self._engine.widths
-        if self._refreshes:
+        self._axis: str | None = None  # what has `model.generate` run our own loop
+        if self.kept != self._engine.widths and (method.verified or method.refresh != "none"):
+            self._axis = "verification" if method.verified else "refresh"
             refuse_uncroppable(model)
+        if method.prunes_vocabulary:
+            output_embedding(model)
         self.method, self.mode, self.seed = method, mode, seed
-        self._shared = shared_experts or mode == "compact"
+        self._shared = (shared_experts or mode == "compact") and not method.verified
         self._shared_experts = shared_experts
         self._offload = Offload(model) if offload_dense else None
         self._signature = inspect.signature(model.forward)
@@ -186,18 +198,23 @@ class Pruner:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        refuse_decoding(self.model.generation_config, given, kwargs, one_text=self._refreshes)
+        refuse_decoding(self.model.generation_config, given, kwargs, self._axis)
         inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             raise ValueError("generate needs a prompt: pass input_ids or inputs_embeds")
-        if self._refreshes:
+        if self._axis is not None:
             if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("refresh needs input_ids: what was generated is read again")
+                raise ValueError(f"{self._axis} needs input_ids: what was generated is read again")
             if kwargs.get("past_key_values") is not None:
-                raise ValueError("refresh keeps a KV cache of its own: pass the whole text as input_ids instead of one")
-            self._refuse_batch(inputs.shape[0])
+                raise ValueError(
+                    f"{self._axis} keeps a KV cache of its own: pass the whole text as input_ids instead of one"
+                )
+            if not self.method.verified:
+                self._refuse_batch(inputs.shape[0])
+            elif inputs.shape[0] > 1:
+                warnings.warn(f"verification: the {inputs.shape[0]} prompts run one after the other", stacklevel=2)
             self._recorder.detach()  # a prompt by hand may have come before
             self._own_loop = True
             try:
@@ -257,6 +274,7 @@ class Pruner:
         # Of each prompt, or of all that share their experts together: what was recorded, and its digest.
         self._groups: list[list[tuple[Recorded, int]]] = []
         self._chosen: list[Experts | None] = []
+        self.drafting: list[Drafting] = []
 
     def _refuse_batch(self, prompts: int) -> None:
         if self.mode == "compact" and prompts > 1 and not self._shared_experts:
@@ -293,8 +311,9 @@ class Pruner:
             raise ValueError("the KV cache was filled before pruning began: run the prompt inside the context")
         if self._phase == "generation":
             return
-        if self._refreshes:
-            raise ValueError(f"refresh={self.method.refresh!r} works within model.generate: it runs a loop of its own")
+        if self._axis is not None:
+            value = getattr(self.method, self._axis)
+            raise ValueError(f"{self._axis}={value!r} works within model.generate: it runs a loop of its own")
         self._choose()
         self._recorder.detach()
         if not self._shared and rows != self._rows:
@@ -340,8 +359,9 @@ class Pruner:
             self._chosen.append(choose_from(self._engine, found, found, digests, self.method, self.seed))
 
     def _remember(self, rows: Sequence[Row]) -> None:
-        """Have `scores` and `experts` tell what these rows ended with."""
+        """Have `scores`, `experts` and `drafting` tell what these rows ended with."""
         self._forget_prompt()
+        self.drafting = [row.drafting for row in rows]
         self._phase, self._rows = "prompt", len(rows)
         for row in rows:
             if row.place == 0:
@@ -362,6 +382,10 @@ def prune(
     budget: str = "uniform",
     refresh: str = "none",
     offload_dense: bool = False,
+    verification: str = "none",
+    draft_tokens: int | str = "auto",
+    draft_vocabulary: str = "prompt",
+    verification_threshold: float = 0.1,
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
 
@@ -389,19 +413,36 @@ def prune(
             `model.generate`, one text a prompt, for models whose KV cache can be cropped.
         offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
             and their compaction; for `compact` only, and to the bit the same. See `Offload`.
+        verification: how the dense model checks what the experts draft, one of `VERIFICATIONS`: with `exact` the text
+            is the dense model's, or distributed as its texts. Not in the paper; works where `refresh` does, one prompt
+            after the other, and goes best with `compensation="ridge", refresh="compensation"`.
+        draft_tokens: how many tokens are drafted before a check, or `auto`.
+        draft_vocabulary: of which tokens drafts are made, one of `DRAFT_VOCABULARIES`.
+        verification_threshold: for `threshold`, the least dense probability of a draft that is kept.
 
     Returns:
         The context manager; entering it gives itself.
 
     Raises:
         ValueError: an argument is out of range.
-        UnsupportedModelError: the model has an FF block that cannot be pruned, or, with `refresh`, a KV cache that
-            cannot be cropped.
+        UnsupportedModelError: the model has an FF block that cannot be pruned, or, with `refresh` or `verification`, a
+            KV cache that cannot be cropped, or no output embedding that a draft could prune.
 
     Source:
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
     amount = sparsity if isinstance(sparsity, int | float) else tuple(sparsity)
-    method = Method(statistic, selection, amount, compensation, budget, refresh)
+    method = Method(
+        statistic,
+        selection,
+        amount,
+        compensation,
+        budget,
+        refresh,
+        verification,
+        draft_tokens,
+        draft_vocabulary,
+        verification_threshold,
+    )
     return Pruner(model, method, mode, shared_experts=shared_experts, seed=seed, offload_dense=offload_dense)

@@ -74,7 +74,7 @@ def decode_verified(engine: Engine, row: Row, generation: Generation, columns: i
 
 def _goes_on(row: Row, token: int, generation: Generation) -> bool:
     row.tokens.append(token)
-    return len(row.tokens) < generation.limit and not generation.ended(row)
+    return not generation.ended(row) and len(row.tokens) < generation.limit
 
 
 def one_round(

@@ -38,7 +38,8 @@ def test_every_table_and_figure_has_its_runs(lab: Lab) -> None:
     assert report.runs.problems == []
     assert len(report.runs.records) == RUNS
     assert [table.name for table in report.tables] == [
-        *("generation", "perplexity", "fidelity", "perplexity_lengths", "latency", "flocking", "flocking_generation")
+        *("generation", "perplexity", "fidelity", "perplexity_lengths", "verified", "latency"),
+        *("flocking", "flocking_generation"),
     ]
     assert [len(group.drawings) for group in report.groups] == [3, 3, 1, 2, 6]
 
