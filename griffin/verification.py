@@ -152,7 +152,10 @@ class _Draft:
         if self._prunes_vocabulary:
             assert row.state.likely is not None
             engine.vocabulary.begin(row.state.likely)
-        self._unread: list[list[Tensor]] = []  # z of accepted tokens [N, D] per layer, not yet in the statistics
+        # Per layer, z [N, D] of the accepted tokens of each check that have not joined the statistics, and z with the
+        # block's output [N, H] of those that no fit has learned.
+        self._unread: list[list[Tensor]] = []
+        self._unlearned: list[list[tuple[Tensor, Tensor]]] = []
         self._chosen_at = 0
         self._load()
 
@@ -226,10 +229,16 @@ class _Draft:
             if self._prunes_vocabulary:
                 best = logits_TV.topk(min(BEST, logits_TV.shape[1]), dim=-1).indices.flatten()
                 self._engine.vocabulary.add(torch.cat([best, torch.tensor(tokens, device=best.device)]))
-            for layer, fit in enumerate(self._fits):
-                if fit is not None:
-                    z, output = seen[layer]
-                    self._fits[layer] = self._learn_layer(layer, fit, z[:accepted], output[:accepted])
+            if any(self._fits):
+                self._unlearned.append([(z[:accepted], output[:accepted]) for z, output in seen])
+                if sum(len(check[0][0]) for check in self._unlearned) >= LEARN_EVERY:
+                    for layer, fit in enumerate(self._fits):
+                        if fit is not None:
+                            z_ND, output_NH = map(
+                                torch.cat, zip(*(check[layer] for check in self._unlearned), strict=True)
+                            )
+                            self._fits[layer] = self._learn_layer(layer, fit, z_ND, output_NH)
+                    self._unlearned = []
         if method.refresh == "experts":
             with _timed(clock, "choose"):
                 self._unread.append([z[:accepted].float() for z, _ in seen])
@@ -254,7 +263,7 @@ class _Draft:
         engine, row = self._engine, self._row
         layers = [torch.cat(rows) for rows in zip(*self._unread, strict=True)]
         read = ran[self._chosen_at :]
-        self._unread, self._chosen_at = [], len(ran)
+        self._unread, self._unlearned, self._chosen_at = [], [], len(ran)
         recorder = Recorder(engine.blocks, wanted([row.method]))
         recorder.begin(row.state.recorded)
         recorder.expect(1, len(layers[0]), None, WEIGHT)
@@ -264,6 +273,10 @@ class _Draft:
         row.experts = choose(engine, row.states, row.method, row.seed)
         self._load()
 
+
+# A fit learns from so many tokens or more at a time: what that costs hardly depends on their number (measured in
+# docs/verified-decoding.md).
+LEARN_EVERY = 4
 
 # Of `draft_tokens=auto`: what a row starts from, as sums over drafts of what the draft gave them, those accepted, and
 # their number; and what is left of such sums after a round, so that what is long past is forgotten.

@@ -293,7 +293,11 @@ def folded(engine: Engine, layer: int, kept_K: Tensor) -> Tensor:
 @pytest.mark.parametrize("draft_tokens", [1, 4, 16])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])  # fewer rows than kept neurons, and more
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_learned_is_the_ridge_solution_of_all_rows(family: str, sparsity: float, draft_tokens: int) -> None:
+@pytest.mark.parametrize("every", [1, LIMIT - 1])  # at every check, and all at once
+def test_what_is_learned_is_the_ridge_solution_of_all_rows(
+    every: int, family: str, sparsity: float, draft_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "LEARN_EVERY", every)
     model, ids = tiny(family), tokens(21)
     engine = Engine(model)
     method = verified(compensation="ridge", refresh="compensation", sparsity=sparsity, draft_tokens=draft_tokens)
