@@ -88,7 +88,7 @@ def determining(config: Plain, data: Mapping[str, str]) -> Plain:
         config: the resolved configuration of one run.
         data: the digests of the files that it reads, by the keys of the task that name them.
     """
-    task = dict(config["task"])
+    task = {key: value for key, value in config["task"].items() if key != "chat_template" or value}  # it came later
     for local, unread in INSTEAD_OF.items():
         if task.get(local) is not None:
             task |= dict.fromkeys(unread)

@@ -42,8 +42,26 @@ class LoadedModel:
     context_length: int
     device: str
 
-    def encode(self, prompt: str) -> list[int]:
-        """The prompt's token ids, with the BOS token in front where the model's configuration asks for it."""
+    def encode(self, prompt: str, chat_template: bool = False) -> list[int]:
+        """The prompt's token ids, with the BOS token in front where the model's configuration asks for it.
+
+        Args:
+            prompt: the text.
+            chat_template: whether it is what a user says to the model, in the model's own format of a conversation.
+
+        Raises:
+            UserError: the model has no such format.
+        """
+        if chat_template:
+            if not self.tokenizer.chat_template:
+                raise UserError(
+                    "task.chat_template=true: the model has no chat template; expected an instruction model"
+                )
+            chat = [{"role": "user", "content": prompt}]
+            chat_ids: list[int] = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            return chat_ids
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [self.tokenizer.bos_token_id, *ids] if self.add_bos_token else ids
 

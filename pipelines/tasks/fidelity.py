@@ -52,7 +52,7 @@ def evaluate(
     costs = {method: _draft_cost(engine, method) for method in methods if not method.dense}
     fitting = []
     for prompt in prompts:
-        ids = loaded.encode(prompt.text)
+        ids = loaded.encode(prompt.text, config.task.chat_template)
         if len(ids) <= room:
             fitting.append((prompt, ids))
             continue

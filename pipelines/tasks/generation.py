@@ -56,7 +56,7 @@ def evaluate(
     so, as in the reference implementation.
     """
     room = loaded.context_length - config.task.max_new_tokens
-    encoded = {prompt.index: loaded.encode(prompt.text) for prompt in prompts}
+    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template) for prompt in prompts}
     fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
     if config.batch_size > 1:
         fitting.sort(key=lambda prompt: (-len(encoded[prompt.index]), prompt.index))

@@ -1,4 +1,4 @@
-"""The prompts of the summarisation tasks, in the reference implementation's format (HELM's)."""
+"""The prompts of generation tasks: in the reference implementation's format (HELM's), or what a user says in a chat."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
+    if task.chat_template:
+        return [
+            Prompt(
+                index,
+                str(row.get("id", index)),
+                "\n\n".join(part for part in (row[task.article_field], task.instruction) if part),
+                row[task.summary_field],
+            )
+            for index, row in enumerate(read_rows(task, limit, offset), start=offset)
+        ]
     shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
     beginning = solved_shots(task.shot_instruction, shots)
     return [
