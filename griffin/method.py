@@ -41,6 +41,8 @@ class Method:
         draft_tokens: how many tokens are drafted before each check, at most `MOST_DRAFTED`; `auto` drafts until the
             draft is unsure.
         draft_vocabulary: of which tokens drafts are made, one of `DRAFT_VOCABULARIES`.
+        prompt_lookup: whether the draft is what followed the last tokens where they stood before, and the experts'
+            where they did not.
         verification_threshold: the least dense probability of a token that is kept, of `threshold` only.
 
     Raises:
@@ -56,6 +58,7 @@ class Method:
     verification: str = "none"
     draft_tokens: int | str = "auto"
     draft_vocabulary: str = "prompt"
+    prompt_lookup: bool = False
     verification_threshold: float = 0.1
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class Method:
             raise ValueError(
                 f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
             )
+        if not isinstance(self.prompt_lookup, bool):
+            raise ValueError(f"prompt_lookup={self.prompt_lookup!r}: expected True or False")
         if self.verification != "none" and self.dense:
             raise ValueError(
                 f"verification={self.verification!r} with sparsity=0: a dense draft is the model itself; "
@@ -128,6 +133,7 @@ class Method:
             words += ["verified" if self.verification == "exact" else f"p>={self.verification_threshold:g} (not exact)"]
             words += [] if self.draft_tokens == "auto" else [f"k={self.draft_tokens}"]
             words += [] if self.draft_vocabulary == "prompt" else ["full vocabulary"]
+            words += ["prompt lookup"] if self.prompt_lookup else []
         return " ".join(words)
 
     @property

@@ -385,6 +385,7 @@ def prune(
     verification: str = "none",
     draft_tokens: int | str = "auto",
     draft_vocabulary: str = "prompt",
+    prompt_lookup: bool = False,
     verification_threshold: float = 0.1,
 ) -> Pruner:
     """Prune a causal language model's FF blocks per prompt, for as long as the returned context lasts.
@@ -418,6 +419,7 @@ def prune(
             after the other, and goes best with `compensation="ridge", refresh="compensation"`.
         draft_tokens: how many tokens are drafted before a check, or `auto`.
         draft_vocabulary: of which tokens drafts are made, one of `DRAFT_VOCABULARIES`.
+        prompt_lookup: draft what followed the last tokens where they stood before, by the experts where they did not.
         verification_threshold: for `threshold`, the least dense probability of a draft that is kept.
 
     Returns:
@@ -443,6 +445,7 @@ def prune(
         verification,
         draft_tokens,
         draft_vocabulary,
+        prompt_lookup,
         verification_threshold,
     )
     return Pruner(model, method, mode, shared_experts=shared_experts, seed=seed, offload_dense=offload_dense)

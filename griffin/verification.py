@@ -101,7 +101,8 @@ def one_round(
     row.drafting.checks += 1
     row.drafting.drafted += len(drafts)
     row.drafting.accepted += kept
-    length.update(drafts.chances, kept)
+    if len(drafts.chances) == len(drafts):  # not what was looked up
+        length.update(drafts.chances, kept)
     tokens = [*drafts.tokens[:kept], own]
     draft.learn(seen, kept + 1, tokens, logits_TV)
     return tokens
@@ -123,7 +124,7 @@ class Drafts:
 
     Attributes:
         tokens: the tokens.
-        chances: what the draft gave each of them.
+        chances: what the draft gave each of them; empty where they were looked up.
         chances_V: the draft's distributions that they were drawn from; none where decoding is greedy.
     """
 
@@ -146,6 +147,7 @@ class _Draft:
     def __init__(self, engine: Engine, row: Row) -> None:
         self._engine, self._row = engine, row
         assert row.experts is not None
+        self._prompt = row.state.ids
         self._kept = [len(neurons_K) for neurons_K in row.experts.neurons]
         self._traffic: Traffic = traffic(engine.model, self._kept)
         self._prunes_vocabulary = row.method.prunes_vocabulary
@@ -177,6 +179,8 @@ class _Draft:
         """Draft tokens behind the row's last one."""
         engine, row, drafts = self._engine, self._row, Drafts()
         most = min(MOST_DRAFTED, generation.limit - len(row.tokens) - 1)
+        if row.method.prompt_lookup and (found := look_up([*self._prompt, *row.tokens], min(most, length.looked_up))):
+            return self._looked_up(found, generation)
         cost = self.bytes / self._traffic.dense
         if not length.more(drafts.chances, most, cost):
             return drafts
@@ -198,6 +202,14 @@ class _Draft:
             drafts.tokens.append(number)
             drafts.chances.append(float(chance))
         return drafts
+
+    def _looked_up(self, tokens: list[int], generation: Generation) -> Drafts:
+        """Drafts that cost nothing, each drawn from a distribution that has no other token."""
+        if generation.draw is None:
+            return Drafts(tokens)
+        chances_kV = torch.zeros(len(tokens), self._traffic.vocabulary, device=self._engine.device)
+        chances_kV[range(len(tokens)), tokens] = 1.0
+        return Drafts(tokens, chances_V=list(chances_kV))
 
     def _logits(self, latest_11: Tensor, cache: KVCache, drafts: Drafts, generation: Generation) -> Tensor:
         logits_N = self._engine.forward(latest_11, cache)[0, -1].float()
@@ -278,6 +290,23 @@ class _Draft:
 # docs/verified-decoding.md).
 LEARN_EVERY = 4
 
+# Of prompt lookup: so many last tokens must have stood before, more of them rather than fewer; and so many that
+# followed are drafted where `draft_tokens` does not say.
+_NGRAMS = (3, 2)
+LOOKED_UP = 8
+
+
+def look_up(tokens: Sequence[int], most: int) -> list[int]:
+    """Up to `most` tokens that followed where the last tokens stood before, the latest time; empty if they did not
+    (prompt lookup decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding)."""
+    for size in _NGRAMS:
+        last = list(tokens[-size:])
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - 1] == last[-1] and list(tokens[end - size : end]) == last:
+                return list(tokens[end : end + most])
+    return []
+
+
 # Of `draft_tokens=auto`: what a row starts from, as sums over drafts of what the draft gave them, those accepted, and
 # their number; and what is left of such sums after a round, so that what is long past is forgotten.
 _PRIOR = (4.0, 3.5, 5.0)
@@ -294,12 +323,16 @@ class _DraftLength:
     Args:
         draft_tokens: the number, or `auto`.
         drafting: what became of the row's drafts so far.
+
+    Attributes:
+        looked_up: how many tokens are drafted where they cost nothing.
     """
 
     def __init__(self, draft_tokens: int | str, drafting: Drafting) -> None:
         self._fixed = draft_tokens if isinstance(draft_tokens, int) else None
         self._drafting = drafting
         self._believed, self._accepted, self._checked = _PRIOR
+        self.looked_up = LOOKED_UP if self._fixed is None else self._fixed
 
     def more(self, chances: Sequence[float], most: int, cost: float) -> bool:
         """Whether to draft one more token.

@@ -29,6 +29,7 @@ REFRESHES = tuple(griffin.REFRESHES)
 VERIFICATIONS = tuple(griffin.VERIFICATIONS)
 DRAFT_VOCABULARIES = tuple(griffin.DRAFT_VOCABULARIES)
 LEARNING = griffin.LEARNING
+ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 # The kinds of task whose rows, prompts times methods, run together.
 BATCHED = ("generation", "classification", "question_answering", "fidelity", "perplexity")
@@ -98,9 +99,16 @@ class RunConfig:
     draft_vocabulary: str = described(
         f"of which tokens drafts are made: {', '.join(DRAFT_VOCABULARIES)} (what the text makes likely)", "prompt"
     )
+    prompt_lookup: bool = described(
+        "draft what followed the last tokens where they stood before, by the experts where they did not", False
+    )
     verification_threshold: float = described(
         "of verification=threshold: the least dense probability of a drafted token that is kept", 0.1
     )
+    assistance: str = described(
+        f"with sparsity=0: transformers' assisted generation, to compare with: {', '.join(ASSISTANCE)}", "none"
+    )
+    assistant: str | None = described("of assistance=model: the small model of the same family, as model.repo", None)
     sparsity: Any = described("share of FF neurons dropped, 0 <= sparsity < 1; or one number per layer", 0.5)
     grid: GridConfig = described("many of the above in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
@@ -197,6 +205,7 @@ class RunConfig:
             raise UserError(
                 f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
             )
+        self._check_assistance()
         setting = self._verification
         if not setting:
             return
@@ -213,6 +222,26 @@ class RunConfig:
             if getattr(self, key):
                 raise UserError(f"{setting} with {key}=true: expected one of the two")
 
+    def _check_assistance(self) -> None:
+        """What transformers' assisted generation goes with: texts of the dense model, one at a time."""
+        one_of("assistance", self.assistance, ASSISTANCE)
+        setting = f"assistance={self.assistance}"
+        if (self.assistance == "model") != (self.assistant is not None):
+            raise UserError(f"{setting} with assistant={self.assistant or 'null'}: expected both or neither")
+        if self.assistance == "none":
+            return
+        if not all(map(is_dense, self.grid.sparsity or [self.sparsity])):
+            raise UserError(f"{setting} with sparsity={self.sparsity}: expected sparsity=0, it drafts without experts")
+        if self.task.kind != "generation" or self.task.decoding != "greedy":
+            raise UserError(f"{setting} with task={self.task.name}: expected a generation task, decoded greedily")
+        if self.assistant is not None and self.model.source != "hub":
+            raise UserError(f"{setting} with model={self.model.name}: expected a model from the hub or a folder")
+        if self.batch_size not in ("auto", 1):
+            raise UserError(f"{setting} with batch_size={self.batch_size}: expected 1")
+        for key in ("compile", "offload_dense"):
+            if getattr(self, key):
+                raise UserError(f"{setting} with {key}=true: expected one of the two")
+
     def _check_batch_size(self) -> None:
         """A number, or `auto` where more than one prompt at a time is possible at all; else `auto` becomes 1."""
         count_or_auto("batch_size", self.batch_size)
@@ -222,6 +251,7 @@ class RunConfig:
             raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
         # One row at a time is all that these can have, so that is what fits.
         alone = self.mode == "compact" or self.compile or self.offload_dense or bool(self._verification)
+        alone = alone or self.assistance != "none"
         if alone or self.task.kind not in BATCHED:
             self.batch_size = 1
 

@@ -7,6 +7,7 @@ imported here, because records are also read on machines without torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 Plain = dict[str, Any]
@@ -14,8 +15,11 @@ Plain = dict[str, Any]
 # These settings say how a run pruned; a dense run has none of them. All others say how a run was evaluated.
 METHOD = (
     *("statistic", "selection", "compensation", "budget", "refresh", "sparsity", "mode", "shared_experts"),
-    *("verification", "draft_tokens", "draft_vocabulary", "verification_threshold"),
+    *("verification", "draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold"),
 )
+
+# These say how a dense run generated.
+ASSISTED = ("assistance", "assistant")
 
 # Settings that were added after runs had been recorded. A run with these values is the run that it was before.
 LATER: Plain = {
@@ -25,7 +29,10 @@ LATER: Plain = {
     "verification": "none",
     "draft_tokens": "auto",
     "draft_vocabulary": "prompt",
+    "prompt_lookup": False,
     "verification_threshold": 0.1,
+    "assistance": "none",
+    "assistant": None,
     "offset": 0,
     "compile": False,
     "offload_dense": False,
@@ -33,7 +40,7 @@ LATER: Plain = {
 }
 
 # What says how drafts are made and checked; the last of them is read with `verification=threshold` only.
-_DRAFTING = ("draft_tokens", "draft_vocabulary", "verification_threshold")
+_DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")
 
 # A file that is named on the command line is read instead of the data that the task names.
 INSTEAD_OF = {"data_files": ("embedded", "hub"), "shots_file": ("embedded_shots",)}
@@ -49,7 +56,8 @@ def is_dense(sparsity: Any) -> bool:
 
 
 def method_entry(config: Plain, label: str, family: str) -> Plain:
-    """The record's `method`: its words, and the settings in `METHOD`; of a dense run only the sparsity, 0.
+    """The record's `method`: its words, and the settings in `METHOD`; of a dense run only the sparsity, 0, and what
+    assisted it.
 
     Args:
         config: the resolved configuration of one run.
@@ -58,7 +66,11 @@ def method_entry(config: Plain, label: str, family: str) -> Plain:
     """
     dense = is_dense(config["sparsity"])
     shared = " shared" if config["shared_experts"] and not dense else ""
-    settings = {"sparsity": 0.0} if dense else {key: config[key] for key in METHOD}
+    settings = {"sparsity": 0.0} if dense else {key: config.get(key, LATER.get(key)) for key in METHOD}
+    if dense and config.get("assistance", "none") != "none":
+        settings |= {key: config[key] for key in ASSISTED}
+        words = {"prompt_lookup": "prompt lookup", "model": f"assistant {PurePath(str(config['assistant'])).name}"}
+        label = family = f"dense, {words[config['assistance']]}"
     return {"label": label.replace(family, family + shared, 1), "family": family + shared, **settings}
 
 
@@ -73,7 +85,7 @@ def evaluation_entry(config: Plain, environment: Plain) -> Plain:
         environment: the record's; its `data` holds the digests of the files that were read.
     """
     settings = determining(config, environment.get("data") or {})
-    for key in METHOD:
+    for key in (*METHOD, *ASSISTED):
         settings.pop(key, None)
     if settings["task"].get("shots") == 0:  # no shots are read
         settings["task"] |= dict.fromkeys(("embedded_shots", "shots_file"))

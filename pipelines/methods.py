@@ -46,6 +46,7 @@ def methods(config: RunConfig) -> list[Method]:
                 verification=verification,
                 draft_tokens=config.draft_tokens,
                 draft_vocabulary=config.draft_vocabulary,
+                prompt_lookup=config.prompt_lookup,
                 verification_threshold=config.verification_threshold,
             )
         if method not in points and not (method.dense and any(point.dense for point in points)):
@@ -68,6 +69,7 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
         "verification": method.verification,
         "draft_tokens": method.draft_tokens,
         "draft_vocabulary": method.draft_vocabulary,
+        "prompt_lookup": method.prompt_lookup,
         "verification_threshold": method.verification_threshold,
     }
 

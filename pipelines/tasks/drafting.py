@@ -19,8 +19,13 @@ def sample_part(engine: griffin.Engine, method: griffin.Method, draftings: Seque
     """
     if not method.verified or not draftings:
         return {}
+    return as_part(draftings, griffin.traffic(engine.model, engine.widths).dense)
+
+
+def as_part(draftings: Sequence[griffin.Drafting], step_bytes: int) -> Sample:
+    """As `sample_part`, of any drafts that the dense model checked."""
     drafting: Sample = {name: sum(getattr(one, name) for one in draftings) for name in _COUNTS}
-    drafting["step_bytes"] = griffin.traffic(engine.model, engine.widths).dense
+    drafting["step_bytes"] = step_bytes
     drafting["seconds"] = {part: round(sum(one.seconds[part] for one in draftings), 6) for part in draftings[0].seconds}
     return {"drafting": drafting}
 

@@ -21,6 +21,7 @@ from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import GenerationTask
 from pipelines.tasks import drafting
+from pipelines.tasks.assisted import Assisted
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
@@ -66,6 +67,16 @@ def evaluate(
             for method in methods:
                 if prompt.index not in done[method]:
                     yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
+    if config.assistance != "none":
+        (method,) = methods
+        model = Assisted(loaded, config)
+        for prompt in fitting:
+            if prompt.index not in done[method]:
+                text = model.generate(encoded[prompt.index], _ended(loaded, config.task))
+                length, part = len(encoded[prompt.index]), drafting.as_part([text.drafting], model.step_bytes)
+                scored = _scored(prompt, length, text.tokens, text.seconds, loaded.tokenizer, config.task)
+                yield method, [scored | part]
+        return
     engine = engine_for(loaded.model, methods, config)
     texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "")
     shared = config.shared_experts
@@ -81,7 +92,7 @@ def evaluate(
             for row in rows:
                 if row.label.index not in done[row.method]:
                     seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
-                    scored = _scored(row.label, row, seconds, loaded.tokenizer, config.task)
+                    scored = _scored(row.label, row.state.length, row.tokens, seconds, loaded.tokenizer, config.task)
                     yield row.method, [scored | drafting.sample_part(engine, row.method, [row.drafting])]
 
 
@@ -173,16 +184,20 @@ class _Texts:
 
     def _generation(self) -> griffin.Generation:
         """The task's way to pick tokens. An end token counts as one."""
-        task, tokenizer = self._config.task, self._loaded.tokenizer
-        ends = end_tokens(self._loaded)
+        task, ends = self._config.task, _ended(self._loaded, self._config.task)
 
         def ended(row: Row) -> bool:
-            # What follows the stop text would be cut anyway.
-            return row.tokens[-1] in ends or task.stop in tokenizer.decode(row.tokens, skip_special_tokens=True)
+            return ends(row.tokens)
 
         if task.decoding == "reference_sampling":
             return sampled(self._config.seed, task.max_new_tokens, ended)
         return griffin.Generation(task.max_new_tokens, griffin.greedy, ended)
+
+
+def _ended(loaded: LoadedModel, task: GenerationTask) -> Callable[[Sequence[int]], bool]:
+    """Whether a text with these tokens is done: what follows an end token or the stop text would be cut anyway."""
+    ends, tokenizer = end_tokens(loaded), loaded.tokenizer
+    return lambda tokens: tokens[-1] in ends or task.stop in tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
@@ -228,13 +243,18 @@ def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
 
 
 def _scored(
-    prompt: Prompt, row: Row, seconds: float, tokenizer: PreTrainedTokenizerBase, task: GenerationTask
+    prompt: Prompt,
+    prompt_tokens: int,
+    tokens: Sequence[int],
+    seconds: float,
+    tokenizer: PreTrainedTokenizerBase,
+    task: GenerationTask,
 ) -> Sample:
-    text = tokenizer.decode(row.tokens, skip_special_tokens=True).partition(task.stop)[0]
+    text = tokenizer.decode(tokens, skip_special_tokens=True).partition(task.stop)[0]
     scores = _scorer.score(target=prompt.reference, prediction=text)
     return (
-        _sample(prompt, row.state.length)
-        | {"generated_tokens": len(row.tokens), "seconds": round(seconds, 4)}
+        _sample(prompt, prompt_tokens)
+        | {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
         | {name: 100 * scores[name].fmeasure for name in ROUGE}
         | {"text": text, "reference": prompt.reference}
     )
