@@ -7,7 +7,7 @@
 | `kind`, `task` | the kind of task, and its name; if runs of this name were evaluated differently (limit, protocol, decoding, data, ...), with the difference: `xsum [limit=12]` |
 | `method` | the method in words: `dense`, `griffin 50%` |
 | `family` | the method without its sparsity: `griffin`; it has one colour in all figures |
-| `statistic`, `selection`, `compensation`, `budget`, `refresh`, `verification`, `draft_tokens`, `draft_vocabulary`, `verification_threshold` | the settings of the method; empty for dense |
+| `statistic`, `selection`, `compensation`, `budget`, `refresh`, `verification`, `draft_tokens`, `draft_vocabulary`, `prompt_lookup`, `verification_threshold` | the settings of the method; empty for dense |
 | `sparsity` | share of FF neurons dropped; NaN if every layer has its own |
 | `metric` | its name in the record, without a suffix for lengths |
 | `prompt_length`, `generation_length` | in tokens, for metrics with a suffix `_pP_gG` and for tasks with one pair of lengths; else NaN |
@@ -45,7 +45,7 @@ _COUNTS = (
 
 _METHOD = (
     *("statistic", "selection", "compensation", "budget", "refresh"),
-    *("verification", "draft_tokens", "draft_vocabulary", "verification_threshold"),
+    *("verification", "draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold"),
 )
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 COLUMNS = (

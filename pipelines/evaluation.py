@@ -17,7 +17,7 @@ from pipelines.batch_size import batch_size, evaluated
 from pipelines.composition import Call
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.methods import Method, data_digests, described, engine_for, evaluation, run_config
+from pipelines.methods import Method, data_digests, described, engine_for, evaluation, label, run_config
 from pipelines.model_config import ModelConfig
 from pipelines.records import Record
 from pipelines.run_folder import RunFolder
@@ -97,7 +97,7 @@ def evaluate(
                     config.wandb,
                     folder.path,
                     folder.run_id,
-                    name=f"{what} {method.label}",
+                    name=f"{what} {label(config, method)}",
                     group=config.wandb.group or call.experiment or f"{config.task.name}-{config.model.name}",
                     job_type=config.task.kind,
                     tags=config.tags,
@@ -124,7 +124,7 @@ def evaluate(
             metrics = kind.metrics(samples[method])
             bar.update(len(batch))
             # Shown when the bar is next drawn: a log file gets a line now and then.
-            bar.set_description(f"{what} {method.label}", refresh=False)
+            bar.set_description(f"{what} {label(config, method)}", refresh=False)
             bar.set_postfix_str(_headline(metrics), refresh=False)
             trackers[method].log(len(samples[method]), metrics)
             if len(samples[method]) == len(items):

@@ -20,7 +20,7 @@ from pipelines.config import RunConfig
 from pipelines.config_keys import typed
 from pipelines.errors import UserError, out_of_memory
 from pipelines.evaluation import evaluate, kept_model
-from pipelines.methods import Method, identity, methods
+from pipelines.methods import Method, identity, label, methods
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.sweeps import run_status
 from pipelines.sweeps.manifest import ManifestEntry
@@ -56,7 +56,7 @@ def attempt(config: RunConfig, call: Call) -> list[RunStatus]:
     words = f"{config.task.name} {config.model.name}"
     with suppress(UserError):
         ManifestEntry(config).fail(reason)
-    return [RunStatus(words, method.label, FAILED, reason=reason) for method in methods(config)]
+    return [RunStatus(words, label(config, method), FAILED, reason=reason) for method in methods(config)]
 
 
 def run(config: RunConfig, call: Call) -> list[RunStatus]:
@@ -98,7 +98,9 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
             if states[method] == FAILED:
                 folder.fail(reason or "ended without a record")
     return [
-        RunStatus(words, method.label, states[method], folder.path, reason if states[method] == FAILED else None)
+        RunStatus(
+            words, label(config, method), states[method], folder.path, reason if states[method] == FAILED else None
+        )
         for method, folder in folders.items()
     ]
 

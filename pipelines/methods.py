@@ -20,7 +20,17 @@ from pipelines.records import environment
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Method", "data_digests", "described", "engine_for", "evaluation", "identity", "methods", "run_config"]
+__all__ = [
+    "Method",
+    "data_digests",
+    "described",
+    "engine_for",
+    "evaluation",
+    "identity",
+    "label",
+    "methods",
+    "run_config",
+]
 
 
 def methods(config: RunConfig) -> list[Method]:
@@ -77,6 +87,12 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
 def described(config: RunConfig, method: Method) -> dict[str, Any]:
     """The `method` of a run's record: its words, and all settings that say how the run pruned."""
     return description.method_entry(run_config(config, method), method.label, method.family)
+
+
+def label(config: RunConfig, method: Method) -> str:
+    """The method in words, with what assisted it."""
+    words: str = described(config, method)["label"]
+    return words
 
 
 def evaluation(config: RunConfig, method: Method, device: str) -> dict[str, Any]:

@@ -558,6 +558,57 @@ def test_verified_by_a_threshold_a_row_may_leave_the_dense_text() -> None:
     assert kept[0] < kept[1]
 
 
+# -- prompt lookup ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3], 8, [4, 9, 1, 2, 3]),  # to the end of the text
+        ([1, 2, 3, 4, 9, 1, 2, 3], 2, [4, 9]),
+        ([7, 2, 3, 5, 1, 2, 3, 4, 8, 2, 3], 1, [4]),  # the latest of two
+        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1, [4]),  # more tokens before fewer
+        ([1, 2, 3, 4], 8, []),
+        ([3, 4, 4], 8, []),  # one token is too few
+        ([5, 5, 5, 5], 2, [5]),
+        ([1], 8, []),
+        ([1, 2, 3, 1, 2], 0, []),
+    ],
+)
+def test_what_followed_is_looked_up(text: list[int], most: int, expected: list[int]) -> None:
+    assert verification.look_up(text, most) == expected
+
+
+@pytest.mark.parametrize("learning", LEARNING, ids=" ".join)
+def test_texts_are_dense_whoever_drafts(learning: tuple[str, str]) -> None:
+    compensation, kind = learning
+    for ids in (tokens(11), tokens(6) * 3):
+        rows = []
+        for prompt_lookup in (False, True):
+            engine = Engine(tiny("llama"))
+            method = verified(compensation=compensation, refresh=kind, prompt_lookup=prompt_lookup)
+            rows.append(begun(engine, ids, method))
+            refuse_inexact(engine.model, ids, decoded(engine, rows[-1], 40))
+        assert rows[0].tokens == rows[1].tokens
+
+
+def test_drafts_that_are_looked_up_read_nothing() -> None:
+    model, ids = tiny("llama"), tokens(6) * 3
+    engine = Engine(model)
+    row = begun(engine, ids, verified(prompt_lookup=True, draft_tokens=4))
+    row.tokens.append(ids[0])  # as if the dense model repeated its prompt
+    draft = verification._Draft(engine, row)
+    length = verification._DraftLength(4, row.drafting)
+    for draw in (None, drawing(0)):
+        drafts = draft.run(
+            length, engine.decoding_cache(1, 40, verified=True), Generation(LIMIT, griffin.greedy, never, draw=draw)
+        )
+        assert (drafts.tokens, drafts.chances) == (ids[1:5], [])
+        assert [int(chances_V.argmax()) for chances_V in drafts.chances_V] == ([] if draw is None else ids[1:5])
+    assert row.drafting.draft_bytes == 0
+    engine.use_dense()
+
+
 # -- sampling: the dense model's distribution -------------------------------------------------------------------------
 
 
@@ -658,12 +709,15 @@ def smallest() -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vocabulary", ["full", "prompt"])
+@pytest.mark.parametrize(("vocabulary", "prompt_lookup"), [("full", False), ("prompt", False), ("prompt", True)])
 def test_texts_of_the_whole_loop_are_distributed_as_the_dense_models(
-    smallest: PreTrainedModel, vocabulary: str
+    smallest: PreTrainedModel, vocabulary: str, prompt_lookup: bool
 ) -> None:
     """Two tokens behind a given one, of five that are allowed, some of which the draft's vocabulary lacks."""
-    ids, allowed, first = [3, 7, 5], [2, 9, 17, 26, 33], 11
+    allowed, first = [2, 9, 17, 26, 33], 11
+    ids = (
+        [7, 5, first, 9, 17, 7, 5] if prompt_lookup else [3, 7, 5]
+    )  # what follows the first token is found, or drafted
     mask_V = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.tensor(allowed), False)
 
     def scores(row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
@@ -675,7 +729,7 @@ def test_texts_of_the_whole_loop_are_distributed_as_the_dense_models(
         p, then = (scores(some_row(), [], logits_V).softmax(dim=-1) for logits_V in logits_TV[-2:])
         expected.update({(a, b): float(p[a] * then[b]) for b in allowed})
     engine = Engine(smallest)
-    method = verified(sparsity=0.75, draft_tokens=2, draft_vocabulary=vocabulary)
+    method = verified(sparsity=0.75, draft_tokens=2, draft_vocabulary=vocabulary, prompt_lookup=prompt_lookup)
     state = begun(engine, ids, method).state
     experts = griffin.choose(engine, [state], method)
 

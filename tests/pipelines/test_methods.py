@@ -153,6 +153,7 @@ def test_a_record_says_its_method_in_words_and_settings() -> None:
         "verification": "none",
         "draft_tokens": "auto",
         "draft_vocabulary": "prompt",
+        "prompt_lookup": False,
         "verification_threshold": 0.1,
     }
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Outcome, cut_off, ran, read_record, read_samples, texts, timeless, tiny
+from calling import Outcome, composed, cut_off, ran, read_record, read_samples, texts, timeless, tiny
 
+from pipelines.models import load
 from pipelines.tasks.drafting import agreeing_runs, metrics, predicted, timing
 
 SAMPLED = "task.decoding=reference_sampling"
@@ -52,6 +53,42 @@ def test_a_verified_run_that_was_cut_off_ends_as_undisturbed(overrides: list[str
             cut_off(folder, count)
         ran(*options)
         assert [timeless(folder) for folder in folders] == whole
+
+
+@pytest.mark.parametrize("override", ["assistance=prompt_lookup", "prompt_lookup=true"])
+def test_drafts_that_are_looked_up(override: str, tmp_path: Path) -> None:
+    """A text that repeats itself is found in itself, by transformers or before the experts draft."""
+    (dense,) = ran(*tiny(tmp_path / "dense", "sparsity=0", tokens=48))
+    pruned = ["sparsity=0"] if override.startswith("assistance") else ["sparsity=0.5", "verification=exact"]
+    (assisted,) = ran(*tiny(tmp_path / "out", *pruned, override, tokens=48))
+    assert texts(assisted) == texts(dense)
+    record = read_record(assisted)
+    assert "prompt lookup" in record["method"]["label"]
+    assert record["evaluation"] == read_record(dense)["evaluation"]
+    assert record["metrics"]["predicted_speedup"] > 0.9
+    for sample in read_samples(assisted):
+        counts = sample["drafting"]
+        assert 0 <= counts["accepted"] <= counts["drafted"]
+        assert counts["checks"] <= counts["emitted"]
+
+
+def test_a_small_model_as_the_draft(tmp_path: Path) -> None:
+    """A model assisted by itself has all of its drafts accepted, at the price of two models."""
+    folder = tmp_path / "model"
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    local = ["model=qwen3_8b", f"model.repo={folder}", "model.dtype=float32"]
+    assistance = ["sparsity=0", "assistance=model", f"assistant={folder}", "draft_tokens=4"]
+    dense, assisted = (
+        ran(*tiny(tmp_path / name, *local, *extra, tokens=16))[0]
+        for name, extra in (("dense", ["sparsity=0"]), ("assisted", assistance))
+    )
+    assert texts(assisted) == texts(dense)
+    record = read_record(assisted)
+    assert record["method"]["label"] == "dense, assistant model"
+    assert record["metrics"]["acceptance_rate"] > 0.7
+    assert record["metrics"]["effective_density"] == pytest.approx(1.0, abs=0.3)  # a draft costs what a check does
 
 
 def test_sampled_texts_of_verified_rows_depend_on_seed_and_prompt_only(tmp_path: Path) -> None:
