@@ -29,6 +29,7 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
         return None
     errors = dict.fromkeys(name for _, record in rows for name in record["metrics"] if name.endswith("_stderr"))
     measures = [name.removesuffix("_stderr") for name in errors if not name.startswith("perplexity_p")]
+    measures = [name for name in measures if name not in _DRAFTING]
     drafting = {name: text for name, text in _DRAFTING.items() if any(name in record["metrics"] for _, record in rows)}
     headers = ["model", "task", "method", *measures, *drafting.values(), "samples", "skipped", "s/sample", "tokens/s"]
     lines = []
@@ -41,7 +42,7 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
                 record["config"]["task"]["name"],
                 method,
                 *(_with_error(metrics, name) for name in measures),
-                *(f"{metrics[name]:.3g}" if name in metrics else "-" for name in drafting),
+                *(_with_error(metrics, name) for name in drafting),
                 samples,
                 metrics.get("skipped_prompts", 0),
                 f"{seconds / samples:.2f}" if samples else "-",
@@ -106,11 +107,13 @@ def flocking_table(rows: Sequence[tuple[str, Record]]) -> str | None:
 
 
 def _with_error(metrics: dict[str, float], name: str) -> str:
-    """A metric with its standard error: two decimals where it is a score out of 100 or a perplexity, else four."""
+    """A metric with its standard error: two decimals where it is a score out of 100, a perplexity or a
+    speed-up, else four."""
     if name not in metrics:
         return "-"
-    digits = 2 if name.startswith(("rouge", "perplexity")) else 4
-    error = f" ± {metrics[f'{name}_stderr']:.{digits}f}" if metrics["samples"] > 1 else ""  # of one sample: unknown
+    digits = 2 if name.startswith(("rouge", "perplexity", "tokens", "predicted")) else 4
+    known = metrics["samples"] > 1 and f"{name}_stderr" in metrics  # of one sample it is not
+    error = f" ± {metrics[f'{name}_stderr']:.{digits}f}" if known else ""
     return f"{metrics[name]:.{digits}f}{error}"
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import griffin
 from pipelines.records import Sample
 
+# Metrics that have a standard error.
+ERRORS = frozenset(("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup"))
+
 # In the samples' `drafting`, beside `step_bytes` and `seconds`.
 _COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
 
@@ -31,11 +34,21 @@ def as_part(draftings: Sequence[griffin.Drafting], step_bytes: int) -> Sample:
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Ratios of sums over the samples; none without drafts.
+    """Ratios of sums over the samples, with their standard errors over samples by the jackknife; none without drafts.
 
     The predicted speed-up is the one of bytes of weights read, of the dense steps over those of drafts and checks.
     """
     found = [sample["drafting"] for sample in samples if "drafting" in sample]
+    values = _ratios(found)
+    without = [_ratios(found[:place] + found[place + 1 :]) for place in range(len(found))]
+    for name in sorted(values.keys() & ERRORS) if len(found) > 1 else ():
+        left = [one[name] for one in without if name in one]
+        mean = sum(left) / len(left)
+        values[f"{name}_stderr"] = ((len(left) - 1) / len(left) * sum((one - mean) ** 2 for one in left)) ** 0.5
+    return values
+
+
+def _ratios(found: Sequence[Sample]) -> dict[str, float]:
     checks, drafted, accepted, emitted, draft_bytes = (sum(one[name] for one in found) for name in _COUNTS)
     if not checks:
         return {}

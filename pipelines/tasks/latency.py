@@ -145,7 +145,7 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     choose, compaction = median("pruned", "choose"), median("pruned", "compact")
     overhead = gather + choose + compaction
     memcpy = statistics.median(sample["memcpy"] for sample in samples)
-    drafts = drafting.metrics(samples)
+    drafts = {name: value for name, value in drafting.metrics(samples).items() if not name.endswith("_stderr")}
     limit = drafts.get("predicted_speedup", first["bytes"]["dense"] / first["bytes"]["pruned"])
     values = {
         "decode_speedup": dense / pruned,

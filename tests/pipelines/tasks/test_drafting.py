@@ -124,7 +124,8 @@ def test_metrics_are_ratios_of_sums() -> None:
         sample(checks=4, drafted=10, accepted=6, emitted=10, draft_bytes=400),
         sample(checks=1, drafted=0, accepted=0, emitted=1, draft_bytes=0),
     ]
-    assert metrics(samples) == pytest.approx(
+    found = metrics(samples)
+    assert {name: value for name, value in found.items() if not name.endswith("_stderr")} == pytest.approx(
         {
             "tokens_per_check": 11 / 5,
             "drafted_per_check": 2,
@@ -134,6 +135,12 @@ def test_metrics_are_ratios_of_sums() -> None:
             "acceptance_rate": 0.6,
         }
     )
+    # Of two samples, half of what either would say alone apart.
+    alone = [metrics(samples[:1]), metrics(samples[1:])]
+    for name in ("tokens_per_check", "effective_density", "predicted_speedup"):
+        assert found[f"{name}_stderr"] == pytest.approx(abs(alone[0][name] - alone[1][name]) / 2)
+        assert f"{name}_stderr" not in alone[0]
+    assert "dense_steps_stderr" not in found
     assert "acceptance_rate" not in metrics(samples[1:])
     nothing = sample(checks=0, drafted=0, accepted=0, emitted=0, draft_bytes=0)  # the first token ended the text
     assert metrics([nothing]) == metrics([]) == {}
