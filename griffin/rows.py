@@ -25,8 +25,9 @@ class Drafting:
 
     Attributes:
         checks: dense steps, each of which checked some tokens, or none.
-        drafted: tokens that the experts drafted.
-        accepted: those of them that were kept.
+        drafted: tokens that were drafted.
+        looked_up: those of them that were looked up in the text, not drafted by the experts.
+        accepted: those of the drafted tokens that were kept.
         emitted: new tokens, all but the prompt's first one: accepted tokens, and one of the dense model's own a check.
         draft_bytes: of weights that the drafts have read.
         seconds: of drafting, checking, learning and choosing anew.
@@ -34,6 +35,7 @@ class Drafting:
 
     checks: int = 0
     drafted: int = 0
+    looked_up: int = 0
     accepted: int = 0
     emitted: int = 0
     draft_bytes: int = 0

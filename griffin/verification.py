@@ -101,8 +101,10 @@ def one_round(
     row.drafting.checks += 1
     row.drafting.drafted += len(drafts)
     row.drafting.accepted += kept
-    if len(drafts.chances) == len(drafts):  # not what was looked up
+    if len(drafts.chances) == len(drafts):
         length.update(drafts.chances, kept)
+    else:
+        length.update_lookup(kept)
     tokens = [*drafts.tokens[:kept], own]
     draft.learn(seen, kept + 1, tokens, logits_TV)
     return tokens
@@ -179,9 +181,12 @@ class _Draft:
         """Draft tokens behind the row's last one."""
         engine, row, drafts = self._engine, self._row, Drafts()
         most = min(MOST_DRAFTED, generation.limit - len(row.tokens) - 1)
-        if row.method.prompt_lookup and (found := look_up([*self._prompt, *row.tokens], min(most, length.looked_up))):
-            return self._looked_up(found, generation)
         cost = self.bytes / self._traffic.dense
+        if row.method.prompt_lookup and length.lookup_pays(cost):
+            found = look_up([*self._prompt, *row.tokens], min(most, length.looked_up))
+            if found:
+                row.drafting.looked_up += len(found)
+                return self._looked_up(found, generation)
         if not length.more(drafts.chances, most, cost):
             return drafts
         engine.resume_draft()
@@ -295,6 +300,9 @@ LEARN_EVERY = 4
 _NGRAMS = (3, 2)
 LOOKED_UP = 8
 
+# Tokens and rounds of looked-up drafts that a row starts from.
+_LOOKUP_PRIOR = (6.0, 2.0)
+
 
 def look_up(tokens: Sequence[int], most: int) -> list[int]:
     """Up to `most` tokens that followed where the last tokens stood before, the latest time; empty if they did not
@@ -332,6 +340,7 @@ class _DraftLength:
         self._fixed = draft_tokens if isinstance(draft_tokens, int) else None
         self._drafting = drafting
         self._believed, self._accepted, self._checked = _PRIOR
+        self._lookup = _LOOKUP_PRIOR
         self.looked_up = LOOKED_UP if self._fixed is None else self._fixed
 
     def more(self, chances: Sequence[float], most: int, cost: float) -> bool:
@@ -349,9 +358,22 @@ class _DraftLength:
         all_accepted = 1.0
         for chance in chances:
             all_accepted *= min(1.0, chance * self._accepted / self._believed)
+        return all_accepted * self._accepted / self._checked > self._rate(cost) * cost
+
+    def _rate(self, cost: float) -> float:
+        """Tokens that the row gets for a dense step's cost."""
         done = self._drafting
-        rate = (done.emitted + 2.0) / (done.checks + cost * done.drafted + 1.0 + cost)
-        return all_accepted * self._accepted / self._checked > rate * cost
+        drafted = done.drafted - done.looked_up
+        return (done.emitted + 2.0) / (done.checks + cost * drafted + 1.0 + cost)
+
+    def lookup_pays(self, cost: float) -> bool:
+        """Whether a check of what is looked up has lately brought more tokens than the row gets for its cost."""
+        tokens, rounds = self._lookup
+        return tokens > rounds * self._rate(cost)
+
+    def update_lookup(self, accepted: int) -> None:
+        """Take in what became of a round whose drafts were looked up."""
+        self._lookup = (_MEMORY * self._lookup[0] + accepted + 1, _MEMORY * self._lookup[1] + 1)
 
     def update(self, chances: Sequence[float], accepted: int) -> None:
         """Take in what became of a round: the drafts behind a rejected one were not checked."""

@@ -592,6 +592,17 @@ def test_texts_are_dense_whoever_drafts(learning: tuple[str, str]) -> None:
         assert rows[0].tokens == rows[1].tokens
 
 
+def test_lookups_pause_while_they_bring_less_than_the_experts() -> None:
+    drafting = Drafting(checks=10, drafted=30, accepted=12, emitted=22)
+    length = verification._DraftLength("auto", drafting)
+    assert length.lookup_pays(0.3)  # tried first
+    for _ in range(5):
+        length.update_lookup(0)
+    assert not length.lookup_pays(0.3)
+    drafting.emitted = 11  # now the experts bring next to nothing
+    assert length.lookup_pays(0.3)
+
+
 def test_drafts_that_are_looked_up_read_nothing() -> None:
     model, ids = tiny("llama"), tokens(6) * 3
     engine = Engine(model)
