@@ -593,7 +593,7 @@ def test_texts_are_dense_whoever_drafts(learning: tuple[str, str]) -> None:
 
 
 def test_lookups_pause_while_they_bring_less_than_the_experts() -> None:
-    drafting = Drafting(checks=10, drafted=30, accepted=12, emitted=22)
+    drafting = Drafting(checks=10, drafted=30, accepted=30, emitted=40)
     length = verification._DraftLength("auto", drafting)
     assert length.lookup_pays(0.3)  # tried first
     for _ in range(5):
