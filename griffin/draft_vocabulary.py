@@ -24,7 +24,7 @@ DRAFT_VOCABULARIES = {
 }
 
 # So many tokens are likely at a position, of at most so many positions of the prompt, evenly spread: logits of all of
-# them would cost as much as several layers (measured in docs/verified-decoding.md).
+# them would cost as much as several layers.
 BEST = 32
 POSITIONS = 128
 

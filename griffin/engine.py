@@ -210,9 +210,16 @@ class Engine:
             handle.remove()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Per layer, z [S, D] and what the block makes of it [S, H], of the one forward call in this context."""
+    def watching(self, wanted: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Per layer, z [S, D] and what the block makes of it [S, H], of the one forward call in this context.
+
+        Args:
+            wanted: whether to keep any.
+        """
         seen: list[tuple[Tensor, Tensor]] = []
+        if not wanted:
+            yield seen
+            return
 
         def after(layer: int, z: Tensor, output: Tensor) -> None:
             seen.append((z.detach().flatten(0, -2), output.detach().flatten(0, -2)))

@@ -88,7 +88,7 @@ def one_round(
     with _timed(clock, "draft"):
         drafts = draft.run(length, cache, generation)
         cache.show(1, 0, ran)
-    with _timed(clock, "check"), engine.watching() as seen:
+    with _timed(clock, "check"), engine.watching(draft.learns) as seen:
         latest_T = torch.tensor([row.tokens[-1], *drafts.tokens], device=engine.device)
         logits_TV = engine.dense(latest_T.unsqueeze(0), cache)[0].float()
         if row.method.verification == "threshold":
@@ -173,6 +173,11 @@ class _Draft:
         ]
 
     @property
+    def learns(self) -> bool:
+        """Whether it needs the activations of checks."""
+        return any(self._fits) or self._row.method.refresh == "experts"
+
+    @property
     def bytes(self) -> int:
         """That one step of it reads."""
         return self._traffic.draft(len(self._engine.vocabulary.tokens_N) if self._prunes_vocabulary else None)
@@ -236,7 +241,7 @@ class _Draft:
         """Learn from a check.
 
         Args:
-            seen: per layer, z [T, D] and what the block made of it [T, H].
+            seen: per layer, z [T, D] and what the block made of it [T, H]; empty where nothing is learned of them.
             accepted: how many of the checked tokens stay; the first ones.
             tokens: what the row goes on with.
             logits_TV: the dense model's.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from calling import composed, write_rows
 
+from pipelines.errors import UserError
+from pipelines.models import load
 from pipelines.tasks.prompts import read_prompts, summarization_prompt
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -71,3 +73,22 @@ def test_limit_takes_the_first_rows(files: list[str]) -> None:
     task = composed(*files).task
     assert read_prompts(task, 1) == read_prompts(task, None)[:1]
     assert len(read_prompts(task, 99)) == 2
+
+
+def test_a_chat_has_the_models_own_format(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": "Two."}])
+    task = composed("task=gsm8k_chat", f"task.data_files={tmp_path / 'rows.jsonl'}").task
+    (prompt,) = read_prompts(task, None)
+    assert (prompt.text, prompt.reference, prompt.beginning) == ("How many?", "Two.", "")
+    task.instruction = "Think."
+    (asked,) = read_prompts(task, None)
+    assert asked.text == "How many?\n\nThink."
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    with pytest.raises(UserError, match=r"task\.chat_template=true: the model has no chat template"):
+        loaded.encode(prompt.text, chat_template=True)
+    loaded.tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ids = loaded.encode(prompt.text, chat_template=True)
+    assert loaded.tokenizer.decode(ids) == "<user>How many?<assistant>"
