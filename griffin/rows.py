@@ -6,7 +6,8 @@ Dimensions: B = rows of a batch, V = vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,13 @@ class Drafting:
     emitted: int = 0
     draft_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn", "choose"), 0.0))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time of this context as drafting, checking, learning or choosing anew."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
 
 
 @dataclass(eq=False)
@@ -128,6 +136,10 @@ class Generation:
     ended: Callable[[Row], bool]
     scores: Callable[[Row, Sequence[int], Tensor], Tensor] | None = None
     draw: Callable[[Row, Tensor], Tensor] | None = None
+
+    def scored(self, row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
+        """The logits [V] that a token behind the drafted ones is picked by."""
+        return logits_V if self.scores is None else self.scores(row, drafted, logits_V)
 
 
 def greedy(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:

@@ -19,8 +19,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import griffin
-from griffin import Drafting, Engine, Generation, Method, Row, draft_vocabulary, refresh, ridge, traffic, verification
-from griffin.verification import Drafts, accept_greedy, accept_sampled, accept_threshold
+from griffin import (
+    Drafting,
+    Engine,
+    Generation,
+    Method,
+    Row,
+    draft,
+    draft_vocabulary,
+    refresh,
+    ridge,
+    traffic,
+    verification,
+)
+from griffin.draft import Drafts
+from griffin.verification import accept_greedy, accept_sampled, accept_threshold
 
 LIMIT = 14
 LEARNING = [
@@ -39,7 +52,7 @@ DRAFTING = [(draft_tokens, vocabulary) for draft_tokens in (1, 4, 16, "auto") fo
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are chosen anew after 2, 4, 8, .. tokens, and the draft's vocabulary is a small one."""
     monkeypatch.setattr(refresh, "_FIRST", 2)
-    for module in (draft_vocabulary, verification):
+    for module in (draft_vocabulary, draft):
         monkeypatch.setattr(module, "BEST", 3)
 
 
@@ -297,7 +310,7 @@ def folded(engine: Engine, layer: int, kept_K: Tensor) -> Tensor:
 def test_what_is_learned_is_the_ridge_solution_of_all_rows(
     every: int, family: str, sparsity: float, draft_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "LEARN_EVERY", every)
+    monkeypatch.setattr(draft, "LEARN_EVERY", every)
     model, ids = tiny(family), tokens(21)
     engine = Engine(model)
     method = verified(compensation="ridge", refresh="compensation", sparsity=sparsity, draft_tokens=draft_tokens)
@@ -364,7 +377,7 @@ def test_new_experts_are_those_of_the_prompt_and_all_that_was_accepted(
         chosen.append((states[0], griffin.choose(engine, states, *args)))
         return chosen[-1][1]
 
-    monkeypatch.setattr(verification, "choose", look)
+    monkeypatch.setattr(draft, "choose", look)
     model, ids = tiny("llama"), tokens(11)
     engine = Engine(model)
     row = begun(engine, ids, verified(refresh="experts", draft_tokens=draft_tokens))
@@ -392,7 +405,7 @@ def test_experts_are_chosen_anew_after_8_16_32_tokens(
         lengths.append(states[0].recorded.columns - 11)
         return griffin.choose(engine, states, *args)
 
-    monkeypatch.setattr(verification, "choose", look)
+    monkeypatch.setattr(draft, "choose", look)
     engine = Engine(half_idle)
     decoded(engine, begun(engine, tokens(11), verified(refresh="experts", draft_tokens=4, **PERFECT)), 41)
     assert lengths == [10, 20, 35], "at the ends of the rounds of five tokens that come next"
@@ -450,14 +463,14 @@ def test_a_draft_without_any_allowed_token_is_a_guess() -> None:
 
 
 def test_a_fixed_number_is_drafted_unless_fewer_are_left() -> None:
-    length = verification._DraftLength(4, Drafting())
+    length = draft.DraftLength(4, Drafting())
     assert [length.more([0.0] * done, 16, 1.0) for done in range(6)] == [True] * 4 + [False] * 2
     assert [length.more([1.0] * done, 2, 1.0) for done in range(4)] == [True] * 2 + [False] * 2
     assert not length.more([], 0, 0.1)
 
 
 def test_auto_drafts_while_it_is_worth_its_cost() -> None:
-    length = verification._DraftLength("auto", Drafting())
+    length = draft.DraftLength("auto", Drafting())
     assert length.more([], 16, 0.1)
     assert length.more([0.9], 16, 0.1)
     assert not length.more([0.9, 0.01], 16, 0.1), "the draft is unsure"
@@ -467,7 +480,7 @@ def test_auto_drafts_while_it_is_worth_its_cost() -> None:
 
 def test_auto_learns_from_what_became_of_its_drafts() -> None:
     done = Drafting()
-    good, bad = verification._DraftLength("auto", done), verification._DraftLength("auto", done)
+    good, bad = draft.DraftLength("auto", done), draft.DraftLength("auto", done)
     for _ in range(20):
         good.update([0.9] * 4, 4)
         bad.update([0.9] * 4, 0)
@@ -477,7 +490,7 @@ def test_auto_learns_from_what_became_of_its_drafts() -> None:
 
 
 def test_drafts_behind_a_rejected_one_say_nothing() -> None:
-    one, other = (verification._DraftLength("auto", Drafting()) for _ in range(2))
+    one, other = (draft.DraftLength("auto", Drafting()) for _ in range(2))
     one.update([0.9, 0.5, 0.8, 0.1], 1)
     other.update([0.9, 0.5], 1)
     assert vars(one) == vars(other)
@@ -576,7 +589,7 @@ def test_verified_by_a_threshold_a_row_may_leave_the_dense_text() -> None:
     ],
 )
 def test_what_followed_is_looked_up(text: list[int], most: int, expected: list[int]) -> None:
-    assert verification.look_up(text, most) == expected
+    assert draft.look_up(text, most) == expected
 
 
 @pytest.mark.parametrize("learning", LEARNING, ids=" ".join)
@@ -594,7 +607,7 @@ def test_texts_are_dense_whoever_drafts(learning: tuple[str, str]) -> None:
 
 def test_lookups_pause_while_they_bring_less_than_the_experts() -> None:
     drafting = Drafting(checks=10, drafted=30, accepted=30, emitted=40)
-    length = verification._DraftLength("auto", drafting)
+    length = draft.DraftLength("auto", drafting)
     assert length.lookup_pays(0.3)  # tried first
     for _ in range(5):
         length.update_lookup(0)
@@ -608,10 +621,10 @@ def test_drafts_that_are_looked_up_read_nothing() -> None:
     engine = Engine(model)
     row = begun(engine, ids, verified(prompt_lookup=True, draft_tokens=4))
     row.tokens.append(ids[0])  # as if the dense model repeated its prompt
-    draft = verification._Draft(engine, row)
-    length = verification._DraftLength(4, row.drafting)
+    by_experts = draft.Draft(engine, row)
+    length = draft.DraftLength(4, row.drafting)
     for draw in (None, drawing(0)):
-        drafts = draft.run(
+        drafts = by_experts.run(
             length, engine.decoding_cache(1, 40, verified=True), Generation(LIMIT, griffin.greedy, never, draw=draw)
         )
         assert (drafts.tokens, drafts.chances) == (ids[1:5], [])
