@@ -27,6 +27,7 @@ from griffin.rows import Drafting, Generation, Row, begin, greedy
 from griffin.selection import BUDGETS, SELECTIONS, kept_neurons, kept_per_layer, select
 from griffin.self_generated import prepare
 from griffin.statistics import STATISTICS, Statistic, aggregate
+from griffin.token_statistics import TOKEN_STATISTICS, TokenStatistic
 from griffin.traffic import Traffic, neuron_bytes, traffic
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "REFRESHES",
     "SELECTIONS",
     "STATISTICS",
+    "TOKEN_STATISTICS",
     "VERIFICATIONS",
     "Compensation",
     "Correction",
@@ -56,6 +58,7 @@ __all__ = [
     "Recorded",
     "Row",
     "Statistic",
+    "TokenStatistic",
     "Traffic",
     "UnsupportedModelError",
     "aggregate",

@@ -31,7 +31,7 @@ class Engine:
         model: a `transformers` causal language model.
         pruning: whether it will be pruned; a model that only runs dense may have any FF blocks.
         mode: how pruned calls run: `masked`; `compact` or `auto`: compact where all rows share their experts, else
-            masked.
+            masked. Rows whose tokens choose for themselves are always masked.
         compiled: the model's compiled call, for decoding with caches that are whole; None: not compiled.
 
     Attributes:
@@ -105,7 +105,7 @@ class Engine:
         """Put the experts of the rows of the coming calls to work; None: the row runs dense."""
         if all(row is None for row in rows):
             wanted: Compact | Masked | None = None
-        elif self._mode != "masked" and len({id(row) for row in rows}) == 1:
+        elif self._mode != "masked" and len({id(row) for row in rows}) == 1 and not _by_token(rows[0]):
             wanted = self._compact
         else:
             wanted = self._masked
@@ -246,6 +246,11 @@ class Engine:
         self._masked.unload()
         self._vocabulary = None
         self._caches = {}
+
+
+def _by_token(row: Experts | None) -> bool:
+    """Whether each token of a row chooses its neurons, which no compact weights can follow."""
+    return row is not None and row.by_token is not None
 
 
 def kept_positions(model: nn.Module, logits_to_keep: int, ids_BS: Tensor) -> int | Tensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from griffin.activations import BlockHooks
 from griffin.correction import Correction
 from griffin.feedforward import FeedForwardBlock
 from griffin.offloading import bring, unwatch, watch
+from griffin.token_statistics import TokenChoice
 
 MODES = ("compact", "masked")
 
@@ -35,10 +38,12 @@ class Experts:
     Attributes:
         neurons: the kept neurons [K], int64, ascending. A layer that keeps all of them runs as in the dense model.
         corrections: what compensations add to the layer's output, one after the other.
+        by_token: how each token chooses among these neurons, which are all; None: these are what is kept.
     """
 
     neurons: tuple[Tensor, ...]
     corrections: tuple[tuple[Correction, ...], ...]
+    by_token: TokenChoice | None = None
 
 
 class Masked:
@@ -47,6 +52,8 @@ class Masked:
     def __init__(self, blocks: Sequence[FeedForwardBlock]) -> None:
         self._blocks = blocks
         self._hooks = BlockHooks(blocks)
+        self._up_hooks: list[Any] = []
+        self._up: dict[int, Tensor] = {}  # by layer, what the up projection gave in the call that runs
         self._rows: Sequence[Experts | None] = ()
         self._dropped: list[Tensor] = []
 
@@ -70,10 +77,17 @@ class Masked:
     def on(self) -> None:
         """Mask from the next forward call on."""
         self._hooks.attach(self._mask, self._correct)
+        if not self._up_hooks and any(row and row.by_token and row.by_token.statistic.gate for row in self._rows):
+            for layer, block in enumerate(self._blocks):
+                if len(block.inputs) * block.parts > 1:
+                    self._up_hooks.append(block.inputs[-1].register_forward_hook(partial(self._see_up, layer)))
 
     def off(self) -> None:
         """Mask no more."""
         self._hooks.detach()
+        for handle in self._up_hooks:
+            handle.remove()
+        self._up_hooks, self._up = [], {}
 
     def unload(self) -> None:
         """Mask no more, and forget the experts."""
@@ -83,7 +97,17 @@ class Masked:
     def _mask(self, layer: int, z: Tensor) -> Tensor:
         dropped_B1D = self._dropped[layer]
         z_BSD = z.reshape(len(dropped_B1D), -1, z.shape[-1])  # some architectures flatten B and S
-        return z_BSD.masked_fill(dropped_B1D, 0.0).reshape(z.shape)
+        masked_BSD = z_BSD.masked_fill(dropped_B1D, 0.0)
+        up = self._up.pop(layer, None)
+        for b, row in enumerate(self._rows):
+            if row is not None and row.by_token is not None:
+                up_SD = None if up is None else up.reshape(z_BSD.shape)[b]
+                dropped_SD = row.by_token.dropped(layer, self._blocks[layer], z_BSD[b], up_SD)
+                masked_BSD[b].masked_fill_(dropped_SD, 0.0)
+        return masked_BSD.reshape(z.shape)
+
+    def _see_up(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._up[layer] = output.chunk(self._blocks[layer].parts, dim=-1)[-1]  # fused: gate, then up
 
     def _correct(self, layer: int, z: Tensor, output: Tensor) -> Tensor | None:
         corrected = {b: row for b, row in enumerate(self._rows) if row is not None and row.corrections[layer]}

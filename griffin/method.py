@@ -13,6 +13,7 @@ from griffin.draft_vocabulary import DRAFT_VOCABULARIES
 from griffin.refresh import REFRESHES
 from griffin.selection import BUDGETS, SELECTIONS, kept_per_layer
 from griffin.statistics import STATISTICS
+from griffin.token_statistics import TOKEN_STATISTICS
 
 # name: which drafted tokens are kept (see `griffin.verification`).
 VERIFICATIONS = {
@@ -29,7 +30,8 @@ class Method:
     """One way to prune.
 
     Attributes:
-        statistic: what scores the neurons, one of `STATISTICS`.
+        statistic: what scores the neurons, one of `STATISTICS`; or, for each token by itself, one of `TOKEN_STATISTICS`,
+            which choose by `topk`, are not compensated or refreshed, and run masked.
         selection: how scores become experts, one of `SELECTIONS`.
         sparsity: share of FF neurons dropped, 0 <= sparsity < 1, of all layers or one number per layer; 0 is the dense
             model, for which nothing else here means anything.
@@ -63,7 +65,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
-            ("statistic", self.statistic, STATISTICS),
+            ("statistic", self.statistic, (*STATISTICS, *TOKEN_STATISTICS)),
             ("selection", self.selection, SELECTIONS),
             ("compensation", self.compensation, COMPENSATIONS),
             ("budget", self.budget, BUDGETS),
@@ -83,7 +85,18 @@ class Method:
                 f"refresh={self.refresh!r} with compensation={self.compensation!r}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
             )
-
+        if self.by_token and not self.dense:
+            for key, value, only in (
+                ("selection", self.selection, "topk"),
+                ("compensation", self.compensation, "none"),
+                ("refresh", self.refresh, "none"),
+                ("verification", self.verification, "none"),
+            ):
+                if value != only:
+                    raise ValueError(
+                        f"{key}={value!r} with statistic={self.statistic!r}, by which each token chooses for itself: "
+                        f"expected {key}={only!r}"
+                    )
         self._check_verification()
 
     def _check_verification(self) -> None:
@@ -106,6 +119,11 @@ class Method:
             )
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token chooses its neurons."""
+        return self.statistic in TOKEN_STATISTICS
+
+    @property
     def verified(self) -> bool:
         """Whether the dense model checks what the experts draft."""
         return self.verification != "none"
@@ -126,6 +144,7 @@ class Method:
         if self.dense:
             return "dense"
         words = [self.statistic if self.compensation == "none" else f"{self.statistic}+{self.compensation}"]
+        words += ["(by token, masked)"] if self.by_token else []
         words += [] if self.selection == "topk" else [self.selection]
         words += [] if self.budget == "uniform" else [self.budget]
         words += [] if self.refresh == "none" else [f"refresh={self.refresh}"]

@@ -26,6 +26,7 @@ from griffin.method import Method
 from griffin.offloading import bring
 from griffin.selection import select
 from griffin.statistics import STATISTICS, Evidence, aggregate
+from griffin.token_statistics import TOKEN_STATISTICS, TokenChoice
 
 # A prompt goes on from a prefix where it is less than so many times as long. Attention to a chunk and what comes before
 # it has no shortcut for its causal mask, and in the end that costs what the prefix saves (measured on a CPU).
@@ -67,8 +68,8 @@ def wanted(methods: Sequence[Method]) -> list[ActivationStatistic]:
     """What must be recorded of a prompt for these methods to choose from it."""
     found = []
     for method in methods:
-        statistic, compensation = STATISTICS[method.statistic], COMPENSATIONS[method.compensation]
-        if not method.dense:
+        if not method.dense and not method.by_token:
+            statistic, compensation = STATISTICS[method.statistic], COMPENSATIONS[method.compensation]
             found += [statistic.activations] if statistic.activations and not statistic.oracle else []
             found += [compensation.activations] if compensation is not None else []
     return list(dict.fromkeys(found))
@@ -182,6 +183,8 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
     """
     if method.dense:
         return None
+    if method.by_token:
+        return choose_from(engine, [], [], [], method, seed)
     oracle = STATISTICS[method.statistic].oracle
     scored = [state.continuation if oracle and state.continuation else state.recorded for state in states]
     digests = [prompt_digest(state.ids) for state in states] if draws(method) else []
@@ -210,6 +213,10 @@ def choose_from(
     kept = method.kept(engine.widths)
     if kept == engine.widths:
         return None
+    if method.by_token:
+        everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
+        choice = TokenChoice(TOKEN_STATISTICS[method.statistic], tuple(kept))
+        return Experts(everything, ((),) * len(kept), choice)
     engine.use_dense()  # the blocks' own weights are read
     scores = score_neurons(engine, scored, digests, method, seed)
     neurons = tuple(
@@ -221,7 +228,7 @@ def choose_from(
 
 def draws(method: Method) -> bool:
     """Whether a method needs random numbers."""
-    return STATISTICS[method.statistic].random or method.selection != "topk"
+    return not method.by_token and (STATISTICS[method.statistic].random or method.selection != "topk")
 
 
 def score_neurons(

@@ -71,7 +71,14 @@ class Pruner:
                     f"{key}={value!r} with verification={method.verification!r}: rows run one by one, drafts compact "
                     f"and checks dense; expected {'compact' if key == 'mode' else False}"
                 )
-        if STATISTICS[method.statistic].oracle:
+        if method.by_token and mode != "masked":
+            raise ValueError(
+                f"statistic={method.statistic!r} with mode={mode!r}: each token keeps its own neurons, for which there "
+                "are no compact weights; expected 'masked', which is no faster than dense"
+            )
+        if method.by_token and shared_experts:
+            raise ValueError(f"statistic={method.statistic!r} with shared_experts=True: each token has its own experts")
+        if not method.by_token and STATISTICS[method.statistic].oracle:
             raise ValueError(f"statistic={method.statistic!r} knows what comes after the prompt: it cannot generate")
         self.model: Any = model
         self._engine = Engine(model, mode=mode)
@@ -158,6 +165,7 @@ class Pruner:
         Raises:
             RuntimeError: no prompt has run yet.
         """
+        self._refuse_by_token()
         self._choose()
         statistic = STATISTICS[self.method.statistic]
         groups = self._groups
@@ -178,6 +186,7 @@ class Pruner:
         Raises:
             RuntimeError: no prompt has run yet.
         """
+        self._refuse_by_token()
         self._choose()
         chosen = self._chosen[: len(self._groups)]
         statistic = STATISTICS[self.method.statistic]
@@ -192,6 +201,10 @@ class Pruner:
             )
             for layer, block in enumerate(self.blocks)
         ]
+
+    def _refuse_by_token(self) -> None:
+        if self.method.by_token:
+            raise RuntimeError(f"statistic={self.method.statistic!r}: each token has scores and experts of its own")
 
     # -- phases -------------------------------------------------------------------------------------------------------
 

@@ -37,8 +37,10 @@ def prepare(engine: Engine, methods: Sequence[Method]) -> None:
     """
     known = _known.setdefault(engine.model, {})
     for method in methods:
+        if method.dense or method.by_token:
+            continue
         statistic = STATISTICS[method.statistic]
-        if method.dense or not statistic.self_generated or statistic.activations is None:
+        if not statistic.self_generated or statistic.activations is None:
             continue
         if statistic.activations not in known:
             known[statistic.activations] = _recorded(Engine(engine.model), statistic.activations)

@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import LatencyTask
 
-STATISTICS = tuple(griffin.STATISTICS)
+STATISTICS = (*griffin.STATISTICS, *griffin.TOKEN_STATISTICS)
 SELECTIONS = griffin.SELECTIONS
 COMPENSATIONS = tuple(griffin.COMPENSATIONS)
 BUDGETS = tuple(griffin.BUDGETS)
@@ -83,7 +83,11 @@ class RunConfig:
 
     model: ModelConfig = described("which model")
     task: Any = described("which task")
-    statistic: str = described(f"what scores the FF neurons on the prompt: {', '.join(STATISTICS)}", "griffin")
+    statistic: str = described(
+        f"what scores the FF neurons on the prompt: {', '.join(griffin.STATISTICS)}; or for each token by itself, "
+        f"masked, for quality only: {', '.join(griffin.TOKEN_STATISTICS)}",
+        "griffin",
+    )
     selection: str = described(f"how scores become experts: {', '.join(SELECTIONS)}", "topk")
     compensation: str = described(
         f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
@@ -163,6 +167,7 @@ class RunConfig:
         for value in self.grid.verification:
             one_of("grid.verification", value, VERIFICATIONS)
         self._can_refresh()
+        self._can_choose_by_token()
         for value in self.grid.sparsity:
             _sparsity("grid.sparsity", value)
         if self.grid.sparsity and isinstance(self.sparsity, list):
@@ -308,9 +313,29 @@ class RunConfig:
         if self.compile and refreshes != ["none"]:
             raise UserError(f"compile=true with {key}={', '.join(refreshes)}: expected refresh=none, one static cache")
 
+    def _can_choose_by_token(self) -> None:
+        """Tokens that choose for themselves have neither corrections nor fewer weights; a grid leaves such points out,
+        where others remain."""
+        key, statistics = ("grid.statistic", self.grid.statistic) if self.grid.statistic else ("statistic", [self.statistic])
+        by_token = [statistic for statistic in statistics if statistic in griffin.TOKEN_STATISTICS]
+        if not by_token:
+            return
+        setting = f"{key}={', '.join(by_token)}"
+        if self.selection != "topk":
+            raise UserError(f"{setting} with selection={self.selection}: expected selection=topk")
+        if self.shared_experts:
+            raise UserError(f"{setting} with shared_experts=true: expected false, each token has its own experts")
+        if self.task.kind == "latency":
+            raise UserError(f"{setting} with task={self.task.name}: runs masked, which is no faster than dense")
+        for name in ("compensation", "refresh", "verification"):
+            grid = getattr(self.grid, name)
+            if "none" not in (grid or [getattr(self, name)]):
+                where, values = (f"grid.{name}", grid) if grid else (name, [getattr(self, name)])
+                raise UserError(f"{setting} with {where}={', '.join(values)}: expected {name}=none")
+
     def _realisable(self, key: str, statistic: str) -> None:
         """A statistic of the dense continuation needs a task that has one."""
-        if griffin.STATISTICS[statistic].oracle and self.task.kind != "fidelity":
+        if statistic in griffin.STATISTICS and griffin.STATISTICS[statistic].oracle and self.task.kind != "fidelity":
             raise UserError(
                 f"{key}={statistic}: scores the dense continuation itself, which task.kind=fidelity alone has"
             )

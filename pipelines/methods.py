@@ -48,6 +48,8 @@ def methods(config: RunConfig) -> list[Method]:
     ):
         if refresh == "compensation" and compensation not in LEARNING:
             continue
+        if statistic in griffin.TOKEN_STATISTICS and (compensation, refresh, verification) != ("none",) * 3:
+            continue
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
         method = Method(statistic, config.selection, amount, compensation, budget, refresh)
         if verification != "none" and not method.dense:
@@ -81,7 +83,7 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
         "draft_vocabulary": method.draft_vocabulary,
         "prompt_lookup": method.prompt_lookup,
         "verification_threshold": method.verification_threshold,
-    }
+    } | ({"mode": "masked"} if method.by_token and not method.dense else {})
 
 
 def described(config: RunConfig, method: Method) -> dict[str, Any]:
