@@ -129,6 +129,7 @@ class Batch:
         """
         ids_1N = torch.cat(row.unread).unsqueeze(0)
         count, row.unread = ids_1N.shape[1], []
+        row.refreshed += 1
         cache = self._cache.row(place, self._begins[place], self._end - count)
         first = self._end - count - self._begins[place]
         positions_1N = torch.arange(first, first + count, device=ids_1N.device).unsqueeze(0)

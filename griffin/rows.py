@@ -66,6 +66,7 @@ class Row:
         seconds: what choosing its experts took, and its share of the steps that it was part of.
         ran: how many tokens of its continuation have run.
         unread: those of them that have run pruned since its last refresh.
+        refreshed: how many of its steps were refreshes, and so dense.
         drafting: what became of its drafts, where it is verified.
     """
 
@@ -79,6 +80,7 @@ class Row:
     seconds: float = 0.0
     ran: int = 0
     unread: list[Tensor] = field(default_factory=list)
+    refreshed: int = 0
     drafting: Drafting = field(default_factory=Drafting)
 
     @property

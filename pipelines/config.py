@@ -32,9 +32,9 @@ LEARNING = griffin.LEARNING
 ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 # The kinds of task whose rows, prompts times methods, run together.
-BATCHED = ("generation", "classification", "question_answering", "fidelity", "perplexity")
+BATCHED = ("generation", "code", "classification", "question_answering", "fidelity", "perplexity")
 # The kinds of task that generate text, where drafts can be checked and dense weights are for prompts only.
-GENERATING = ("generation", "question_answering", "latency")
+GENERATING = ("generation", "code", "question_answering", "latency")
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 

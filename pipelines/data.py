@@ -9,20 +9,27 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.hub import prepare_hub
-from pipelines.task_config import GenerationTask, HubDataset, PerplexityTask
+from pipelines.task_config import CodeTask, GenerationTask, HubDataset, PerplexityTask
 
 EMBEDDED = Path(__file__).parent / "data"
 
 Row = dict[str, Any]
 
 
-def read_rows(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Row]:
+def read_rows(
+    task: GenerationTask | CodeTask, needed: tuple[str, ...], limit: int | None, offset: int = 0
+) -> list[Row]:
     """The rows to evaluate, in the data's order: `limit` (None: all) after the first `offset`.
+
+    Args:
+        task: where the data is.
+        needed: fields that hold text in every row.
+        limit: how many rows.
+        offset: how many come before them.
 
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    needed = (task.article_field, task.summary_field)
     stop = None if limit is None else offset + limit
     if task.data_files is not None:
         rows = read_jsonl(Path(task.data_files), needed, "task.data_files", stop)

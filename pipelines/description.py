@@ -39,6 +39,10 @@ LATER: Plain = {
     "cpu_onednn": False,
 }
 
+# The same of a task's settings, of the kinds that lm-eval defines.
+HARNESS = ("classification", "question_answering")
+LATER_OF_TASK: Plain = {"shots": 0, "shots_file": None, "chat_template": False, "filter": None}
+
 # What says how drafts are made and checked; the last of them is read with `verification=threshold` only.
 _DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")
 
@@ -100,7 +104,8 @@ def determining(config: Plain, data: Mapping[str, str]) -> Plain:
         config: the resolved configuration of one run.
         data: the digests of the files that it reads, by the keys of the task that name them.
     """
-    task = {key: value for key, value in config["task"].items() if key != "chat_template" or value}  # it came later
+    later = LATER_OF_TASK if config["task"]["kind"] in HARNESS else {"chat_template": False}
+    task = {key: value for key, value in config["task"].items() if key not in later or value != later[key]}
     for local, unread in INSTEAD_OF.items():
         if task.get(local) is not None:
             task |= dict.fromkeys(unread)

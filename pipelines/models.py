@@ -53,10 +53,7 @@ class LoadedModel:
             UserError: the model has no such format.
         """
         if chat_template:
-            if not self.tokenizer.chat_template:
-                raise UserError(
-                    "task.chat_template=true: the model has no chat template; expected an instruction model"
-                )
+            self.need_chat_template()
             chat = [{"role": "user", "content": prompt}]
             chat_ids: list[int] = self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=True
@@ -64,6 +61,15 @@ class LoadedModel:
             return chat_ids
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [self.tokenizer.bos_token_id, *ids] if self.add_bos_token else ids
+
+    def need_chat_template(self) -> None:
+        """Refuse a model without a format of conversations.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError("task.chat_template=true: the model has no chat template; expected an instruction model")
 
 
 def device_kind(device: str) -> str:

@@ -111,7 +111,8 @@ def _with_error(metrics: dict[str, float], name: str) -> str:
     speed-up, else four."""
     if name not in metrics:
         return "-"
-    digits = 2 if name.startswith(("rouge", "perplexity", "tokens", "predicted")) else 4
+    digits = 1 if name == "answer_tokens" else 4
+    digits = 2 if name.startswith(("rouge", "perplexity", "tokens", "predicted")) else digits
     known = metrics["samples"] > 1 and f"{name}_stderr" in metrics  # of one sample it is not
     error = f" ± {metrics[f'{name}_stderr']:.{digits}f}" if known else ""
     return f"{metrics[name]:.{digits}f}{error}"

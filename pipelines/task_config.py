@@ -71,13 +71,55 @@ class HarnessTask:
     embedded: str | None = described("the project's own data: a file in pipelines/data", None)
     data_files: str | None = described("a JSON Lines file in the data set's layout, instead of the hub", None)
     protocol: str = described("paper (the last input position is pruned) or continuation (all its positions)", "paper")
+    shots: int = described("solved examples before each document, drawn as lm-eval draws them", 0)
+    shots_file: str | None = described("a JSON Lines file that they are drawn from, beside task.data_files", None)
+    chat_template: bool = described("the document is what a user says to an instruction model", False)
+    filter: str | None = described("which of the task's filters makes the answer of a text; null: the first", None)
 
     def __post_init__(self) -> None:
         one_of("task.kind", self.kind, ("classification", "question_answering"))
+        at_least("task.shots", self.shots, 0)
+        if self.chat_template and self.kind == "classification":
+            raise UserError(f"task.chat_template=true: {self.name} scores continuations; expected a task that generates")
+        is_file("task.shots_file", self.shots_file)
+        if self.shots and (self.data_files or self.embedded) and not self.shots_file:
+            raise UserError("task.data_files without task.shots_file: the shots need a file too, or set task.shots=0")
         one_of("task.protocol", self.protocol, PROTOCOLS)
         if self.kind == "question_answering" and self.protocol != "paper":
             raise UserError(f"task.protocol={self.protocol}: {self.name} generates; protocols are for classification")
         is_file("task.data_files", self.data_files)
+
+
+@dataclass
+class CodeTask:
+    """Programs: a function is written to its description, and run against tests, which it passes or does not."""
+
+    name: str = described("name in records and tables")
+    kind: str = described("which pipeline runs the task, and the job type in W&B", "code")
+    hub: HubDataset | None = described("the data set on the hub", None)
+    embedded: str | None = described("the project's own data: a file in pipelines/data", None)
+    data_files: str | None = described("a JSON Lines file in HumanEval's layout, instead of hub or embedded", None)
+    instruction: str = described("with task.chat_template=true, what is said before the function's beginning", "")
+    chat_template: bool = described("the function's beginning is what a user says to an instruction model", False)
+    max_new_tokens: int = described("length of the generation in tokens", 512)
+    decoding: str = described("greedy, or the reference's sampling at temperature 0.3", "greedy")
+    allow_code_execution: bool = described("run what the model writes on this machine; nothing else can judge it", False)
+    timeout: int = described("seconds after which a program is ended, and has not passed", 10)
+
+    def __post_init__(self) -> None:
+        one_of("task.kind", self.kind, ("code",))
+        one_of("task.decoding", self.decoding, DECODINGS)
+        at_least("task.max_new_tokens", self.max_new_tokens, 1)
+        at_least("task.timeout", self.timeout, 1)
+        is_file("task.data_files", self.data_files)
+        if not (self.hub or self.embedded or self.data_files):
+            raise UserError(f"task={self.name} has no data: set task.data_files=FILE")
+        if not self.allow_code_execution:
+            raise UserError(
+                f"task.allow_code_execution=false with task={self.name}: it runs programs that the model writes on "
+                "this machine, which may do harm (they are kept from files, network and processes where the system "
+                "can do so); set task.allow_code_execution=true to allow it"
+            )
 
 
 @dataclass
@@ -160,6 +202,7 @@ class FlockingTask:
 TASKS = {
     "generation_task": GenerationTask,
     "harness_task": HarnessTask,
+    "code_task": CodeTask,
     "perplexity_task": PerplexityTask,
     "latency_task": LatencyTask,
     "flocking_task": FlockingTask,

@@ -19,6 +19,7 @@ from types import ModuleType
 
 _MODULES = {
     "generation": "generation",
+    "code": "code_generation",
     "classification": "classification_and_qa",
     "question_answering": "classification_and_qa",
     "perplexity": "perplexity",

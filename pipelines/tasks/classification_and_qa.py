@@ -13,15 +13,18 @@ from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks import drafting
+from pipelines.task_config import HarnessTask
+from pipelines.tasks.answers import answer_metrics, answer_part
 from pipelines.tasks.generation import end_tokens, sampled
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.lm_eval_adapter import (
     Document,
     GriffinLM,
     TextRequest,
+    asked,
     finished_text,
     read,
+    results,
     text_request,
     versions,
 )
@@ -44,7 +47,10 @@ def evaluate(
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
     """Answer the requests of every document under every method, block by block: each prompt runs once for all."""
+    if config.task.chat_template:
+        loaded.need_chat_template()
     lm = GriffinLM.around(loaded, config)
+    documents = asked(lm, documents, config.task)
     engine = engine_for(loaded.model, methods, config)
     for block in _blocks(lm, documents, methods, config):
         needed = [method for method in methods if any(document.index not in done[method] for document in block)]
@@ -60,8 +66,8 @@ def evaluate(
         seconds = (time.perf_counter() - began) / len(run) / len(block)
         for method in needed:
             samples = [
-                _sample(document, [answers[method][id(instance)] for instance in document.instances], seconds)
-                | drafting.sample_part(engine, method, _draftings(document, texts[method]))
+                _sample(document, [answers[method][id(one)] for one in document.instances], config.task, seconds)
+                | answer_part(engine, method, [texts[method][id(one)].row for one in document.instances if id(one) in texts[method]])
                 for document in block
                 if document.index not in done[method]
             ]
@@ -69,12 +75,14 @@ def evaluate(
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """The task's own metrics as fractions, with standard errors, and what became of drafts, over all samples."""
+    """The task's own metrics as fractions, with standard errors, and what answers took, over all samples."""
     names = list(samples[0]["metrics"]) if samples else []
     values: dict[str, float] = {}
     for name in names:
         values[name], values[f"{name}_stderr"] = mean_and_stderr([sample["metrics"][name] for sample in samples])
-    return values | {"samples": len(samples)} | drafting.metrics(samples)
+    tokens = [sample["generated_tokens"] for sample in samples if "generated_tokens" in sample]
+    counts = {"samples": len(samples)} | ({"generated_tokens": sum(tokens)} if tokens else {})
+    return values | counts | answer_metrics(samples)
 
 
 def _blocks(
@@ -132,14 +140,10 @@ class _Wanted:
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """A text as lm-eval takes it, and what became of its drafts."""
+    """A text as lm-eval takes it, and the row that it was generated as."""
 
     text: str
-    drafting: griffin.Drafting
-
-
-def _draftings(document: Document, texts: dict[int, _Text]) -> list[griffin.Drafting]:
-    return [texts[id(one)].drafting for one in document.instances if id(one) in texts]
+    row: Row
 
 
 def _texts(
@@ -177,7 +181,7 @@ def _texts(
     for batch, count, most in batches:
         for row in griffin.decode(engine, batch, count, most, longest, _generation(lm, loaded, wanted, config)):
             text = finished_text(lm, row.tokens, row.label.request.stop)
-            texts[row.method][row.label.instance] = _Text(text, row.drafting)
+            texts[row.method][row.label.instance] = _Text(text, row)
     return texts
 
 
@@ -197,13 +201,12 @@ def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], c
     return griffin.Generation(limit, griffin.greedy, ended)
 
 
-def _sample(document: Document, answers: list[Any], seconds: float) -> Sample:
-    found = document.task.process_results(document.doc, answers)
+def _sample(document: Document, answers: list[Any], task: HarnessTask, seconds: float) -> Sample:
     return {
         "index": document.index,
         "id": str(document.doc.get("id", document.doc.get("idx", document.index))),
         "seconds": round(seconds, 4),
         "answers": answers,
         "target": document.task.doc_to_target(document.doc),
-        "metrics": {name: float(value) for name, value in found.items() if isinstance(value, (bool, int, float))},
+        "metrics": results(document, answers, task.filter),
     }

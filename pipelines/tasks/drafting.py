@@ -15,18 +15,15 @@ ERRORS = frozenset(("acceptance_rate", "tokens_per_check", "effective_density", 
 _COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
 
 
-def sample_part(engine: griffin.Engine, method: griffin.Method, draftings: Sequence[griffin.Drafting]) -> Sample:
-    """What a sample says of the drafts of its rows, in sum; empty for a method without verification.
+def sample_part(draftings: Sequence[griffin.Drafting], step_bytes: int) -> Sample:
+    """What a sample says of drafts that the dense model checked, in sum.
 
-    `step_bytes` is what one dense step reads. Another run of the same call has other seconds, and nothing else.
+    Another run of the same call has other seconds, and nothing else.
+
+    Args:
+        draftings: of its rows.
+        step_bytes: what one dense step reads.
     """
-    if not method.verified or not draftings:
-        return {}
-    return as_part(draftings, griffin.traffic(engine.model, engine.widths).dense)
-
-
-def as_part(draftings: Sequence[griffin.Drafting], step_bytes: int) -> Sample:
-    """As `sample_part`, of any drafts that the dense model checked."""
     drafting: Sample = {name: sum(getattr(one, name) for one in draftings) for name in _COUNTS}
     drafting["step_bytes"] = step_bytes
     drafting["seconds"] = {part: round(sum(one.seconds[part] for one in draftings), 6) for part in draftings[0].seconds}

@@ -6,12 +6,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import TypeVar
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 import griffin
 from griffin import Method, Row
@@ -19,11 +19,13 @@ from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
-from pipelines.task_config import GenerationTask
 from pipelines.tasks import drafting
+from pipelines.tasks.answers import answer_metrics, answer_part
 from pipelines.tasks.assisted import Assisted
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
+
+P = TypeVar("P", bound=Prompt)
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -50,12 +52,49 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
+    """Generate, and score by ROUGE, what comes before the stop text."""
+    stop = config.task.stop
+
+    def scored(prompt: Prompt, text: str) -> Sample:
+        before = text.partition(stop)[0]
+        scores = _scorer.score(target=prompt.reference, prediction=before)
+        return {name: 100 * scores[name].fmeasure for name in ROUGE} | {"text": before, "reference": prompt.reference}
+
+    return generate(loaded, prompts, config, methods, done, lambda text: stop in text, scored)
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[P],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+    whole: Callable[[str], bool],
+    scored: Callable[[P, str], Sample],
+) -> Iterator[tuple[Method, list[Sample]]]:
     """Generate and score: every prompt runs dense once, and each method continues it as a row of a batch.
 
     Prompts are taken by length, the longest first, so that little of a batch is padding and what does not fit into
     memory fails at once. A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says
     so, as in the reference implementation.
+
+    Args:
+        loaded: the model.
+        prompts: what is continued.
+        config: of the run.
+        methods: all methods of the call.
+        done: of each, the prompts that it has continued before.
+        whole: whether a text is whole, so that what comes behind would be cut.
+        scored: what a sample says of the text of a prompt.
     """
+    ended = _ended(loaded, whole)
+    tokenizer = loaded.tokenizer
+
+    def sample(prompt: P, prompt_tokens: int, tokens: Sequence[int], seconds: float) -> Sample:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        counts = {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
+        return _sample(prompt, prompt_tokens) | counts | scored(prompt, text)
+
     room = loaded.context_length - config.task.max_new_tokens
     encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template) for prompt in prompts}
     fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
@@ -72,13 +111,12 @@ def evaluate(
         model = Assisted(loaded, config)
         for prompt in fitting:
             if prompt.index not in done[method]:
-                text = model.generate(encoded[prompt.index], _ended(loaded, config.task))
-                length, part = len(encoded[prompt.index]), drafting.as_part([text.drafting], model.step_bytes)
-                scored = _scored(prompt, length, text.tokens, text.seconds, loaded.tokenizer, config.task)
-                yield method, [scored | part]
+                text = model.generate(encoded[prompt.index], ended)
+                part = drafting.sample_part([text.drafting], model.step_bytes)
+                yield method, [sample(prompt, len(encoded[prompt.index]), text.tokens, text.seconds) | part]
         return
     engine = engine_for(loaded.model, methods, config)
-    texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "")
+    texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "", ended)
     shared = config.shared_experts
     for group in groups(fitting, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES):
         needed = [method for method in methods if any(prompt.index not in done[method] for prompt in group)]
@@ -92,12 +130,12 @@ def evaluate(
             for row in rows:
                 if row.label.index not in done[row.method]:
                     seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
-                    scored = _scored(row.label, row.state.length, row.tokens, seconds, loaded.tokenizer, config.task)
-                    yield row.method, [scored | drafting.sample_part(engine, row.method, [row.drafting])]
+                    part = answer_part(engine, row.method, [row])
+                    yield row.method, [sample(row.label, row.state.length, row.tokens, seconds) | part]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """ROUGE F-scores x 100 with standard errors, counts, and what became of drafts, over all samples of a run."""
+    """ROUGE F-scores x 100 with standard errors, counts, and what answers took, over all samples of a run."""
     scored = [sample for sample in samples if "skipped" not in sample]
     values: dict[str, float] = {}
     for name in ROUGE if scored else ():
@@ -107,7 +145,7 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "skipped_prompts": len(samples) - len(scored),
         "prompt_tokens": sum(sample["prompt_tokens"] for sample in scored),
         "generated_tokens": sum(sample["generated_tokens"] for sample in scored),
-        **drafting.metrics(scored),
+        **answer_metrics(scored),
     }
 
 
@@ -121,6 +159,7 @@ class _Texts:
         encoded: token ids of each prompt, by its index.
         loaded: the model and its tokenizer.
         beginning: what all prompts begin with; it runs once.
+        ended: whether a text with these tokens is done.
 
     Attributes:
         prefill_seconds: what the dense pass over each prompt took, by the prompt's index.
@@ -134,7 +173,9 @@ class _Texts:
         encoded: dict[int, list[int]],
         loaded: LoadedModel,
         beginning: str,
+        ended: Callable[[Sequence[int]], bool],
     ) -> None:
+        self._ended = ended
         self._engine, self._config, self._encoded, self._loaded = engine, config, encoded, loaded
         self._record = griffin.wanted(methods)
         self._likely = any(method.prunes_vocabulary for method in methods)
@@ -184,20 +225,20 @@ class _Texts:
 
     def _generation(self) -> griffin.Generation:
         """The task's way to pick tokens. An end token counts as one."""
-        task, ends = self._config.task, _ended(self._loaded, self._config.task)
+        task = self._config.task
 
         def ended(row: Row) -> bool:
-            return ends(row.tokens)
+            return self._ended(row.tokens)
 
         if task.decoding == "reference_sampling":
             return sampled(self._config.seed, task.max_new_tokens, ended)
         return griffin.Generation(task.max_new_tokens, griffin.greedy, ended)
 
 
-def _ended(loaded: LoadedModel, task: GenerationTask) -> Callable[[Sequence[int]], bool]:
-    """Whether a text with these tokens is done: what follows an end token or the stop text would be cut anyway."""
+def _ended(loaded: LoadedModel, whole: Callable[[str], bool]) -> Callable[[Sequence[int]], bool]:
+    """Whether a text with these tokens is done: by an end token, or because it is whole."""
     ends, tokenizer = end_tokens(loaded), loaded.tokenizer
-    return lambda tokens: tokens[-1] in ends or task.stop in tokenizer.decode(tokens, skip_special_tokens=True)
+    return lambda tokens: tokens[-1] in ends or whole(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
@@ -241,20 +282,3 @@ def sampled(
 def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
     return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
 
-
-def _scored(
-    prompt: Prompt,
-    prompt_tokens: int,
-    tokens: Sequence[int],
-    seconds: float,
-    tokenizer: PreTrainedTokenizerBase,
-    task: GenerationTask,
-) -> Sample:
-    text = tokenizer.decode(tokens, skip_special_tokens=True).partition(task.stop)[0]
-    scores = _scorer.score(target=prompt.reference, prediction=text)
-    return (
-        _sample(prompt, prompt_tokens)
-        | {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
-        | {name: 100 * scores[name].fmeasure for name in ROUGE}
-        | {"text": text, "reference": prompt.reference}
-    )

@@ -115,7 +115,7 @@ def evaluate(
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
                 "seconds": sum(dense.values()) + sum(pruned.values()),
-                **drafting.sample_part(engine, method, drafts),
+                **(drafting.sample_part(drafts, traffic.dense) if drafts else {}),
             }
             sample |= {} if plain is None else {"plain": plain}
             sample |= {} if unverified is None else {"unverified": unverified[0]}

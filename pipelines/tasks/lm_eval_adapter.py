@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,18 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
 
+# By which lm-eval draws the shots of each document.
+SHOTS_SEED = 1234
+
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a task with the requests that lm-eval makes of it."""
+    """One document of a task, and the requests that lm-eval makes of it once the model's tokenizer is known."""
 
     index: int
     doc: dict[str, Any]
-    instances: tuple[Instance, ...]
     task: Any
+    instances: tuple[Instance, ...] = ()
 
 
 def read(config: RunConfig) -> list[Document]:
@@ -59,14 +62,65 @@ def read(config: RunConfig) -> list[Document]:
     task = _build(config.task)
     stop = None if config.limit is None else config.offset + config.limit
     documents = list(task.doc_iterator(rank=0, limit=stop, world_size=1))
-    made = []
     if config.offset >= len(documents):
         raise UserError(f"offset={config.offset}: expected less than {len(documents)}, the documents there are")
-    for index, doc in documents[config.offset :]:
-        context = task.fewshot_context(doc, num_fewshot=0)
-        instances = task.construct_requests(doc=doc, ctx=context, metadata=(config.task.name, index, 1))
-        made.append(Document(index, doc, tuple(instances) if isinstance(instances, list) else (instances,), task))
+    return [Document(index, doc, task) for index, doc in documents[config.offset :]]
+
+
+def asked(lm: GriffinLM, documents: Sequence[Document], settings: HarnessTask) -> list[Document]:
+    """The documents with their requests, as lm-eval makes them.
+
+    Args:
+        lm: whose tokenizer has the chat template.
+        documents: as `read`.
+        settings: how many shots there are, and whether the text is a conversation.
+    """
+    made = []
+    task = documents[0].task
+    task.set_fewshot_seed(SHOTS_SEED)
+    for _ in range(documents[0].index if settings.shots else 0):  # those before the first draw their shots too
+        task.sampler.sample(settings.shots)
+    for document in documents:
+        context = task.fewshot_context(
+            document.doc,
+            num_fewshot=settings.shots,
+            apply_chat_template=settings.chat_template,
+            fewshot_as_multiturn=settings.chat_template,
+            chat_template=lm.apply_chat_template if settings.chat_template else None,
+            gen_prefix=task.doc_to_prefix(document.doc),
+        )
+        instances = task.construct_requests(
+            doc=document.doc,
+            ctx=context,
+            metadata=(settings.name, document.index, 1),
+            apply_chat_template=settings.chat_template,
+            chat_template=lm.apply_chat_template if settings.chat_template else None,
+        )
+        made.append(replace(document, instances=tuple(instances) if isinstance(instances, list) else (instances,)))
     return made
+
+
+def results(document: Document, answers: Sequence[Any], chosen: str | None) -> dict[str, float]:
+    """What the task makes of a document's answers: its metrics, through each of its filters.
+
+    Args:
+        document: as `asked`.
+        answers: one for each request.
+        chosen: the filter whose metrics go by their own names, those of others by `<metric>_<filter>`; None: the first.
+    """
+    task, found = document.task, {}
+    instances = [
+        replace(one, resps=[answer], filtered_resps={})
+        for one, answer in zip(document.instances, answers, strict=True)
+    ]
+    first = chosen or task._filters[0].name
+    for ensemble in sorted(task._filters, key=lambda one: one.name != first):
+        ensemble.apply(instances)
+        plain = ensemble.name == first
+        suffix = "" if plain else "_" + ensemble.name.replace("-", "_")
+        values = task.process_results(document.doc, [one.filtered_resps[ensemble.name] for one in instances])
+        found |= {name + suffix: float(one) for name, one in values.items() if isinstance(one, (bool, int, float))}
+    return found
 
 
 def versions(documents: Sequence[Document]) -> dict[str, Any]:
@@ -229,6 +283,9 @@ def _build(task: HarnessTask) -> Any:
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {"validation": str(Path(data).resolve())}},
         }
+        if task.shots and task.shots_file:
+            overrides["dataset_kwargs"]["data_files"]["shots"] = str(Path(task.shots_file).resolve())
+            overrides["fewshot_split"] = "shots"
     else:
         prepare_hub()
     provide_to_lm_eval()
@@ -242,6 +299,8 @@ def _build(task: HarnessTask) -> Any:
             built.construct_requests(
                 doc=first, ctx=built.fewshot_context(first, num_fewshot=0), metadata=(task.name, 0, 1)
             )
+            built.set_fewshot_seed(SHOTS_SEED)
+            built.sampler.sample(task.shots)
         except Exception as error:  # data sets, templates and the hub fail in too many ways to name
             source = f"task.data_files={task.data_files}" if task.data_files else f"task={task.name}"
             reason = str(error).splitlines()[0] if str(error) else ""

@@ -1,0 +1,50 @@
+"""What generated answers are measured by beside their quality: how long they are, and what they took to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import griffin
+from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks import drafting
+
+
+def answer_part(engine: griffin.Engine, method: griffin.Method, rows: Sequence[griffin.Row]) -> Sample:
+    """What a sample says of how its answers were decoded: their tokens, and the bytes of weights that were read for
+    those behind the first, which comes with the prompt; beside them, what dense decoding would read.
+
+    Args:
+        engine: the model.
+        method: how it was pruned.
+        rows: of the sample; without any, nothing was generated.
+    """
+    if not rows:
+        return {}
+    tokens = sum(len(row.tokens) for row in rows)
+    part: Sample = {"generated_tokens": tokens}
+    if method.dense:
+        return part
+    found = griffin.traffic(
+        engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
+    )
+    if method.verified:
+        return part | drafting.sample_part([row.drafting for row in rows], found.dense)
+    steps, refreshed = tokens - len(rows), sum(row.refreshed for row in rows)
+    read = refreshed * found.dense + (steps - refreshed) * found.pruned
+    return part | {"weight_bytes": {"read": read, "dense": steps * found.dense}}
+
+
+def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """`answer_tokens`, with its standard error, and `effective_density`, the bytes that pruned decoding read over those
+    of dense decoding, over all samples; what became of drafts where there were any.
+
+    Samples that were written before these were measured give none.
+    """
+    values: dict[str, float] = {}
+    lengths = [sample["generated_tokens"] for sample in samples if "generated_tokens" in sample]
+    if lengths and len(lengths) == len(samples):
+        values["answer_tokens"], values["answer_tokens_stderr"] = mean_and_stderr(lengths)
+    counted = [sample["weight_bytes"] for sample in samples if "weight_bytes" in sample]
+    if dense := sum(one["dense"] for one in counted):
+        values["effective_density"] = sum(one["read"] for one in counted) / dense
+    return values | drafting.metrics(samples)

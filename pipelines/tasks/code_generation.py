@@ -1,0 +1,132 @@
+"""Code generation: a function is written to its description, and run against tests (HumanEval, arXiv 2107.03374)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from griffin import Method
+from pipelines.config import RunConfig
+from pipelines.data import read_rows
+from pipelines.models import LoadedModel
+from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.answers import answer_metrics
+from pipelines.tasks.code_execution import run_program
+from pipelines.tasks.generation import generate
+from pipelines.tasks.prompts import Prompt
+
+FIELDS = ("prompt", "entry_point", "canonical_solution", "test")
+
+# Where a function that a base model writes is over.
+STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint", "\nif ", "\nassert ", "\n```")
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Problem(Prompt):
+    """A function to be written.
+
+    Attributes:
+        begun: its beginning: what it imports, its head and its description.
+        entry_point: its name.
+        test: a program that defines `check`, which takes the function and raises where it is wrong.
+        chat: whether it is asked for in a conversation.
+    """
+
+    begun: str = ""
+    entry_point: str = ""
+    test: str = ""
+    chat: bool = False
+
+
+def read(config: RunConfig) -> list[Problem]:
+    """The task's problems.
+
+    Raises:
+        UserError: the data is missing, malformed or unreachable.
+    """
+    task = config.task
+    return [
+        Problem(
+            index,
+            str(row.get("task_id", index)),
+            f"{task.instruction}\n\n{FENCE}python\n{row['prompt']}\n{FENCE}" if task.chat_template else row["prompt"],
+            row["canonical_solution"],
+            begun=row["prompt"],
+            entry_point=row["entry_point"],
+            test=row["test"],
+            chat=task.chat_template,
+        )
+        for index, row in enumerate(read_rows(task, FIELDS, config.limit, config.offset), start=config.offset)
+    ]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    problems: Sequence[Problem],
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Iterator[tuple[Method, list[Sample]]]:
+    """Generate, and run what was generated against its tests."""
+    if missing := run_program("", config.task.timeout).missing:
+        tqdm.write(f"warning: this system cannot keep generated programs from {' and '.join(missing)}", file=sys.stderr)
+
+    def scored(problem: Problem, text: str) -> Sample:
+        outcome = run_program(program(problem, text), config.task.timeout)
+        return {"passed": outcome.passed, "reason": outcome.reason, "text": text, "reference": problem.reference}
+
+    return generate(loaded, problems, config, methods, done, whole_chat if config.task.chat_template else whole, scored)
+
+
+def metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """`pass_at_1`, the share of functions that pass their tests, with its standard error; counts, and what answers
+    took."""
+    run = [sample for sample in samples if "skipped" not in sample]
+    values: dict[str, float] = {}
+    if run:
+        values["pass_at_1"], values["pass_at_1_stderr"] = mean_and_stderr([float(sample["passed"]) for sample in run])
+    return values | {
+        "samples": len(run),
+        "skipped_prompts": len(samples) - len(run),
+        "prompt_tokens": sum(sample["prompt_tokens"] for sample in run),
+        "generated_tokens": sum(sample["generated_tokens"] for sample in run),
+        **answer_metrics(run),
+    }
+
+
+def versions(problems: Sequence[Problem]) -> dict[str, Any]:
+    """What generated programs could not be kept from."""
+    return {"code_not_kept_from": list(run_program("", 1).missing)}
+
+
+def whole(text: str) -> bool:
+    """Whether what a base model goes on with holds more than the function."""
+    return any(stop in text for stop in STOPS)
+
+
+def whole_chat(text: str) -> bool:
+    """Whether an answer's first block of code has ended."""
+    return text.count(FENCE) > 1
+
+
+def program(problem: Problem, text: str) -> str:
+    """The program that tells whether a generated function is right: it raises where it is not.
+
+    Args:
+        problem: what was asked for.
+        text: the function's rest; or an answer whose first block of code, if it has one, is the function or its rest.
+    """
+    if problem.chat:
+        _, fence, behind = text.partition(FENCE)
+        code = behind.partition(FENCE)[0].partition("\n")[2] if fence else text
+        head, _, _ = problem.begun.partition(f"def {problem.entry_point}")
+        written = head + code if f"def {problem.entry_point}" in code else problem.begun + code
+    else:
+        ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
+        written = problem.begun + text[: min(ends, default=len(text))]
+    return f"{written}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"

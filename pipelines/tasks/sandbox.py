@@ -1,0 +1,145 @@
+"""Runs one program that a model wrote, in a process of its own that has given up what could do harm.
+
+`pipelines.tasks.code_execution` starts this file as a script, with an empty environment, in a folder that is the
+program's own, and writes a request to its standard input. Before the program runs, the process gives up, for good and
+for whatever it starts:
+
+- everywhere: processor time, memory, file sizes and processes beyond its limits;
+- on Linux: all capabilities; files other than its folder and Python's own libraries, by Landlock (Linux 5.13); network,
+  new processes, signals and other ways to reach the system, by a seccomp filter (x86-64 and 64-bit ARM).
+
+What the system lacks is reported, so that the caller can say so. Nothing but the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import sys
+import sysconfig
+from typing import Any
+
+# What the seccomp filter refuses, by its number on (x86-64, 64-bit ARM); None where it does not exist. Processes and
+# threads; sockets; signals and other processes' memory; what outlives a process; ways around the filter and limits;
+# owners, modes, times and attributes of files, which Landlock leaves open.
+_REFUSED: dict[str, tuple[int | None, int | None]] = {
+    **{"fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435)},
+    **{"execve": (59, 221), "execveat": (322, 281)},
+    **{"socket": (41, 198), "io_uring_setup": (425, 425)},
+    **{"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "pidfd_send_signal": (424, 424)},
+    **{"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "ptrace": (101, 117)},
+    **{"process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_open": (434, 434)},
+    **{"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180)},
+    **{"keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218)},
+    **{"bpf": (321, 280), "perf_event_open": (298, 241), "unshare": (272, 97), "setns": (308, 268)},
+    **{"mount": (165, 40), "umount2": (166, 39), "prlimit64": (302, 261), "setrlimit": (160, 164)},
+    **{"setpriority": (141, 140), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122)},
+    **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
+    **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54)},
+    **{"utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88)},
+    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)},
+    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
+}
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+
+# Landlock's system calls and rights (linux/landlock.h), alike on all architectures.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many rights each version of it knows; 16 from version 5 on
+_NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
+
+
+def give_up(limits: dict[str, int]) -> list[str]:
+    """Give up what a program may not have.
+
+    Args:
+        limits: seconds of processor time, bytes of memory and bytes of a file.
+
+    Returns:
+        What this system has no means to take away, in words.
+    """
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"] + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file"],) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if sys.platform != "linux":
+        return ["memory beyond its limit", "files", "the network"]
+    resource.setrlimit(resource.RLIMIT_AS, (limits["memory"],) * 2)
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    # A version 3 header, and no effective, permitted or inheritable capability.
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    missing = [] if _landlock(libc) else ["files"]
+    return missing + ([] if _seccomp(libc) else ["the network and other processes"])
+
+
+def _landlock(libc: Any) -> bool:
+    version = libc.syscall(_CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return False
+    rights = (1 << _RIGHTS.get(version, 16)) - 1
+    # Files; from version 4 on binding and connecting; from 6 on abstract sockets and signals.
+    handled = [rights] + ([3] if version >= 4 else []) + ([3] if version >= 6 else [])
+    ruleset = libc.syscall(_CREATE_RULESET, (ctypes.c_uint64 * len(handled))(*handled), 8 * len(handled), 0)
+    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib")
+    allowed = dict.fromkeys((*libraries, sysconfig.get_path("stdlib"), "/etc/ld.so.cache"), _READ_FILE | _READ_DIR)
+    allowed |= {"/dev/null": _READ_FILE | _WRITE_FILE, "/dev/urandom": _READ_FILE, os.getcwd(): rights}
+    for path, granted in allowed.items():
+        if not os.path.exists(path):
+            continue
+        place = os.open(path, os.O_PATH)
+        if not os.path.isdir(path):
+            granted &= ~_READ_DIR
+        rule = granted.to_bytes(8, sys.byteorder) + place.to_bytes(4, sys.byteorder)
+        if libc.syscall(_ADD_RULE, ruleset, 1, rule, 0):
+            return False
+        os.close(place)
+    return libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
+
+
+def _seccomp(libc: Any) -> bool:
+    if platform.machine() not in _ARCHITECTURES:
+        return False
+    column, architecture = _ARCHITECTURES[platform.machine()]
+    load, equal, least, result = 0x20, 0x15, 0x35, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: EPERM
+    # Offset 4: the architecture; 0: the number of the call. Numbers from 2^30 on are x86-64's second set.
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
+    for number in (numbers[column] for numbers in _REFUSED.values()):
+        lines += [] if number is None else [(equal, 0, 1, number), (result, 0, 0, refuse)]
+    lines += [(least, 0, 1, 1 << 30), (result, 0, 0, refuse), (result, 0, 0, allow)]
+    instructions = (_Instruction * len(lines))(*lines)
+    return libc.prctl(_SECCOMP, _FILTER, ctypes.byref(_Program(len(lines), instructions)), 0, 0) == 0
+
+
+def main() -> None:
+    """Run the requested program, and tell what became of it on the standard output that this process began with."""
+    request = json.load(sys.stdin)
+    told = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nowhere, standard)
+    missing = give_up(request["limits"])
+    os.environ.clear()  # Python itself has set some
+    error = None
+    try:
+        exec(compile(request["program"], "program", "exec"), {"__name__": "__main__"})
+    except BaseException as raised:
+        error = type(raised).__name__
+    os.write(told, json.dumps({"token": request["token"], "error": error, "missing": missing}).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
