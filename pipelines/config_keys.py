@@ -71,5 +71,5 @@ def help_text() -> str:
     for prefix, node in _NODES:
         if prefix == "task.":
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        lines += [f"  {prefix + item.name:24}{item.metadata['help']}" for item in fields(node)]
+        lines += [f"  {prefix + item.name:26} {item.metadata['help']}" for item in fields(node)]
     return "\n".join([*lines, "", "Choices of model, task, launcher and experiment", "$APP_CONFIG_GROUPS", ""])

@@ -71,19 +71,23 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
     plain = asdict(config)
     del plain["grid"]
     sparsity = list(method.sparsity) if isinstance(method.sparsity, tuple) else method.sparsity
-    return plain | {
-        "statistic": method.statistic,
-        "selection": method.selection,
-        "sparsity": sparsity,
-        "compensation": method.compensation,
-        "budget": method.budget,
-        "refresh": method.refresh,
-        "verification": method.verification,
-        "draft_tokens": method.draft_tokens,
-        "draft_vocabulary": method.draft_vocabulary,
-        "prompt_lookup": method.prompt_lookup,
-        "verification_threshold": method.verification_threshold,
-    } | ({"mode": "masked"} if method.by_token and not method.dense else {})
+    return (
+        plain
+        | {
+            "statistic": method.statistic,
+            "selection": method.selection,
+            "sparsity": sparsity,
+            "compensation": method.compensation,
+            "budget": method.budget,
+            "refresh": method.refresh,
+            "verification": method.verification,
+            "draft_tokens": method.draft_tokens,
+            "draft_vocabulary": method.draft_vocabulary,
+            "prompt_lookup": method.prompt_lookup,
+            "verification_threshold": method.verification_threshold,
+        }
+        | ({"mode": "masked"} if method.by_token and not method.dense else {})
+    )
 
 
 def described(config: RunConfig, method: Method) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class HarnessTask:
         one_of("task.kind", self.kind, ("classification", "question_answering"))
         at_least("task.shots", self.shots, 0)
         if self.chat_template and self.kind == "classification":
-            raise UserError(f"task.chat_template=true: {self.name} scores continuations; expected a task that generates")
+            raise UserError(
+                f"task.chat_template=true: {self.name} scores continuations; expected a task that generates"
+            )
         is_file("task.shots_file", self.shots_file)
         if self.shots and (self.data_files or self.embedded) and not self.shots_file:
             raise UserError("task.data_files without task.shots_file: the shots need a file too, or set task.shots=0")
@@ -103,7 +105,9 @@ class CodeTask:
     chat_template: bool = described("the function's beginning is what a user says to an instruction model", False)
     max_new_tokens: int = described("length of the generation in tokens", 512)
     decoding: str = described("greedy, or the reference's sampling at temperature 0.3", "greedy")
-    allow_code_execution: bool = described("run what the model writes on this machine; nothing else can judge it", False)
+    allow_code_execution: bool = described(
+        "run what the model writes on this machine; nothing else can judge it", False
+    )
     timeout: int = described("seconds after which a program is ended, and has not passed", 10)
 
     def __post_init__(self) -> None:

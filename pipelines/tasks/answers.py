@@ -24,9 +24,7 @@ def answer_part(engine: griffin.Engine, method: griffin.Method, rows: Sequence[g
     part: Sample = {"generated_tokens": tokens}
     if method.dense:
         return part
-    found = griffin.traffic(
-        engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
-    )
+    found = griffin.traffic(engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic))
     if method.verified:
         return part | drafting.sample_part([row.drafting for row in rows], found.dense)
     steps, refreshed = tokens - len(rows), sum(row.refreshed for row in rows)

@@ -67,7 +67,11 @@ def evaluate(
         for method in needed:
             samples = [
                 _sample(document, [answers[method][id(one)] for one in document.instances], config.task, seconds)
-                | answer_part(engine, method, [texts[method][id(one)].row for one in document.instances if id(one) in texts[method]])
+                | answer_part(
+                    engine,
+                    method,
+                    [texts[method][id(one)].row for one in document.instances if id(one) in texts[method]],
+                )
                 for document in block
                 if document.index not in done[method]
             ]

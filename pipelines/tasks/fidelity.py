@@ -133,7 +133,10 @@ def _dense(
     oracles = [
         statistic.activations
         for method in methods
-        if not method.dense and not method.by_token and (statistic := griffin.STATISTICS[method.statistic]).oracle and statistic.activations
+        if not method.dense
+        and not method.by_token
+        and (statistic := griffin.STATISTICS[method.statistic]).oracle
+        and statistic.activations
     ]
     states = [griffin.prefill(engine, [ids], griffin.wanted(methods))[0] for _, ids in group]
     rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], dense, 0, [number])]

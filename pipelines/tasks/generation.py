@@ -281,4 +281,3 @@ def sampled(
 
 def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
     return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
-

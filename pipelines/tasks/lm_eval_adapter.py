@@ -110,8 +110,7 @@ def results(document: Document, answers: Sequence[Any], chosen: str | None) -> d
     """
     task, found = document.task, {}
     instances = [
-        replace(one, resps=[answer], filtered_resps={})
-        for one, answer in zip(document.instances, answers, strict=True)
+        replace(one, resps=[answer], filtered_resps={}) for one, answer in zip(document.instances, answers, strict=True)
     ]
     first = chosen or task._filters[0].name
     for ensemble in sorted(task._filters, key=lambda one: one.name != first):
@@ -299,8 +298,7 @@ def _build(task: HarnessTask) -> Any:
             built.construct_requests(
                 doc=first, ctx=built.fewshot_context(first, num_fewshot=0), metadata=(task.name, 0, 1)
             )
-            built.set_fewshot_seed(SHOTS_SEED)
-            built.sampler.sample(task.shots)
+            shots = len(built.sampler.fewshot_docs()) if task.shots else 0
         except Exception as error:  # data sets, templates and the hub fail in too many ways to name
             source = f"task.data_files={task.data_files}" if task.data_files else f"task={task.name}"
             reason = str(error).splitlines()[0] if str(error) else ""
@@ -308,6 +306,8 @@ def _build(task: HarnessTask) -> Any:
                 f"{source}: not usable as {task.name} data ({type(error).__name__}: {reason}); "
                 "expected the hub data set's layout, in JSON Lines, or a connection to the hub"
             ) from error
+    if shots < task.shots:
+        raise UserError(f"task.shots={task.shots}: expected at most {shots}, the solved examples there are")
     return built
 
 

@@ -37,7 +37,9 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
                 "\n\n".join(part for part in (row[task.article_field], task.instruction) if part),
                 row[task.summary_field],
             )
-            for index, row in enumerate(read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset)
+            for index, row in enumerate(
+                read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset
+            )
         ]
     shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
     beginning = solved_shots(task.shot_instruction, shots)
@@ -49,7 +51,9 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
             row[task.summary_field],
             beginning,
         )
-        for index, row in enumerate(read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset)
+        for index, row in enumerate(
+            read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset
+        )
     ]
 
 

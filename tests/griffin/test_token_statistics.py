@@ -120,8 +120,10 @@ def test_bytes_are_those_behind_what_a_neuron_is_known_from(family: str) -> None
     model = tiny(family)
     kept = [kept_neurons(WIDTHS[family], SPARSITY)] * 3
     whole = traffic(model, kept)
-    share = {name: (whole.dense - traffic(model, kept, one).pruned) / (whole.dense - whole.pruned)
-             for name, one in TOKEN_STATISTICS.items()}
+    share = {
+        name: (whole.dense - traffic(model, kept, one).pruned) / (whole.dense - whole.pruned)
+        for name, one in TOKEN_STATISTICS.items()
+    }
     if family in GATED:
         assert share == pytest.approx({"teal": 1 / 3, "wina": 1 / 3, "cats": 2 / 3}, rel=0.02)
     else:
@@ -138,7 +140,9 @@ def test_what_tokens_that_choose_for_themselves_cannot_have_is_refused(options: 
         Method("teal", **options)
 
 
-@pytest.mark.parametrize(("options", "words"), [({}, "expected 'masked'"), ({"mode": "masked", "shared_experts": True}, "shared")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({}, "expected 'masked'"), ({"mode": "masked", "shared_experts": True}, "shared")]
+)
 def test_compact_weights_are_refused(options: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         griffin.prune(tiny("llama"), 0.5, "cats", **options)

@@ -290,3 +290,15 @@ def test_a_runs_configuration_has_its_own_method_and_no_grid() -> None:
     assert (plain["statistic"], plain["sparsity"]) == ("wanda", 0.25)
     assert "grid" not in plain
     assert config.statistic == "griffin", "the call's own configuration is left as it was"
+
+
+def test_a_grid_leaves_out_what_tokens_that_choose_for_themselves_cannot_have() -> None:
+    grid = ["grid.statistic=[griffin,teal]", "grid.compensation=[none,ridge]", "grid.sparsity=[0,0.5]"]
+    config = composed(*BASE, *grid)
+    found = methods(config)
+    assert [(method.statistic, method.compensation) for method in found[1:]] == [
+        ("griffin", "none"),
+        ("griffin", "ridge"),
+        ("teal", "none"),
+    ]
+    assert [run_config(config, method)["mode"] for method in found] == ["compact", "compact", "compact", "masked"]

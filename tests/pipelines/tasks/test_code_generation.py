@@ -1,0 +1,144 @@
+"""HumanEval: which program an answer becomes, and how it is judged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import composed, ran, read_record, read_samples, write_rows
+
+from pipelines.data import read_jsonl
+from pipelines.tasks.code_execution import run_program
+from pipelines.tasks.code_generation import FIELDS, Problem, program, read, whole, whole_chat
+
+SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "humaneval.jsonl"
+HEAD = '''from typing import List
+
+
+def half(number: int) -> int:
+    """Half of an even number.
+    >>> half(4)
+    2
+    """
+'''
+TEST = "def check(candidate):\n    assert candidate(4) == 2\n    assert candidate(10) == 5\n"
+ROW = {
+    "task_id": "own/0",
+    "prompt": HEAD,
+    "entry_point": "half",
+    "canonical_solution": "    return number // 2\n",
+    "test": TEST,
+}
+ALLOWED = "task.allow_code_execution=true"
+
+
+def problem(chat: bool = False) -> Problem:
+    return Problem(0, "own/0", HEAD, "", begun=HEAD, entry_point="half", test=TEST, chat=chat)
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("    return number // 2\n", True),
+        ("    return number // 2\n\ndef other():\n    raise ValueError\n\nother()\n", True),
+        ("    return number // 2\nprint(1 / 0)\n", True),
+        ("    return number / 3\n", False),
+        ("return number\n", False),
+        ("", False),
+    ],
+)
+def test_a_base_models_text_goes_on_to_the_functions_end(text: str, passes: bool) -> None:
+    assert run_program(program(problem(), text), 5).passed == passes
+
+
+WRITTEN = "def half(number):\n    return number // 2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        (f"```python\n{WRITTEN}```", True),
+        (f"Here it is:\n```\n{WRITTEN}```\nIt divides.", True),
+        (f"```python\n{HEAD}    return number // 2\n```\n```python\nraise ValueError\n```", True),
+        ("```python\n    return number // 2\n```", True),  # the rest of the function alone
+        (WRITTEN, True),
+        ("```python\n" + WRITTEN, True),  # cut off at the limit
+        (
+            "```python\ndef half(numbers: List[int]):\n    return numbers // 2\n```",
+            True,
+        ),  # what the head imports is there
+        ("```python\ndef other(number):\n    return number // 2\n```", False),
+        ("I cannot.", False),
+    ],
+)
+def test_an_answer_is_its_first_block_of_code(text: str, passes: bool) -> None:
+    assert run_program(program(problem(chat=True), text), 5).passed == passes
+
+
+def test_a_text_is_whole_where_the_function_is() -> None:
+    assert not whole("    return 1\n    # a comment")
+    assert whole("    return 1\ndef other")
+    assert not whole_chat("```python\ndef half")
+    assert whole_chat("```python\ndef half(): ...\n```")
+
+
+def by_hand(text: str, folder: Path) -> bool:
+    """Whether a program runs to its end as a file."""
+    path = folder / "program.py"
+    path.write_text(text, encoding="utf-8")
+    return subprocess.run([sys.executable, str(path)], cwd=folder, capture_output=True, check=False).returncode == 0
+
+
+def test_canonical_solutions_pass_and_broken_ones_are_judged_as_by_hand(tmp_path: Path) -> None:
+    if not SHARED.is_file():
+        pytest.skip(f"no file {SHARED.name} beside the project")
+    judged = []
+    for row in read_jsonl(SHARED, FIELDS, "task.data_files", None):
+        one = Problem(0, "", "", "", begun=row["prompt"], entry_point=row["entry_point"], test=row["test"])
+        solution: str = row["canonical_solution"]
+        tests = f"\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+        assert run_program(row["prompt"] + solution + tests, 10).passed, row["task_id"]
+        broken = row["prompt"] + "\n".join(solution.rstrip().split("\n")[:-1]) + tests
+        judged.append(run_program(broken, 10).passed)
+        assert judged[-1] == by_hand(broken, tmp_path), row["task_id"]
+        assert run_program(program(one, solution), 10).passed, row["task_id"]
+    assert judged.count(True) < len(judged) / 4
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    data = write_rows(folder / "problems.jsonl", [ROW, ROW | {"task_id": "own/1"}])
+    plain = ["model=random_tiny", "task=humaneval", f"task.data_files={data}", "task.max_new_tokens=8", ALLOWED]
+    return [*plain, f"output_dir={folder / 'out'}", "wandb.mode=disabled", *more]
+
+
+def test_a_run_judges_every_problem_under_every_method(tmp_path: Path) -> None:
+    grid = ["grid.sparsity=[0,0.5]", "grid.statistic=[griffin,cats]", "batch_size=4"]
+    folders = ran(*options(tmp_path, *grid))
+    assert len(folders) == 3
+    for folder in folders:
+        record = read_record(folder)
+        assert record["metrics"]["samples"] == 2
+        assert record["metrics"]["pass_at_1"] == 0.0
+        assert record["environment"]["code_not_kept_from"] == list(run_program("", 5).missing)
+        for sample in read_samples(folder):
+            assert sample["reason"]
+            assert not sample["passed"]
+
+
+def test_what_passes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.tasks import code_generation
+
+    answers: list[Any] = [ROW["canonical_solution"], "    return 0\n"]
+    monkeypatch.setattr(code_generation, "program", lambda problem, _: program(problem, answers[problem.index]))
+    (folder,) = ran(*options(tmp_path))
+    metrics = read_record(folder)["metrics"]
+    assert (metrics["pass_at_1"], metrics["pass_at_1_stderr"]) == (0.5, 0.5)
+
+
+def test_a_chat_asks_with_the_instruction_and_the_functions_head(tmp_path: Path) -> None:
+    (one, _) = read(composed(*options(tmp_path, "task.chat_template=true")))
+    assert one.text.startswith("Complete this Python function.")
+    assert f"```python\n{HEAD}\n```" in one.text
