@@ -30,8 +30,8 @@ class Method:
     """One way to prune.
 
     Attributes:
-        statistic: what scores the neurons, one of `STATISTICS`; or, for each token by itself, one of `TOKEN_STATISTICS`,
-            which choose by `topk`, are not compensated or refreshed, and run masked.
+        statistic: what scores the neurons, one of `STATISTICS`; or, for each token by itself, one of
+            `TOKEN_STATISTICS`, which choose by `topk`, are not compensated or refreshed, and run masked.
         selection: how scores become experts, one of `SELECTIONS`.
         sparsity: share of FF neurons dropped, 0 <= sparsity < 1, of all layers or one number per layer; 0 is the dense
             model, for which nothing else here means anything.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from griffin.feedforward import FeedForwardBlock
@@ -91,5 +92,5 @@ class TokenChoice:
         gate_SD = gate_activations(z_SD, up_SD) if self.statistic.gate else None
         scores_SD = self.statistic.score(z_SD.float(), gate_SD, block)
         best_SK = scores_SD.topk(self.kept[layer], dim=-1).indices
-        dropped_SD = z_SD.new_ones(z_SD.shape, dtype=bool)
+        dropped_SD = torch.ones_like(z_SD, dtype=torch.bool)
         return dropped_SD.scatter_(1, best_SK, False)

@@ -316,9 +316,9 @@ class RunConfig:
     def _can_choose_by_token(self) -> None:
         """Tokens that choose for themselves have neither corrections nor fewer weights; a grid leaves such points out,
         where others remain."""
-        key, statistics = (
-            ("grid.statistic", self.grid.statistic) if self.grid.statistic else ("statistic", [self.statistic])
-        )
+        key, statistics = "statistic", [self.statistic]
+        if self.grid.statistic:
+            key, statistics = "grid.statistic", self.grid.statistic
         by_token = [statistic for statistic in statistics if statistic in griffin.TOKEN_STATISTICS]
         if not by_token:
             return

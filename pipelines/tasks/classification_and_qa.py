@@ -67,11 +67,7 @@ def evaluate(
         for method in needed:
             samples = [
                 _sample(document, [answers[method][id(one)] for one in document.instances], config.task, seconds)
-                | answer_part(
-                    engine,
-                    method,
-                    [texts[method][id(one)].row for one in document.instances if id(one) in texts[method]],
-                )
+                | answer_part(engine, method, _rows(document, texts[method]))
                 for document in block
                 if document.index not in done[method]
             ]
@@ -148,6 +144,10 @@ class _Text:
 
     text: str
     row: Row
+
+
+def _rows(document: Document, texts: dict[int, _Text]) -> list[Row]:
+    return [texts[id(one)].row for one in document.instances if id(one) in texts]
 
 
 def _texts(

@@ -130,14 +130,8 @@ def _dense(
     Statistics that are oracles record the activations of these tokens.
     """
     dense, ends = Method(sparsity=0.0), end_tokens(loaded)
-    oracles = [
-        statistic.activations
-        for method in methods
-        if not method.dense
-        and not method.by_token
-        and (statistic := griffin.STATISTICS[method.statistic]).oracle
-        and statistic.activations
-    ]
+    statistics = [griffin.STATISTICS[one.statistic] for one in methods if not one.dense and not one.by_token]
+    oracles = [one.activations for one in statistics if one.oracle and one.activations]
     states = [griffin.prefill(engine, [ids], griffin.wanted(methods))[0] for _, ids in group]
     rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], dense, 0, [number])]
     longest = max(state.length for state in states)
@@ -182,7 +176,8 @@ def acceptance(dense_CV: Tensor, pruned_CV: Tensor) -> float:
 
 def _draft_cost(engine: griffin.Engine, method: Method) -> float:
     """Of a step of the pruned model, in steps of the dense one: bytes of weights read."""
-    found = griffin.traffic(engine.model, method.kept(engine.widths))
+    kept, by_token = method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
+    found = griffin.traffic(engine.model, kept, by_token)
     return found.draft(None) / found.dense
 
 

@@ -29,6 +29,7 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
+    needed = (task.article_field, task.summary_field)
     if task.chat_template:
         return [
             Prompt(
@@ -37,9 +38,7 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
                 "\n\n".join(part for part in (row[task.article_field], task.instruction) if part),
                 row[task.summary_field],
             )
-            for index, row in enumerate(
-                read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset
-            )
+            for index, row in enumerate(read_rows(task, needed, limit, offset), start=offset)
         ]
     shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
     beginning = solved_shots(task.shot_instruction, shots)
@@ -51,9 +50,7 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
             row[task.summary_field],
             beginning,
         )
-        for index, row in enumerate(
-            read_rows(task, (task.article_field, task.summary_field), limit, offset), start=offset
-        )
+        for index, row in enumerate(read_rows(task, needed, limit, offset), start=offset)
     ]
 
 

@@ -70,7 +70,7 @@ VALUES: list[tuple[str, ...]] = [
     ("selection=foo", "selection=foo", "topk_sample"),
     ("task=humaneval", "task.allow_code_execution=false", "set task.allow_code_execution=true"),
     ("task=humaneval task.allow_code_execution=true task.timeout=0", "task.timeout=0", "1 or more"),
-    ("task=piqa task.chat_template=true", "task.chat_template=true", "a task that generates"),
+    ("task=piqa task.chat_template=true", "task.chat_template=true", "one that generates"),
     ("task=gsm8k task.data_files=FILES/good.jsonl", "task.data_files without task.shots_file", "task.shots=0"),
     ("statistic=teal compensation=ridge", "statistic=teal with compensation=ridge", "compensation=none"),
     ("grid.statistic=[griffin,teal] grid.refresh=[experts]", "grid.statistic=teal", "refresh=none"),
@@ -180,7 +180,7 @@ VALUES: list[tuple[str, ...]] = [
     ("task=perplexity task.data_files=FILES/blank.jsonl", "task.data_files=FILES/blank.jsonl", "expected text"),
     ("task=briefs_qa task.protocol=continuation", "task.protocol=continuation", "classification"),
     ("task=latency batch_size=2", "task=latency", "shared_experts=true"),
-    ("statistic=teal task=latency", "statistic=teal with task=latency", "no faster than dense"),
+    ("task=latency statistic=teal", "statistic=teal with task=latency", "no faster than dense"),
 ]
 
 # What the check of a launcher's settings refuses.
