@@ -41,7 +41,7 @@ LATER: Plain = {
 
 # The same of a task's settings, of the kinds that lm-eval defines.
 HARNESS = ("classification", "question_answering")
-LATER_OF_TASK: Plain = {"shots": 0, "shots_file": None, "chat_template": False, "filter": None}
+LATER_OF_TASK: Plain = {"shots": 0, "shots_file": None, "chat_template": False, "max_new_tokens": None, "filter": None}
 
 # What says how drafts are made and checked; the last of them is read with `verification=threshold` only.
 _DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")

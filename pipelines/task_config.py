@@ -74,11 +74,13 @@ class HarnessTask:
     shots: int = described("solved examples before each document, drawn as lm-eval draws them", 0)
     shots_file: str | None = described("a JSON Lines file that they are drawn from, beside task.data_files", None)
     chat_template: bool = described("the document is what a user says to an instruction model", False)
+    max_new_tokens: int | None = described("length of generated answers in tokens; null: the task's own", None)
     filter: str | None = described("which of the task's filters makes the answer of a text; null: the first", None)
 
     def __post_init__(self) -> None:
         one_of("task.kind", self.kind, ("classification", "question_answering"))
         at_least("task.shots", self.shots, 0)
+        at_least("task.max_new_tokens", self.max_new_tokens, 1)
         if self.chat_template and self.kind == "classification":
             raise UserError(
                 f"task.chat_template=true: {self.name} scores continuations; expected a task that generates"

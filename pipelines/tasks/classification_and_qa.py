@@ -160,7 +160,7 @@ def _texts(
 ) -> dict[Method, dict[int, _Text]]:
     """Per method, the text of each generation request, by the request's identity."""
     wanted = [
-        _Wanted(instance.doc_id, id(instance), text_request(lm, instance))
+        _Wanted(instance.doc_id, id(instance), text_request(lm, instance, config.task.max_new_tokens))
         for instance in instances
         if instance.request_type == "generate_until"
     ]

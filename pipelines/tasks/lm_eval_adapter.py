@@ -240,15 +240,21 @@ class TextRequest:
     temperature: float
 
 
-def text_request(lm: GriffinLM, instance: Instance) -> TextRequest:
+def text_request(lm: GriffinLM, instance: Instance, limit: int | None = None) -> TextRequest:
     """What a `generate_until` request asks for.
+
+    Args:
+        lm: whose tokens count.
+        instance: the request.
+        limit: the most new tokens; None: as many as the task says.
 
     Raises:
         UserError: the task's generation arguments ask for more than greedy decoding or a temperature.
     """
     context, arguments = instance.args
     options = normalize_gen_kwargs(arguments, lm.max_gen_toks)
-    limit = options.pop("max_gen_toks")
+    limit = limit or options.pop("max_gen_toks")
+    options.pop("max_gen_toks", None)
     stop = handle_stop_sequences(
         options.pop("until", None), eos=lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
     )

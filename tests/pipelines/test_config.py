@@ -26,7 +26,8 @@ NODES = list(
 )
 PROMISED_MODELS = (
     *("gemma_2b", "gemma_7b", "llama2_7b", "llama2_13b", "relu_llama2_7b", "mistral_7b", "opt_6_7b", "opt_13b"),
-    *("llama3_8b", "qwen3_8b", "gemma3_1b", "smollm2_135m", "gemma3_270m"),
+    *("llama3_8b", "qwen3_8b", "gemma3_1b", "smollm2_135m", "gemma3_270m", "llama3_8b_instruct", "qwen3_8b_instruct"),
+    *("qwen2_5_coder_0_5b", "qwen2_5_coder_1_5b", "qwen2_5_coder_7b"),
 )
 
 

@@ -31,6 +31,7 @@ from pipelines.job import attempt
 from pipelines.methods import methods
 from pipelines.models import load
 from pipelines.tasks import classification_and_qa, lm_eval_adapter
+from pipelines.tasks.lm_eval_adapter import GriffinLM
 from pipelines.tracking import Media, Tracker
 
 SHARED_DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -100,7 +101,8 @@ def plain_answers(config: RunConfig) -> list[list[str]]:
     loaded = load(config.model, "cpu", config.seed)
     length = loaded.context_length
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False, max_length=length)
-    instances = [instance for document in lm_eval_adapter.read(config) for instance in document.instances]
+    documents = lm_eval_adapter.asked(GriffinLM.around(loaded, config), lm_eval_adapter.read(config), config.task)
+    instances = [instance for document in documents for instance in document.instances]
     (method,) = methods(config)
     with griffin.prune(
         loaded.model,

@@ -134,3 +134,8 @@ def test_more_shots_than_there_are_is_refused(tmp_path: Path) -> None:
     overrides: list[Any] = [*options(tmp_path, "gsm8k"), "task.shots=8", "model=random_tiny"]
     (status,) = attempt(composed(*overrides), Call((), None, single=True))
     assert "task.shots=8" in str(status.reason)
+
+
+def test_answers_can_be_longer_or_shorter_than_the_tasks_own(tmp_path: Path) -> None:
+    (folder,) = ran(*options(tmp_path, "gsm8k_cot_zeroshot", "model=random_tiny", "limit=1", "task.max_new_tokens=5"))
+    assert read_record(folder)["metrics"]["answer_tokens"] == 5
