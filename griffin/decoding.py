@@ -15,6 +15,7 @@ from torch import Tensor
 
 from griffin.activations import ActivationStatistic, PrefillChunk, Recorded, newest
 from griffin.compensation import COMPENSATIONS
+from griffin.drift import Drift
 from griffin.engine import Engine
 from griffin.executors import Experts
 from griffin.feedforward import FeedForwardBlock
@@ -22,6 +23,7 @@ from griffin.offloading import bring
 from griffin.prompt import choose, wanted
 from griffin.refresh import WEIGHT, call_ends
 from griffin.rows import Generation, Row
+from griffin.statistics import RELATIVE
 from griffin.verification import decode_verified
 
 
@@ -90,7 +92,11 @@ class Batch:
         logits: list[Tensor] = []
         if len(due) < len(self.rows):
             self._engine.load([row.experts for row in self.rows])
-            logits = list(self._forward(ids_BT))
+            drifting = [place for place, row in enumerate(self.rows) if row.refreshes and row.method.refresh == "drift"]
+            with self._engine.watching(bool(drifting)) as seen:
+                logits = list(self._forward(ids_BT))
+            for place in drifting:
+                self._see(self.rows[place], [z.view(len(self.rows), -1, z.shape[-1])[place] for z, _ in seen])
         self._end += ids_BT.shape[1]
         if not due:
             return torch.stack(logits) if len(logits) > 1 else logits[0].unsqueeze(0)
@@ -100,10 +106,25 @@ class Batch:
             sharing = [row for row in self.rows if row.states is states]
             experts = _renewed(self._engine, {row: read[row][1] for row in sharing if row in read})
             for row in sharing:
-                row.experts = experts
+                row.experts, row.drift = experts, None
         tokens = ids_BT.shape[1]
         return torch.stack(
             [read[row][0][-tokens:] if row in read else logits[place] for place, row in enumerate(self.rows)]
+        )
+
+    def _see(self, row: Row, layers: Sequence[Tensor]) -> None:
+        """Have a row see its activations [T, D] of a pruned step, or [T, K] where the weights are compact."""
+        experts = row.experts
+        assert experts is not None
+        if row.drift is None:
+            totals = row.state.recorded.totals[RELATIVE]
+            roots = [total[0].sqrt()[kept_K] for total, kept_K in zip(totals, experts.neurons, strict=True)]
+            row.drift = Drift(roots, begun=row.refreshed > 0)
+        row.drift.see(
+            [
+                z if z.shape[-1] == len(kept_K) else z.index_select(1, kept_K)
+                for z, kept_K in zip(layers, experts.neurons, strict=True)
+            ]
         )
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
@@ -155,7 +176,7 @@ _fresh = ActivationStatistic(_fresh_activations, join=newest)
 def _renewed(engine: Engine, read: dict[Row, Recorded]) -> Experts | None:
     """New experts, or corrections that have learned more, for rows that share them and have just been read again."""
     row, *_ = read
-    if row.method.refresh == "experts":
+    if row.method.refresh != "compensation":
         return choose(engine, row.states, row.method, row.seed)
     experts, compensation = row.experts, COMPENSATIONS[row.method.compensation]
     assert experts is not None
@@ -276,6 +297,8 @@ def score(engine: Engine, rows: Iterable[tuple[Row, Sequence[int]]], most: int) 
                 row.tokens = list(ids)
                 batch.add(row)
             ends = call_ends(width) if any(row.refreshes for row, _ in batch_rows) else [0, width]
+            if any(row.method.refresh == "drift" for row, _ in batch_rows):
+                ends = list(range(width + 1))  # when it is due follows from the tokens before
             logits_BCV = torch.cat([batch.step(ids_BC[:, first:last]) for first, last in pairwise(ends)], dim=1)
             seconds = (time.perf_counter() - began) / len(batch_rows)
             for place, (row, ids) in enumerate(batch_rows):

@@ -85,6 +85,11 @@ class Method:
                 f"refresh={self.refresh!r} with compensation={self.compensation!r}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
             )
+        if self.refresh == "drift" and self.verification != "none":
+            raise ValueError(
+                f"refresh='drift' with verification={self.verification!r}, whose checks see all activations: expected "
+                "refresh='none', 'experts' or 'compensation'"
+            )
         if self.by_token and not self.dense:
             for key, value, only in (
                 ("selection", self.selection, "topk"),

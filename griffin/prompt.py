@@ -25,7 +25,7 @@ from griffin.kv_cache import KVCache
 from griffin.method import Method
 from griffin.offloading import bring
 from griffin.selection import select
-from griffin.statistics import STATISTICS, Evidence, aggregate
+from griffin.statistics import RELATIVE, STATISTICS, Evidence, aggregate
 from griffin.token_statistics import TOKEN_STATISTICS, TokenChoice
 
 # A prompt goes on from a prefix where it is less than so many times as long. Attention to a chunk and what comes before
@@ -72,6 +72,7 @@ def wanted(methods: Sequence[Method]) -> list[ActivationStatistic]:
             statistic, compensation = STATISTICS[method.statistic], COMPENSATIONS[method.compensation]
             found += [statistic.activations] if statistic.activations and not statistic.oracle else []
             found += [compensation.activations] if compensation is not None else []
+            found += [RELATIVE] if method.refresh == "drift" else []
     return list(dict.fromkeys(found))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 REFRESHES = {
     "none": "nothing, as in the paper",
     "experts": "the experts, and the compensation that goes with them",
+    "drift": "the same, when the activations have drifted instead of on a schedule (see `griffin.drift`)",
     "compensation": "the compensation, which goes on learning with the experts that it has",
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from griffin.drift import Drift
 from griffin.engine import Engine
 from griffin.executors import Experts
 from griffin.method import Method
@@ -67,6 +68,7 @@ class Row:
         ran: how many tokens of its continuation have run.
         unread: those of them that have run pruned since its last refresh.
         refreshed: how many of its steps were refreshes, and so dense.
+        drift: with `refresh=drift`, what was seen since its experts were chosen; None: nothing yet.
         drafting: what became of its drafts, where it is verified.
     """
 
@@ -81,6 +83,7 @@ class Row:
     ran: int = 0
     unread: list[Tensor] = field(default_factory=list)
     refreshed: int = 0
+    drift: Drift | None = None
     drafting: Drafting = field(default_factory=Drafting)
 
     @property
@@ -100,6 +103,8 @@ class Row:
     @property
     def due(self) -> bool:
         """Whether its next step is a dense one."""
+        if self.method.refresh == "drift":
+            return self.drift is not None and self.drift.due
         return self.refreshes and self.ran >= next_refresh(self.ran - sum(len(ids) for ids in self.unread))
 
 

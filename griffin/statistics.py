@@ -200,19 +200,19 @@ def _device(evidence: Evidence) -> torch.device:
     return evidence.total.device
 
 
-_relative = ActivationStatistic(squared_relative_activations)
+RELATIVE = ActivationStatistic(squared_relative_activations)
 
 STATISTICS: dict[str, Statistic] = {
-    "griffin": Statistic(root, _relative),
+    "griffin": Statistic(root, RELATIVE),
     "magnitude": Statistic(magnitude),
     "wanda": Statistic(wanda, ActivationStatistic(squares)),
     "random": Statistic(random, random=True),
-    "impact": Statistic(impact, _relative),
-    "joint": Statistic(joint, _relative),
+    "impact": Statistic(impact, RELATIVE),
+    "joint": Statistic(joint, RELATIVE),
     "max": Statistic(recorded, ActivationStatistic(largest, join=larger)),
     "mean_abs": Statistic(recorded, ActivationStatistic(magnitudes)),  # the sum ranks as the mean does
     "recency": Statistic(root, ActivationStatistic(recent_squared_relative_activations, join=aged)),
-    "glass": Statistic(glass, _relative, self_generated=True),
+    "glass": Statistic(glass, RELATIVE, self_generated=True),
     "oracle": Statistic(root, ActivationStatistic(squared_relative_contributions), oracle=True),
 }
 

@@ -217,6 +217,8 @@ class RunConfig:
         if all(map(is_dense, self.grid.sparsity or [self.sparsity])):
             key = "grid.sparsity" if self.grid.sparsity else "sparsity"
             raise UserError(f"{setting} with {key} 0 only: a dense draft is the model itself; expected sparsity > 0")
+        if {*(self.grid.refresh or [self.refresh])} == {"drift"}:
+            raise UserError(f"{setting} with refresh=drift: expected refresh=none, experts or compensation")
         if self.task.kind not in GENERATING:
             raise UserError(f"{setting} with task={self.task.name}: expected a task that generates, or latency")
         if self.batch_size != "auto" and self.batch_size != 1:

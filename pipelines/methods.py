@@ -48,6 +48,8 @@ def methods(config: RunConfig) -> list[Method]:
     ):
         if refresh == "compensation" and compensation not in LEARNING:
             continue
+        if refresh == "drift" and verification != "none":
+            continue
         if statistic in griffin.TOKEN_STATISTICS and (compensation, refresh, verification) != ("none",) * 3:
             continue
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity

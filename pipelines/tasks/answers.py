@@ -9,27 +9,46 @@ from pipelines.records import Sample, mean_and_stderr
 from pipelines.tasks import drafting
 
 
-def answer_part(engine: griffin.Engine, method: griffin.Method, rows: Sequence[griffin.Row]) -> Sample:
-    """What a sample says of how its answers were decoded: their tokens, and the bytes of weights that were read for
-    those behind the first, which comes with the prompt; beside them, what dense decoding would read.
+class DecodingCost:
+    """What decoding takes under each method.
 
     Args:
-        engine: the model.
-        method: how it was pruned.
-        rows: of the sample; without any, nothing was generated.
+        engine: the model, which must be dense now: the bytes of its weights are counted.
+        methods: all that will be asked for.
+
+    Attributes:
+        traffic: what a step reads, by method.
     """
-    if not rows:
-        return {}
-    tokens = sum(len(row.tokens) for row in rows)
-    part: Sample = {"generated_tokens": tokens}
-    if method.dense:
-        return part
-    found = griffin.traffic(engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic))
-    if method.verified:
-        return part | drafting.sample_part([row.drafting for row in rows], found.dense)
-    steps, refreshed = tokens - len(rows), sum(row.refreshed for row in rows)
-    read = refreshed * found.dense + (steps - refreshed) * found.pruned
-    return part | {"weight_bytes": {"read": read, "dense": steps * found.dense}}
+
+    def __init__(self, engine: griffin.Engine, methods: Sequence[griffin.Method]) -> None:
+        self.traffic = {
+            method: griffin.traffic(
+                engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
+            )
+            for method in methods
+            if not method.dense
+        }
+
+    def sample_part(self, method: griffin.Method, rows: Sequence[griffin.Row]) -> Sample:
+        """What a sample says of how its answers were decoded: their tokens, and the bytes of weights that were read for
+        those behind the first, which comes with the prompt; beside them, what dense decoding would read.
+
+        Args:
+            method: how it was pruned.
+            rows: of the sample; without any, nothing was generated.
+        """
+        if not rows:
+            return {}
+        tokens = sum(len(row.tokens) for row in rows)
+        part: Sample = {"generated_tokens": tokens}
+        if method.dense:
+            return part
+        found = self.traffic[method]
+        if method.verified:
+            return part | drafting.sample_part([row.drafting for row in rows], found.dense)
+        steps, refreshed = tokens - len(rows), sum(row.refreshed for row in rows)
+        read = refreshed * found.dense + (steps - refreshed) * found.pruned
+        return part | {"weight_bytes": {"read": read, "dense": steps * found.dense}}
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -42,7 +61,11 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     lengths = [sample["generated_tokens"] for sample in samples if "generated_tokens" in sample]
     if lengths and len(lengths) == len(samples):
         values["answer_tokens"], values["answer_tokens_stderr"] = mean_and_stderr(lengths)
+    return values | effective_density(samples) | drafting.metrics(samples)
+
+
+def effective_density(samples: Sequence[Sample]) -> dict[str, float]:
+    """`effective_density` of decoding that nothing was verified in; none of dense decoding."""
     counted = [sample["weight_bytes"] for sample in samples if "weight_bytes" in sample]
-    if dense := sum(one["dense"] for one in counted):
-        values["effective_density"] = sum(one["read"] for one in counted) / dense
-    return values | drafting.metrics(samples)
+    dense = sum(one["dense"] for one in counted)
+    return {"effective_density": sum(one["read"] for one in counted) / dense} if dense else {}

@@ -14,7 +14,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import HarnessTask
-from pipelines.tasks.answers import answer_metrics, answer_part
+from pipelines.tasks.answers import DecodingCost, answer_metrics
 from pipelines.tasks.generation import end_tokens, sampled
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.lm_eval_adapter import (
@@ -52,6 +52,7 @@ def evaluate(
     lm = GriffinLM.around(loaded, config)
     documents = asked(lm, documents, config.task)
     engine = engine_for(loaded.model, methods, config)
+    cost = DecodingCost(engine, methods)
     for block in _blocks(lm, documents, methods, config):
         needed = [method for method in methods if any(document.index not in done[method] for document in block)]
         if not needed:
@@ -67,7 +68,7 @@ def evaluate(
         for method in needed:
             samples = [
                 _sample(document, [answers[method][id(one)] for one in document.instances], config.task, seconds)
-                | answer_part(engine, method, _rows(document, texts[method]))
+                | cost.sample_part(method, _rows(document, texts[method]))
                 for document in block
                 if document.index not in done[method]
             ]

@@ -23,6 +23,7 @@ from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.answers import DecodingCost, effective_density
 from pipelines.tasks.drafting import predicted
 from pipelines.tasks.generation import end_tokens
 from pipelines.tasks.grouping import groups
@@ -49,7 +50,7 @@ def evaluate(
     steps = config.task.max_new_tokens
     room = loaded.context_length - steps
     engine = engine_for(loaded.model, methods, config)
-    costs = {method: _draft_cost(engine, method) for method in methods if not method.dense}
+    cost = DecodingCost(engine, methods)
     fitting = []
     for prompt in prompts:
         ids = loaded.encode(prompt.text, config.task.chat_template)
@@ -76,14 +77,17 @@ def evaluate(
                         (row,) = griffin.begin(engine, [one.state], method, config.seed, [one])
                         yield row, one.tokens
 
-        scored: Iterator[tuple[Method, _Dense, Tensor, float]] = itertools.chain(
-            ((method, one, one.logprobs_CV, 0.0) for one in dense for method in run if method.dense),
+        scored: Iterator[tuple[Method, _Dense, Tensor, float, Sample]] = itertools.chain(
+            ((method, one, one.logprobs_CV, 0.0, {}) for one in dense for method in run if method.dense),
             (
-                (row.method, row.label, logits_CV.float().log_softmax(dim=-1), row.seconds)
+                (
+                    *(row.method, row.label, logits_CV.float().log_softmax(dim=-1), row.seconds),
+                    cost.sample_part(row.method, [row]),
+                )
                 for row, logits_CV in griffin.score(engine, rows(), config.batch_size)
             ),
         )
-        for method, one, logprobs_CV, seconds in scored:
+        for method, one, logprobs_CV, seconds, part in scored:
             if one.prompt.index not in done[method]:
                 kl_C, agreement_C = compare(one.logprobs_CV, logprobs_CV)
                 as_draft: Sample = {}
@@ -91,16 +95,20 @@ def evaluate(
                     as_draft = {
                         "acceptance": acceptance(one.logprobs_CV, logprobs_CV),
                         "agreement_by_token": agreement_C.int().tolist(),
-                        "draft_cost": costs[method],
+                        "draft_cost": cost.traffic[method].pruned / cost.traffic[method].dense,
                     }
-                sample = _sample(one.prompt, one.state.length) | {
-                    "generated_tokens": len(one.tokens),
-                    "kl": float(kl_C.mean()),
-                    "top1_agreement": float(agreement_C.mean()),
-                    "seconds": round(dense_seconds + seconds, 4),
-                    "kl_by_token": [round(float(kl), 6) for kl in kl_C],
-                    **as_draft,
-                }
+                sample = (
+                    _sample(one.prompt, one.state.length)
+                    | part
+                    | {
+                        "generated_tokens": len(one.tokens),
+                        "kl": float(kl_C.mean()),
+                        "top1_agreement": float(agreement_C.mean()),
+                        "seconds": round(dense_seconds + seconds, 4),
+                        "kl_by_token": [round(float(kl), 6) for kl in kl_C],
+                        **as_draft,
+                    }
+                )
                 yield method, [sample]
 
 
@@ -174,13 +182,6 @@ def acceptance(dense_CV: Tensor, pruned_CV: Tensor) -> float:
     return float(torch.minimum(dense_CV, pruned_CV).exp().sum(dim=-1).mean())
 
 
-def _draft_cost(engine: griffin.Engine, method: Method) -> float:
-    """Of a step of the pruned model, in steps of the dense one: bytes of weights read."""
-    kept, by_token = method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
-    found = griffin.traffic(engine.model, kept, by_token)
-    return found.draft(None) / found.dense
-
-
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """`kl`, `top1_agreement` and `acceptance` with standard errors over prompts, counts, and what exact verification
     is predicted to bring, greedily."""
@@ -190,5 +191,6 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         if compared and name in compared[0]:
             values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in compared])
     if compared and "draft_cost" in compared[0]:
+        values |= effective_density(compared)
         values |= predicted([sample["agreement_by_token"] for sample in compared], compared[0]["draft_cost"])
     return values | {"samples": len(compared), "skipped_prompts": len(samples) - len(compared)}

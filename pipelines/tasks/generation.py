@@ -20,7 +20,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.tasks import drafting
-from pipelines.tasks.answers import answer_metrics, answer_part
+from pipelines.tasks.answers import DecodingCost, answer_metrics
 from pipelines.tasks.assisted import Assisted
 from pipelines.tasks.grouping import BATCHES, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
@@ -116,6 +116,7 @@ def generate(
                 yield method, [sample(prompt, len(encoded[prompt.index]), text.tokens, text.seconds) | part]
         return
     engine = engine_for(loaded.model, methods, config)
+    cost = DecodingCost(engine, methods)
     texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "", ended)
     shared = config.shared_experts
     for group in groups(fitting, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES):
@@ -130,7 +131,7 @@ def generate(
             for row in rows:
                 if row.label.index not in done[row.method]:
                     seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
-                    part = answer_part(engine, row.method, [row])
+                    part = cost.sample_part(row.method, [row])
                     yield row.method, [sample(row.label, row.state.length, row.tokens, seconds) | part]
 
 

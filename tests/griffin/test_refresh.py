@@ -15,16 +15,19 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import griffin
-from griffin import Engine, Generation, Method, Row, refresh, ridge
+from griffin import Engine, Generation, Method, Row, drift, refresh, ridge
+from griffin.drift import Drift
 
 TOKENS = 12
-KINDS = ["experts", "compensation"]
+SCHEDULED = ["experts", "compensation"]
+KINDS = [*SCHEDULED, "drift"]
 
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refreshes after 2, 4, 8, .. tokens."""
+    """Refreshes after 2, 4, 8, .. tokens, and a look at what has drifted after every second one."""
     monkeypatch.setattr(refresh, "_FIRST", 2)
+    monkeypatch.setattr(drift, "WINDOW", 2)
 
 
 def method(kind: str, **options: Any) -> Method:
@@ -64,7 +67,7 @@ def test_a_given_text_is_read_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULED)
 @pytest.mark.parametrize("family", VARIED)
 def test_a_refresh_is_dense_and_the_modes_agree(family: str, kind: str) -> None:
     """Its own logits are dense, and so is all that comes before it."""
@@ -371,3 +374,59 @@ def test_prompts_that_cannot_be_read_again_are_refused() -> None:
 def test_only_what_can_learn_is_told_to(compensation: str) -> None:
     with pytest.raises(ValueError, match=f"refresh='compensation' with compensation='{compensation}'.*ridge"):
         griffin.prune(tiny("llama"), refresh="compensation", compensation=compensation)
+
+
+# -- drift ------------------------------------------------------------------------------------------------------------
+
+
+def profile(*directions: float) -> list[Tensor]:
+    """Activations [T, K] of one layer that point into the given directions of a plane, in degrees."""
+    angles_T = torch.tensor(directions).deg2rad()
+    return [torch.stack([angles_T.cos(), angles_T.sin()], dim=1)]
+
+
+def test_text_that_goes_on_as_it_was_chosen_by_does_not_drift() -> None:
+    row = Drift(profile(30.0)[0], begun=True)
+    for angle in (35.0, 34.0, 36.0, 33.0, 37.0, 35.0):
+        row.see(profile(angle))
+        assert not row.due
+    assert row.likeness == pytest.approx(float(torch.tensor(5.0).deg2rad().cos()), abs=1e-3)
+
+
+def test_text_that_turns_drifts_at_the_end_of_a_window() -> None:
+    row = Drift(profile(30.0)[0], begun=True)
+    row.see(profile(30.0, 30.0))
+    row.see(profile(80.0))
+    assert not row.due
+    row.see(profile(80.0))
+    assert row.due
+
+
+def test_experts_of_a_prompt_are_chosen_anew_after_the_first_tokens() -> None:
+    row = Drift(profile(30.0)[0], begun=False)
+    row.see(profile(30.0))
+    assert not row.due
+    row.see(profile(30.0))
+    assert row.due
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fall", [-1.0, 1.0])
+def test_a_drifted_row_is_dense_for_one_step(fall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every look finds drift, each third token is dense: two are seen. Where none does, only the third is."""
+    monkeypatch.setattr(drift, "FALL", fall)
+    model, ids, following = tiny("llama"), prompt(11), prompt(TOKENS, 1)
+    dense = model(torch.cat([ids, following], dim=1)).logits[0, ids.shape[1] :]
+    for mode in griffin.MODES:
+        engine = Engine(model, mode=mode)
+        row = begun(engine, ids, method("drift"))
+        found = forced(engine, row, following)
+        steps = [step for step in range(TOKENS) if difference(found[step], dense[step]) < 2e-5]
+        assert steps == ([2, 5, 8, 11] if fall < 0 else [2])
+        assert row.refreshed == len(steps)
+        engine.unload()
+
+
+def test_drift_is_no_schedule_for_checks() -> None:
+    with pytest.raises(ValueError, match="refresh='drift' with verification='exact'"):
+        Method(refresh="drift", verification="exact")

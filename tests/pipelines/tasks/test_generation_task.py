@@ -56,8 +56,9 @@ def test_a_sample_says_what_came_out_and_what_it_cost(scored: Path) -> None:
         samples = read_samples(folder)
         assert [sample["index"] for sample in samples] == [0, 1, 2, 3, 4]
         fields = {"index", "id", "prompt_tokens", "generated_tokens", "seconds", *ROUGE, "text", "reference"}
+        dense = read_record(folder)["method"]["family"] == "dense"
         for sample in samples:
-            assert set(sample) == fields
+            assert set(sample) == fields | (set() if dense else {"weight_bytes"})
             assert sample["reference"] == ALPHABET
             assert sample["seconds"] > 0
             assert 0 < sample["generated_tokens"] <= 60
@@ -272,3 +273,10 @@ def test_one_expert_set_for_a_batch_runs(tmp_path: Path) -> None:
 def test_articles_differ_in_length() -> None:
     # The tests of batches and of skipped prompts are about nothing without it.
     assert len({len(text) for text in ARTICLES}) == len(ARTICLES)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_density_is_that_of_the_weights_whatever_runs_beside(batch_size: int, tmp_path: Path) -> None:
+    """Compact weights are in place while texts are written; they are not what is counted."""
+    (folder,) = ran(*tiny(tmp_path / "out", f"batch_size={batch_size}"))
+    assert read_record(folder)["metrics"]["effective_density"] == pytest.approx(0.6884, abs=1e-3)
