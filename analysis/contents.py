@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import latency_figures, quality_figures
+from analysis import critical_sparsity, latency_figures, quality_figures
 from analysis.drawing import Group, Styles, numbered
 from analysis.flocking_figures import flocking
 from analysis.frame import frame, select
+from analysis.paired import differences, pairs
 from analysis.runs import Runs
 from analysis.sources import read_runs
 from analysis.tables import Table, tables
@@ -66,13 +67,17 @@ def make_report(source: str) -> Report:
     runs = read_runs(source)
     table = frame(runs.records)
     styles = Styles(table["family"])
+    to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))
+    compared = [critical_sparsity.critical_sparsities(to_dense, table), differences(to_dense, to_griffin)]
     labels = {row.run_id: (row.model, row.task) for row in table.itertuples()}
     groups = [
         quality_figures.against_sparsity(table, styles),
+        critical_sparsity.against_bytes(to_dense, table, styles),
         quality_figures.against_speed(table, styles),
         quality_figures.predicted_speed(table, styles),
         latency_figures.bars(table, styles),
         quality_figures.by_length(table, styles),
         flocking(runs, labels),
     ]
-    return Report(source, runs, table, tables(table), numbered(groups))
+    shown = [*tables(table), *(one for one in compared if one.rows)]
+    return Report(source, runs, table, shown, numbered(groups))

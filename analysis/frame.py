@@ -30,7 +30,17 @@ from typing import Any
 import pandas as pd
 
 from analysis.labels import Labels, labels
-from analysis.metrics import order
+from analysis.metrics import metric, order
+
+# The kinds of task that measure quality, and their titles.
+QUALITY = {
+    "generation": "Generation",
+    "code": "Code generation",
+    "classification": "Classification",
+    "question_answering": "Question answering",
+    "perplexity": "Perplexity",
+    "fidelity": "Fidelity to the dense model",
+}
 
 _SUFFIX = re.compile(r"(?P<name>.+)_p(?P<prompt>\d+)_g(?P<generation>\d+)")
 # These metrics say how much was run, and not how well: the DataFrame has no rows for them.
@@ -86,6 +96,18 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     for name, value in wanted.items():
         table = table[table[name] == value]
     return table
+
+
+def headlines(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """Per model and task that measures quality, the rows of the task's first metric; `better` and `label` are its."""
+    table = table[table["kind"].isin(QUALITY) & table["stderr"].notna() & table["prompt_length"].isna()]
+    found = []
+    for (model, task), mine in table.groupby(["model", "task"], sort=True):
+        first = min(mine["metric"], key=order)
+        shown = metric(first)
+        mine = mine[mine["metric"] == first].assign(better=shown.better, label=shown.label)
+        found.append(((str(model), str(task)), mine))
+    return found
 
 
 def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:

@@ -10,9 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.drawing import Drawing, Group, Styles, add_legend, file_name
-from analysis.frame import select
-from analysis.metrics import metric, order
-from analysis.tables import QUALITY
+from analysis.frame import headlines, select
+from analysis.metrics import metric
 from pipelines.figure_style import NEUTRAL, new_figure
 
 _GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
@@ -21,7 +20,7 @@ _GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
 def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
     """One figure per model and task: the first metric of the task against sparsity, with a line per method."""
     drawings = []
-    for (model, task), mine in _headlines(runs):
+    for (model, task), mine in headlines(runs):
         pruned = mine[(mine["family"] != "dense") & mine["sparsity"].notna()]
         if pruned.empty:
             continue
@@ -94,7 +93,7 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
     """One figure per model, task and latency task: quality against decode speed, for methods with both."""
     speeds = select(runs, kind="latency", metric="decode_speedup")
     drawings = []
-    for (model, task), mine in _headlines(runs):
+    for (model, task), mine in headlines(runs):
         for timed, speed in speeds[speeds["model"] == model].groupby("task", sort=True):
             longest = speed[["prompt_length", "generation_length"]].max()
             speed = speed[(speed[["prompt_length", "generation_length"]] == longest).all(axis=1)]
@@ -114,16 +113,6 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
             )
     command = f"python -m pipelines.run task=latency model=MODEL {_GRID.replace('[0,', '[')}"
     return Group("Quality against decode speed", drawings, command, "with MODEL as in the quality runs")
-
-
-def _headlines(runs: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """Per model and quality task, the rows of the task's first metric."""
-    runs = runs[runs["kind"].isin(QUALITY) & runs["stderr"].notna() & runs["prompt_length"].isna()]
-    found = []
-    for (model, task), mine in runs.groupby(["model", "task"], sort=True):
-        first = min(mine["metric"], key=order)
-        found.append(((str(model), str(task)), mine[mine["metric"] == first]))
-    return found
 
 
 def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:

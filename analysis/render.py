@@ -74,15 +74,28 @@ def comma_separated(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        [*table.stubs, "column", "metric", "value", "stderr", "change_from_dense", "best", "run_id", "status"]
+        [
+            *table.stubs,
+            "column",
+            "metric",
+            "value",
+            "stderr",
+            "low",
+            "high",
+            "change_from_dense",
+            "best",
+            "run_id",
+            "status",
+        ]
     )
     for names, cells in table.rows:
         for (group, label), cell in zip(table.columns, cells, strict=True):
             if cell is None:
-                writer.writerow([*names, group, label, "", "", "", "", "", MISSING])
+                writer.writerow([*names, group, label, *[""] * 7, MISSING])
             else:
                 numbers = [
-                    repr(float(value)) if value is not None else "" for value in (cell.value, cell.stderr, cell.change)
+                    repr(float(value)) if value is not None else ""
+                    for value in (cell.value, cell.stderr, *(cell.interval or (None, None)), cell.change)
                 ]
                 writer.writerow([*names, group, label, *numbers, cell.best, cell.run_id, "measured"])
     return out.getvalue()
@@ -98,7 +111,12 @@ def _markdown_cell(cell: Cell | None) -> str:
         return MISSING
     number = f"**{cell.number}**" if cell.best else cell.number
     return " ".join(
-        [number, *([f"± {cell.error}"] if cell.error else []), *([f"({cell.percent})"] if cell.percent else [])]
+        [
+            number,
+            *([f"± {cell.error}"] if cell.error else []),
+            *([cell.ends] if cell.ends else []),
+            *([f"({cell.percent})"] if cell.percent else []),
+        ]
     )
 
 
@@ -107,6 +125,7 @@ def _latex_cell(cell: Cell | None) -> str:
         return "--"
     number = f"\\textbf{{{cell.number}}}" if cell.best else cell.number
     error = f" {{\\scriptsize$\\pm$ {cell.error}}}" if cell.error else ""
+    error += f" {{\\scriptsize {cell.ends}}}" if cell.ends else ""
     return number + error + (f" {{\\scriptsize({_tex(cell.percent)})}}" if cell.percent else "")
 
 

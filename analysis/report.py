@@ -9,12 +9,12 @@ out/index.html      everything on one page that needs no network and no script
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command_line import key_values
 from analysis.contents import Report, make_report
 from analysis.output import log_report, write_report
 from analysis.sources import WANDB
@@ -53,24 +53,7 @@ def summary(report: Report, index: Path) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    """The values by their keys. `--help` prints the keys and ends the process."""
-    usage = "python -m analysis.report runs=outputs out=report"
-    given = {"log": "none"}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument in ("-h", "--help"):
-            print("\n".join([usage, "", *(f"  {key:6}{text}" for key, text in _KEYS.items())]))
-            raise SystemExit(0)
-        if not equals:
-            raise UserError(f"{argument}: expected KEY=VALUE, as in {usage}")
-        if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"{key}: no such key{hint}; expected {', '.join(_KEYS)}")
-        given[key] = value
-    for key in ("runs", "out"):
-        if not given.get(key, "").strip():
-            raise UserError(f"{key}=: expected a {_KEYS[key]}, as in {usage}")
+    given = key_values(arguments, "python -m analysis.report runs=outputs out=report", _KEYS, {"log": "none"})
     if not re.fullmatch(_LOG, given["log"]):
         raise UserError(f"log={given['log']}: expected none, wandb or wandb:entity/project")
     return given

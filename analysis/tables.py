@@ -13,17 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.frame import select
+from analysis.frame import QUALITY, select
 from analysis.metrics import Metric, metric, order
 from pipelines.tasks.flocking_measures import MEASURES, TEXTS
 
-QUALITY = {
-    "generation": "Generation",
-    "classification": "Classification",
-    "question_answering": "Question answering",
-    "perplexity": "Perplexity",
-    "fidelity": "Fidelity to the dense model",
-}
 _DRAFTING = (
     *("acceptance_rate", "tokens_per_check", "drafted_per_check", "dense_steps", "effective_density"),
     *("predicted_speedup", "predicted_draft_tokens"),
@@ -47,6 +40,8 @@ class Cell:
         stderr: its standard error; None if the record has none.
         change: (value - dense) / dense; None for dense itself, without a dense run, and if dense is 0.
         best: whether several methods were run at this sparsity, and none has a better printed number.
+        interval: the ends of its 95% interval; None if there is none.
+        words: what is shown instead of the number; empty: the number.
     """
 
     value: float
@@ -55,11 +50,18 @@ class Cell:
     stderr: float | None = None
     change: float | None = None
     best: bool = False
+    interval: tuple[float, float] | None = None
+    words: str = ""
 
     @property
     def number(self) -> str:
         """The value as printed."""
-        return self.metric.text(self.value)
+        return self.words or self.metric.text(self.value)
+
+    @property
+    def ends(self) -> str:
+        """The interval as printed; empty if there is none."""
+        return "" if self.interval is None else "[{}, {}]".format(*map(self.metric.text, self.interval))
 
     @property
     def error(self) -> str:
@@ -134,7 +136,7 @@ def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
     for row in runs[runs["family"] != "dense"].itertuples():
         rivals[row.model, row.task, row.metric, _amount(row)].append(metric(row.metric).text(row.value))
     rows = runs.drop_duplicates(["model", "method"])
-    for row in sorted(rows.itertuples(), key=_method_order):
+    for row in sorted(rows.itertuples(), key=method_order):
         cells: list[Cell | None] = []
         for task, name in columns:
             mine = found.get((row.model, row.method, task, name))
@@ -159,7 +161,7 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
     if len({key[2:] for key in found}) < 2:
         return table  # the table of quality shows a single pair of lengths
     rows = runs.drop_duplicates(["model", "method", "prompt_length"])
-    for row in sorted(rows.itertuples(), key=lambda row: (*_method_order(row), row.prompt_length)):
+    for row in sorted(rows.itertuples(), key=lambda row: (*method_order(row), row.prompt_length)):
         cells = []
         for place in columns:
             mine = found.get((row.model, row.method, row.prompt_length, *place))
@@ -172,6 +174,7 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
 def _drafting(runs: pd.DataFrame) -> Table:
     """A row per model, task and method that was verified, or predicted to be; a column per metric."""
     runs = runs[(runs["kind"] != "latency") & runs["metric"].isin(_DRAFTING)]
+    runs = runs[runs["run_id"].isin(runs[runs["metric"] != "effective_density"]["run_id"])]
     names = [name for name in _DRAFTING if (runs["metric"] == name).any()]
     note = (
         "Tokens that the pruned model drafts and the dense model checks. The effective density is bytes of weights "
@@ -182,7 +185,7 @@ def _drafting(runs: pd.DataFrame) -> Table:
     table = Table("verified", "Verified decoding", note, ("model and task", "method"), headings)
     found = {(row.model, row.task, row.method, row.metric): row for row in runs.itertuples()}
     rows = runs.drop_duplicates(["model", "task", "method"])
-    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *_method_order(row))):
+    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *method_order(row))):
         place = (row.model, row.task, row.method)
         cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
         table.rows.append(((f"{row.model}, {row.task}", row.method), cells))
@@ -203,7 +206,7 @@ def _latency(runs: pd.DataFrame) -> Table:
     keys = ["model", "task", "method", "prompt_length", "generation_length"]
     found = {(*(getattr(row, key) for key in keys), row.metric): row for row in runs.itertuples()}
     rows = runs[runs["prompt_length"].notna()].drop_duplicates(keys)
-    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *_method_order(row), row.prompt_length)):
+    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *method_order(row), row.prompt_length)):
         place = tuple(getattr(row, key) for key in keys)
         cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
         length = f"{row.prompt_length:g} + {row.generation_length:g}"
@@ -257,7 +260,8 @@ def _heading(shown: Metric) -> str:
     return f"{shown.label} ({shown.unit}){arrow}" if shown.unit else shown.label + arrow
 
 
-def _method_order(row: Any) -> tuple[Any, ...]:
+def method_order(row: Any) -> tuple[Any, ...]:
+    """A sort key: dense first, then by method and sparsity."""
     return row.model, row.family != "dense", row.family, _amount(row)
 
 

@@ -78,7 +78,12 @@ def evaluate(
 
     def scored(problem: Problem, text: str) -> Sample:
         outcome = run_program(program(problem, text), config.task.timeout)
-        return {"passed": outcome.passed, "reason": outcome.reason, "text": text, "reference": problem.reference}
+        return {
+            "pass_at_1": float(outcome.passed),
+            "reason": outcome.reason,
+            "text": text,
+            "reference": problem.reference,
+        }
 
     return generate(loaded, problems, config, methods, done, whole_chat if config.task.chat_template else whole, scored)
 
@@ -89,7 +94,7 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     run = [sample for sample in samples if "skipped" not in sample]
     values: dict[str, float] = {}
     if run:
-        values["pass_at_1"], values["pass_at_1_stderr"] = mean_and_stderr([float(sample["passed"]) for sample in run])
+        values["pass_at_1"], values["pass_at_1_stderr"] = mean_and_stderr([sample["pass_at_1"] for sample in run])
     return values | {
         "samples": len(run),
         "skipped_prompts": len(samples) - len(run),

@@ -1,0 +1,41 @@
+"""Arguments of the form KEY=VALUE, which all commands of the analysis take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from pipelines.errors import UserError
+
+
+def key_values(
+    arguments: Sequence[str], usage: str, keys: Mapping[str, str], defaults: Mapping[str, str]
+) -> dict[str, str]:
+    """The values by their keys. `--help` prints the keys and ends the process.
+
+    Args:
+        arguments: of the command.
+        usage: how it is called.
+        keys: what each key means.
+        defaults: of keys that may be left out; the others must be given.
+
+    Raises:
+        UserError: an argument has no value, or a key is unknown or missing.
+    """
+    given = dict(defaults)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in ("-h", "--help"):
+            print("\n".join([usage, "", *(f"  {key:6}{text}" for key, text in keys.items())]))
+            raise SystemExit(0)
+        if not equals:
+            raise UserError(f"{argument}: expected KEY=VALUE, as in {usage}")
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"{key}: no such key{hint}; expected {', '.join(keys)}")
+        given[key] = value
+    for key in keys.keys() - defaults.keys():
+        if not given.get(key, "").strip():
+            raise UserError(f"{key}=: expected a {keys[key]}, as in {usage}")
+    return given

@@ -1,0 +1,128 @@
+"""How far each method can prune before quality is lost: its critical sparsity, and quality at the same cost.
+
+The critical sparsity of a method on a task is the largest one that was measured at which the paired 95% interval of its
+difference to dense excludes a loss of more than a margin. Nothing is interpolated, and few samples exclude little.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.drawing import Drawing, Group, Styles, add_legend, file_name
+from analysis.frame import select
+from analysis.metrics import Metric, metric
+from analysis.paired import LARGEST, Pair
+from analysis.tables import Cell, Table
+from pipelines.figure_style import NEUTRAL, new_figure
+
+TWO_POINTS = 2.0
+_SPARSITY = Metric("sparsity", "%", 1, 0)
+_DENSE = Metric("dense", "points", 1, 1)
+_COUNT = Metric("samples", "", 0, 0)
+
+
+def critical_sparsities(pairs: Sequence[Pair], runs: pd.DataFrame) -> Table:
+    """A row per model, task and method without its sparsity.
+
+    Args:
+        pairs: every run's difference to dense.
+        runs: the DataFrame that they come from.
+    """
+    note = (
+        "The largest measured sparsity at which the paired 95% interval excludes a loss of more than one percent of "
+        "dense, or of more than two points, in brackets with the bytes of weights that a token then reads, of dense. "
+        "None: no measured sparsity does; more samples may show one that does."
+    )
+    columns = [("", "samples"), ("", "dense (points)"), ("largest sparsity within", "1% of dense")]
+    columns += [("largest sparsity within", "two points"), ("", "largest measured (%)")]
+    table = Table("critical_sparsity", "Critical sparsity", note, ("model and task", "metric", "method"), columns)
+    densities = {row.run_id: row.value for row in select(runs, metric="effective_density").itertuples()}
+    members: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.difference is not None and not math.isnan(pair.row.sparsity):
+            members[pair.row.model, pair.row.task, pair.row.family].append(pair)
+    for (model, task, family), mine in sorted(members.items()):
+        mine = sorted(mine, key=lambda pair: pair.row.sparsity)
+        first, last = mine[0], mine[-1]
+        dense = 100 * first.other.value / LARGEST[first.row.metric]
+        cells: list[Cell | None] = [
+            Cell(max(pair.difference.samples for pair in mine if pair.difference), _COUNT, first.row.run_id),
+            Cell(dense, _DENSE, first.other.run_id),
+            *(_largest(mine, margin, densities) for margin in (dense / 100, TWO_POINTS)),
+            Cell(100 * last.row.sparsity, _SPARSITY, last.row.run_id),
+        ]
+        table.rows.append(((f"{model}, {task}", first.row.label, family), cells))
+    return table
+
+
+def _largest(pairs: Sequence[Pair], margin: float, densities: dict[str, float]) -> Cell:
+    """The last of the pairs, by rising sparsity, that loses no more than so many points."""
+    within = [pair for pair in pairs if pair.difference is not None and pair.difference.low >= -margin]
+    if not within:
+        return Cell(0.0, _SPARSITY, pairs[0].row.run_id, words="none")
+    run_id, sparsity = within[-1].row.run_id, 100 * within[-1].row.sparsity
+    density = f" ({densities[run_id]:.2f})" if run_id in densities else ""
+    return Cell(sparsity, _SPARSITY, run_id, words=f"{sparsity:g}%{density}")
+
+
+def against_bytes(pairs: Sequence[Pair], runs: pd.DataFrame, styles: Styles) -> Group:
+    """One figure per model and task: the difference to dense against the bytes of weights that a token reads."""
+    densities = select(runs, metric="effective_density")[["run_id", "value"]]
+    density = dict(zip(densities["run_id"], densities["value"], strict=True))
+    members: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.difference is not None and pair.row.run_id in density:
+            members[pair.row.model, pair.row.task].append(pair)
+    drawings = [
+        Drawing(
+            file_name("bytes", model, task),
+            f"{task} against bytes, {model}",
+            f"What methods score more or less than dense {model} on {task}, sample by sample, bars: 95% intervals by "
+            "the paired bootstrap; numbers are sparsities in %. The dashed line is the dense model, the grey band two "
+            "points around it. What is marked as masked runs no faster: its bytes are what a kernel for it would read.",
+            tuple(dict.fromkeys(run_id for pair in mine for run_id in (pair.other.run_id, pair.row.run_id))),
+            functools.partial(_figure, mine, density, styles),
+        )
+        for (model, task), mine in sorted(members.items())
+    ]
+    command = "python -m pipelines.run experiment=critical_sparsity limit=20 task.allow_code_execution=true"
+    return Group("Quality against bytes of weights per token", drawings, command)
+
+
+def _figure(pairs: Sequence[Pair], density: dict[str, float], styles: Styles) -> Figure:
+    figure, axis = new_figure()
+    axis.axhspan(-TWO_POINTS, TWO_POINTS, color=NEUTRAL, alpha=0.12, linewidth=0)
+    axis.axhline(0.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
+    families: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        families[pair.row.family].append(pair)
+    for family, mine in sorted(families.items()):
+        mine = sorted(mine, key=lambda pair: density[pair.row.run_id])
+        found = [pair.difference for pair in mine if pair.difference is not None]
+        across = [density[pair.row.run_id] for pair in mine]
+        means = [one.mean for one in found]
+        below = [0.0 if math.isnan(one.low) else one.mean - one.low for one in found]
+        above = [0.0 if math.isnan(one.high) else one.high - one.mean for one in found]
+        axis.errorbar(
+            *(across, means, [below, above]),
+            color=styles.colour(family),
+            marker=styles.marker(family),
+            linestyle=":",
+            capsize=2,
+            elinewidth=1,
+            label=family,
+        )
+        for pair, x, y in zip(mine, across, means, strict=True):
+            text = "per layer" if math.isnan(pair.row.sparsity) else f"{100 * pair.row.sparsity:g}"
+            axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel(metric("effective_density").axis)
+    axis.set_ylabel(f"{pairs[0].row.label}, difference to dense (points),\nhigher is better")
+    axis.margins(x=0.12)
+    add_legend(figure, axis)
+    return figure
