@@ -217,5 +217,7 @@ def _points(run_id: str, difference: Difference | None) -> tuple[Cell | None, Ce
     if difference is None:
         return None, None
     interval = None if math.isnan(difference.low) else (difference.low, difference.high)
-    p = None if difference.p is None else Cell(difference.p, _P, run_id)
+    p = None
+    if difference.p is not None:
+        p = Cell(difference.p, _P, run_id, words="<0.001" if difference.p < 0.001 else "")
     return Cell(difference.mean, POINTS, run_id, interval=interval), p

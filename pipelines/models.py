@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,19 +43,21 @@ class LoadedModel:
     context_length: int
     device: str
 
-    def encode(self, prompt: str, chat_template: bool = False) -> list[int]:
+    def encode(self, prompt: str, chat_template: bool = False, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt's token ids, with the BOS token in front where the model's configuration asks for it.
 
         Args:
             prompt: the text.
             chat_template: whether it is what a user says to the model, in the model's own format of a conversation.
+            said: what user and model have said before.
 
         Raises:
             UserError: the model has no such format.
         """
         if chat_template:
             self.need_chat_template()
-            chat = [{"role": "user", "content": prompt}]
+            turns = [turn for user, model in said for turn in (("user", user), ("assistant", model))]
+            chat = [{"role": role, "content": content} for role, content in (*turns, ("user", prompt))]
             chat_ids: list[int] = self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=True
             )["input_ids"]

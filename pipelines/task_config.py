@@ -39,7 +39,10 @@ class GenerationTask:
     instruction: str = described("the line that asks for the summary, at the prompt's end")
     shot_instruction: str = described("the same line in the shots, between article and summary")
     shots: int = described("solved examples before each article", 1)
-    chat_template: bool = described("article and instruction are what a user says to an instruction model", False)
+    chat_template: bool = described(
+        "article and instruction are what a user says to an instruction model, and the shots what was said before",
+        False,
+    )
     stop: str = described("generated text is cut where this begins", "###")
     max_new_tokens: int = described("length of the generation in tokens", 128)
     decoding: str = described("greedy, or the reference's sampling at temperature 0.3", "greedy")
@@ -49,8 +52,6 @@ class GenerationTask:
         one_of("task.decoding", self.decoding, DECODINGS)
         at_least("task.shots", self.shots, 0)
         at_least("task.max_new_tokens", self.max_new_tokens, 1)
-        if self.chat_template and self.shots:
-            raise UserError(f"task.chat_template=true with task.shots={self.shots}: expected task.shots=0")
         if not self.stop:
             raise UserError("task.stop is empty: expected the text that ends a generation")
         if not (self.hub or self.embedded or self.data_files):

@@ -53,7 +53,7 @@ def evaluate(
     cost = DecodingCost(engine, methods)
     fitting = []
     for prompt in prompts:
-        ids = loaded.encode(prompt.text, config.task.chat_template)
+        ids = loaded.encode(prompt.text, config.task.chat_template, prompt.said)
         if len(ids) <= room:
             fitting.append((prompt, ids))
             continue

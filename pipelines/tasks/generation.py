@@ -96,7 +96,7 @@ def generate(
         return _sample(prompt, prompt_tokens) | counts | scored(prompt, text)
 
     room = loaded.context_length - config.task.max_new_tokens
-    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template) for prompt in prompts}
+    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template, prompt.said) for prompt in prompts}
     fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
     if config.batch_size > 1:
         fitting.sort(key=lambda prompt: (-len(encoded[prompt.index]), prompt.index))

@@ -13,7 +13,8 @@ class Prompt:
     """One row of the data, ready to be continued.
 
     Attributes:
-        beginning: the part of the text that all prompts begin with: the shots; empty without shots.
+        beginning: the part of the text that all prompts begin with: the shots; empty without shots, and in a chat.
+        said: in a chat, what user and model have said before: the shots.
     """
 
     index: int
@@ -21,6 +22,7 @@ class Prompt:
     text: str
     reference: str
     beginning: str = ""
+    said: tuple[tuple[str, str], ...] = ()
 
 
 def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Prompt]:
@@ -30,17 +32,19 @@ def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> li
         UserError: the data is missing, malformed or unreachable.
     """
     needed = (task.article_field, task.summary_field)
+    shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
     if task.chat_template:
+        said = tuple((_said(text, task.shot_instruction), summary) for text, summary in shots)
         return [
             Prompt(
                 index,
                 str(row.get("id", index)),
-                "\n\n".join(part for part in (row[task.article_field], task.instruction) if part),
+                _said(row[task.article_field], task.instruction),
                 row[task.summary_field],
+                said=said,
             )
             for index, row in enumerate(read_rows(task, needed, limit, offset), start=offset)
         ]
-    shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
     beginning = solved_shots(task.shot_instruction, shots)
     return [
         Prompt(
@@ -70,6 +74,10 @@ def summarization_prompt(article: str, instruction: str, shot_instruction: str, 
         Text that ends with the instruction.
     """
     return f"{solved_shots(shot_instruction, shots)}###\nArticle: {article}\n\n{instruction}"
+
+
+def _said(article: str, instruction: str) -> str:
+    return "\n\n".join(part for part in (article, instruction) if part)
 
 
 def solved_shots(shot_instruction: str, shots: list[tuple[str, str]]) -> str:

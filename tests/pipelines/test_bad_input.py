@@ -105,7 +105,6 @@ VALUES: list[tuple[str, ...]] = [
     ("assistance=model assistant=foo sparsity=0", "assistance=model", "folder"),
     ("assistance=prompt_lookup sparsity=0 task.kind=fidelity", "assistance=prompt_lookup", "generation task"),
     ("assistance=prompt_lookup sparsity=0 batch_size=2", "assistance=prompt_lookup", "batch_size=2"),
-    ("task=gsm8k_chat task.shots=1", "task.chat_template=true", "task.shots=1"),
     ("verification=exact batch_size=2", "verification=exact", "batch_size=2", "expected 1"),
     ("verification=exact mode=masked", "verification=exact", "mode=masked", "compact"),
     *(

@@ -92,3 +92,19 @@ def test_a_chat_has_the_models_own_format(tmp_path: Path) -> None:
     )
     ids = loaded.encode(prompt.text, chat_template=True)
     assert loaded.tokenizer.decode(ids) == "<user>How many?<assistant>"
+
+
+def test_shots_of_a_chat_are_what_was_said_before(tmp_path: Path) -> None:
+    rows = [{"document": "B.", "summary": "b"}, {"document": "C.", "summary": "c"}]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows[:count]) for name, count in (("rows", 1), ("shots", 2))]
+    paths = [f"task.data_files={files[0]}", f"task.shots_file={files[1]}"]
+    task = composed("task=xsum", *paths, "task.shots=2", "task.chat_template=true").task
+    (prompt,) = read_prompts(task, None)
+    assert prompt.text == f"B.\n\n{task.instruction}"
+    assert prompt.said == ((f"B.\n\n{task.shot_instruction}", "b"), (f"C.\n\n{task.shot_instruction}", "c"))
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    loaded.tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'][0] }}>{{ message['content'] }}{% endfor %}"
+    )
+    ids = loaded.encode("Now.", chat_template=True, said=[("One.", "1"), ("Two.", "2")])
+    assert loaded.tokenizer.decode(ids) == "<u>One.<a>1<u>Two.<a>2<u>Now."

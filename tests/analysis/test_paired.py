@@ -1,0 +1,238 @@
+"""Methods compared sample by sample: differences, intervals, critical sparsities, and the leaderboard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lab import python
+from made import record
+
+from analysis.contents import make_report
+from analysis.critical_sparsity import critical_sparsities
+from analysis.frame import frame
+from analysis.leaderboard import leaderboard
+from analysis.paired import compare, differences, pairs
+from analysis.sources import read_runs
+from analysis.tables import Cell, Table
+from pipelines.errors import UserError
+
+
+def scores(values: Sequence[float]) -> dict[int, float]:
+    return dict(enumerate(map(float, values)))
+
+
+def write(root: Path, run_id: str, values: Sequence[float], tokens: int = 10, **more: Any) -> None:
+    """A finished run of question answering whose samples have these scores, right or wrong."""
+    density = more.pop("density", None)
+    first = more.pop("first", 0)
+    count, mean = len(values), sum(values) / len(values)
+    spread = float(np.std(values, ddof=1)) / math.sqrt(count)
+    metrics = {"exact_match": mean, "exact_match_stderr": spread, "samples": count}
+    metrics |= {} if density is None else {"effective_density": density}
+    settings = {"task_name": "gsm8k", "task_decoding": None, "task_shots": 5} | more
+    one = record(run_id, "generation", metrics=metrics, **settings)
+    folder = root / run_id
+    folder.mkdir(parents=True)
+    samples = [
+        {"index": first + index, "generated_tokens": tokens, "metrics": {"exact_match": value}}
+        for index, value in enumerate(values)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    (folder / "record.json").write_text(json.dumps(one), encoding="utf-8")
+
+
+RIGHT = [1.0] * 60 + [0.0] * 40
+
+
+def write_all(root: Path) -> Path:
+    """Dense, GRIFFIN at three sparsities that loses nothing, one point and thirty, and a better method."""
+    write(root, "dense", RIGHT, sparsity=0)
+    write(root, "griffin-25", [*RIGHT[:-1], 1.0], sparsity=0.25, density=0.85, tokens=11)
+    write(root, "griffin-50", [0.0, *RIGHT[1:]], sparsity=0.5, density=0.7, tokens=15)
+    write(root, "griffin-75", [0.0] * 30 + RIGHT[30:], sparsity=0.75, density=0.55, tokens=20)
+    write(root, "joint-75", [0.0] * 10 + RIGHT[10:], sparsity=0.75, statistic="joint", density=0.55)
+    return root
+
+
+# -- one difference ---------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_in_points_of_the_largest_score() -> None:
+    found = compare(scores([1, 1, 0, 0]), scores([1, 0, 0, 0]), largest=1.0)
+    assert (found.samples, found.mean) == (4, 25.0)
+    rouge = compare(scores([30.0, 20.0]), scores([20.0, 20.0]), largest=100.0)
+    assert rouge.mean == 5.0
+    assert rouge.p is None, "ROUGE is neither right nor wrong"
+
+
+def test_the_interval_is_that_of_the_paired_bootstrap() -> None:
+    """As resampling by hand; and narrower than one of samples that are not paired."""
+    random = np.random.default_rng(1)
+    others = random.normal(50, 20, 200)
+    mine = others + random.normal(2, 3, 200)
+    found = compare(scores(mine), scores(others), largest=100.0)
+    drawn = (mine - others)[np.random.default_rng(2).integers(0, 200, (4000, 200))].mean(axis=1)
+    assert (found.low, found.high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.05)
+    assert found.low < found.mean < found.high
+    assert found.high - found.low < 1
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    random, inside = np.random.default_rng(3), 0
+    for _ in range(200):
+        others = random.random(80) < 0.6
+        mine = np.where(random.random(80) < 0.2, random.random(80) < 0.5, others)  # true difference: -2 points
+        found = compare(scores(mine), scores(others), largest=1.0)
+        inside += found.low <= -2.0 <= found.high
+    assert 0.90 < inside / 200 <= 0.99
+
+
+def test_mcnemar_counts_where_the_two_differ() -> None:
+    """Nine answers lost and one won: 2 * P(at most one of ten) = 22 / 1024."""
+    mine, others = scores([0] * 9 + [1] + [1] * 20), scores([1] * 9 + [0] + [1] * 20)
+    assert compare(mine, others, largest=1.0).p == pytest.approx(22 / 1024)
+    assert compare(mine, mine, largest=1.0).p == 1.0
+
+
+def test_samples_needed_for_a_point_are_those_that_show_it() -> None:
+    """Of so many samples, a true difference of one point is significant four times out of five."""
+    random = np.random.default_rng(4)
+    deviation = 10.0  # of a sample's difference, in points
+    found = compare(scores(random.normal(0, deviation, 5000)), scores([0.0] * 5000), largest=100.0)
+    count = round(found.needed)
+    assert count == pytest.approx((1.96 + 0.8416) ** 2 * deviation**2, rel=0.06)
+    means = random.normal(1.0, deviation, (2000, count)).mean(axis=1)
+    assert np.mean(means > 1.96 * deviation / math.sqrt(count)) == pytest.approx(0.8, abs=0.04)
+
+
+def test_samples_that_all_agree_say_as_much_as_they_are() -> None:
+    few, many = (compare(scores([1] * count), scores([1] * count), largest=1.0) for count in (4, 400))
+    assert few.low == pytest.approx(-100 * (1 - 0.025**0.25))
+    assert -1.0 < many.low < 0 < many.high < 1.0
+    assert math.isnan(many.needed)
+    exact = compare(scores([1] * 4), scores([1] * 4), largest=1.0, exact=True)
+    assert (exact.low, exact.high) == (0.0, 0.0)
+
+
+def test_one_sample_has_no_interval() -> None:
+    found = compare(scores([1]), scores([0]), largest=1.0)
+    assert found.mean == 100.0
+    assert math.isnan(found.low)
+
+
+def test_other_samples_are_not_compared() -> None:
+    assert compare(scores([1, 0]), scores([1, 0, 1]), largest=1.0) is None
+    assert compare({}, {}, largest=1.0) is None
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def made(root: Path) -> tuple[Table, Table]:
+    runs = read_runs(str(root))
+    table = frame(runs.records)
+    to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))
+    return differences(to_dense, to_griffin), critical_sparsities(to_dense, table)
+
+
+def row(table: Table, method: str) -> list[Cell | None]:
+    (cells,) = [cells for names, cells in table.rows if names[-1] == method]
+    return cells
+
+
+def test_methods_are_compared_with_dense_and_with_griffin_at_their_sparsity(tmp_path: Path) -> None:
+    table, _ = made(write_all(tmp_path))
+    assert [names[-1] for names, _ in table.rows] == ["griffin 25%", "griffin 50%", "griffin 75%", "joint 75%"]
+    count, points, p, to_griffin, _, length, needed = row(table, "joint 75%")
+    assert (count.value, points.value, to_griffin.value, length.value) == (100, -10.0, 20.0, 1.0)
+    assert points.interval[0] < -10.0 < points.interval[1] < 0
+    assert p.value == pytest.approx(2 / 2**10)
+    assert needed.value > 100
+    assert row(table, "griffin 75%")[3].number == "itself"
+    assert row(table, "griffin 50%")[5].value == 1.5
+
+
+def test_runs_on_other_samples_are_not_in_the_table(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, first=1)
+    table, _ = made(tmp_path)
+    assert "wanda 75%" not in [names[-1] for names, _ in table.rows]
+
+
+def test_runs_that_were_evaluated_differently_are_not_compared(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, task_shots=0)
+    table, _ = made(tmp_path)
+    assert "wanda 75%" not in [names[-1] for names, _ in table.rows]
+
+
+def test_the_critical_sparsity_is_the_largest_that_excludes_the_loss(tmp_path: Path) -> None:
+    """One answer of a hundred lost excludes neither a loss of one percent nor of two points; of a thousand, both."""
+    root = write_all(tmp_path)
+    _, table = made(root)
+    assert [cell.number for cell in row(table, "griffin")] == ["100", "60.0", "25% (0.85)", "25% (0.85)", "75"]
+    assert [cell.number for cell in row(table, "joint")][2:4] == ["none", "none"]
+    many = tmp_path / "many"
+    write(many, "dense", RIGHT * 10, sparsity=0)
+    write(many, "griffin-50", [0.0, *(RIGHT * 10)[1:]], sparsity=0.5, density=0.7)
+    write(many, "griffin-75", [0.0] * 15 + (RIGHT * 10)[15:], sparsity=0.75)
+    _, table = made(many)
+    assert [cell.number for cell in row(table, "griffin")][2:4] == ["50% (0.70)", "50% (0.70)"]
+
+
+def test_the_report_has_both_tables_and_the_figure(tmp_path: Path) -> None:
+    report = make_report(str(write_all(tmp_path)))
+    assert {"differences", "critical_sparsity"} <= {table.name for table in report.tables}
+    (group,) = [group for group in report.groups if group.title == "Quality against bytes of weights per token"]
+    (drawing,) = group.drawings
+    assert set(drawing.run_ids) == {"dense", "griffin-25", "griffin-50", "griffin-75", "joint-75"}
+    axis = drawing.draw().axes[0]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert "dense" in lines
+    texts = {text.get_text() for text in axis.texts}
+    assert texts == {"25", "50", "75"}
+
+
+def test_samples_are_needed(tmp_path: Path) -> None:
+    root = write_all(tmp_path)
+    (root / "dense" / "samples.jsonl").unlink()
+    table, critical = made(root)
+    assert (table.rows, critical.rows) == ([], [])
+
+
+# -- the leaderboard --------------------------------------------------------------------------------------------------
+
+
+def test_the_leaderboard_ranks_what_reads_no_more_bytes(tmp_path: Path) -> None:
+    text, ranked = leaderboard(str(write_all(tmp_path)))
+    assert ranked == 4
+    sections = dict(part.split(":", 1) for part in text.split("At most ")[1:])
+    assert list(sections) == ["90% of the bytes", "80% of the bytes", "70% of the bytes", "60% of the bytes"]
+    rows = [line for line in sections["90% of the bytes"].splitlines() if line.startswith("| 1") or line[:3] == "| 2"]
+    assert [line.split(" | ")[1] for line in rows] == ["griffin 25%", "joint 75%"]
+    rows = [line for line in sections["60% of the bytes"].splitlines() if line[:3] in ("| 1", "| 2")]
+    assert [line.split(" | ")[1] for line in rows] == ["joint 75%", "griffin 75%"]
+
+
+def test_the_leaderboard_is_a_command(tmp_path: Path) -> None:
+    root, out = write_all(tmp_path / "runs"), tmp_path / "docs" / "leaderboard.md"
+    ended = python(tmp_path, "-m", "analysis.leaderboard", f"runs={root}", f"out={out}")
+    assert ended.returncode == 0, ended.stderr
+    assert f"Leaderboard: {out} (4 runs ranked)" in ended.stdout
+    assert "## gsm8k, gemma_7b" in out.read_text(encoding="utf-8")
+    assert "torch 2.13.0" in out.read_text(encoding="utf-8")
+    wrong = python(tmp_path, "-m", "analysis.leaderboard", f"runs={root}", "into=x")
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines() == ["error: into: no such key; expected runs, out"]
+
+
+def test_runs_without_dense_cannot_be_ranked(tmp_path: Path) -> None:
+    write(tmp_path, "griffin-50", RIGHT, sparsity=0.5, density=0.7)
+    with pytest.raises(UserError, match="expected pruned runs of a task, and a dense run on the same samples"):
+        leaderboard(str(tmp_path))
