@@ -74,8 +74,8 @@ class Pair:
 def compare(scores: Scores, others: Scores, *, largest: float, exact: bool = False) -> Difference | None:
     """The difference of two runs' scores; None where they do not have the same samples.
 
-    The bootstrap of differences that are all zero is zero, which says too much of few samples. There the interval is
-    what may still differ: as many samples as would show up with 95% if they were any more.
+    The bootstrap of differences that are all the same has no width, which says too much of few samples. There the
+    interval is what may still differ: any larger share of samples that do would show up, 39 times out of 40.
 
     Args:
         scores: the one run's.
@@ -91,9 +91,9 @@ def compare(scores: Scores, others: Scores, *, largest: float, exact: bool = Fal
     low = high = math.nan
     if exact and not each.any():
         low = high = 0.0
-    elif count > 1 and not each.any():
-        high = 100 * (1 - ((1 - CONFIDENCE) / 2) ** (1 / count))
-        low = -high
+    elif count > 1 and not (each - mean).any():
+        unseen = 100 * (1 - ((1 - CONFIDENCE) / 2) ** (1 / count))
+        low, high = max(mean - unseen, -100.0), min(mean + unseen, 100.0)
     elif count > 1:
         found = stats.bootstrap(
             (each,),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from analysis.runs import Problem, Record, Runs, checked
 from pipelines.errors import UserError
+from pipelines.records import contradiction
 
 _FILES = ("record.json", "samples.jsonl", "config.yaml")  # a folder with any of them is a run folder
 
@@ -66,8 +66,8 @@ def _read(folder: Path) -> Record | Problem:
         record = checked(content, folder.name)
     except ValueError as error:
         return Problem(folder.name, "damaged", f"record.json {error}")
-    contradiction = _contradiction(record, folder / "samples.jsonl")
-    return Problem(folder.name, "contradicted", contradiction) if contradiction else record
+    reason = contradiction(record, folder)
+    return Problem(folder.name, "contradicted", reason) if reason else record
 
 
 def _failure(folder: Path) -> str:
@@ -77,28 +77,3 @@ def _failure(folder: Path) -> str:
     except (OSError, ValueError, AttributeError):
         failed = None
     return f"; it failed: {failed}" if failed else ""
-
-
-def _contradiction(record: Record, path: Path) -> str | None:
-    """How the samples contradict the record: in their number, or in the mean of a metric; None if they do not."""
-    if not path.is_file():
-        return None  # someone copied the record alone
-    samples = []
-    try:
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line:
-                sample = json.loads(line)
-                samples.append(sample | (sample.get("metrics") or {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"samples.jsonl cannot be read ({error})"
-    samples = [sample for sample in samples if "skipped" not in sample]
-    metrics = record["metrics"]
-    if "samples" in metrics and metrics["samples"] != len(samples):
-        return f"record.json counts {metrics['samples']} samples, samples.jsonl holds {len(samples)}"
-    for name in metrics:
-        values = [sample[name] for sample in samples if isinstance(sample.get(name), int | float)]
-        if f"{name}_stderr" in metrics and values and len(values) == len(samples):
-            mean = sum(values) / len(values)
-            if not math.isclose(mean, metrics[name], rel_tol=1e-6, abs_tol=1e-9):
-                return f"record.json says {name}={metrics[name]:g}, the mean of samples.jsonl is {mean:g}"
-    return None

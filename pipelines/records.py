@@ -5,6 +5,8 @@ The folder they lie in is `run_folder`'s. This module knows neither models nor t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import platform
@@ -60,6 +62,61 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+# -- whether a record and its samples belong together ------------------------------------------------------------------
+
+
+def digests(metrics: dict[str, float], samples: Path) -> dict[str, str]:
+    """What a record says of its own metrics and of `samples.jsonl`, so that a change of either is found."""
+    return {"metrics": _digest(json.dumps(metrics, sort_keys=True).encode()), "samples": _digest(samples.read_bytes())}
+
+
+def _digest(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def contradiction(record: Record, folder: Path) -> str | None:
+    """How a finished run's files contradict each other, as a sentence; None if they do not.
+
+    Records of older versions have no digests; there the number of samples and the means of their scores are compared.
+
+    Args:
+        record: of the run.
+        folder: that it lies in.
+    """
+    path, metrics = folder / "samples.jsonl", record.get("metrics") or {}
+    if not path.is_file():
+        return "samples.jsonl is missing"
+    try:
+        reason = _miscounted(metrics, path.read_text(encoding="utf-8"))
+        if reason or "digests" not in record:
+            return reason
+        found = digests(metrics, path)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"samples.jsonl cannot be read ({error})"
+    differing = [name for name, digest in found.items() if record["digests"].get(name) != digest]
+    if "samples" in differing:
+        return "samples.jsonl is not what record.json was made from"
+    return "the metrics in record.json are not those that were written" if differing else None
+
+
+def _miscounted(metrics: dict[str, float], lines: str) -> str | None:
+    samples = []
+    for line in lines.split("\n"):
+        if line:
+            sample = json.loads(line)
+            samples.append(sample | (sample.get("metrics") or {}))
+    samples = [sample for sample in samples if "skipped" not in sample]
+    if "samples" in metrics and metrics["samples"] != len(samples):
+        return f"record.json counts {metrics['samples']} samples, samples.jsonl holds {len(samples)}"
+    for name in metrics:
+        values = [sample[name] for sample in samples if isinstance(sample.get(name), int | float)]
+        if f"{name}_stderr" in metrics and values and len(values) == len(samples):
+            mean = sum(values) / len(values)
+            if not math.isclose(mean, metrics[name], rel_tol=1e-6, abs_tol=1e-9):
+                return f"record.json says {name}={metrics[name]:g}, the mean of samples.jsonl is {mean:g}"
+    return None
 
 
 def write_in_one_step(path: Path, content: str | bytes) -> None:

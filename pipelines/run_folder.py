@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pipelines.errors import UserError
-from pipelines.records import Record, Sample, environment, read_arrays, write_in_one_step
+from pipelines.records import Record, Sample, contradiction, digests, environment, read_arrays, write_in_one_step
 
 
 def run_id(readable: str, identity: dict[str, Any]) -> str:
@@ -101,7 +101,19 @@ class RunFolder:
         return False
 
     def record(self) -> Record | None:
-        """The record of a finished run; None where there is none or it is damaged, so that the run is done again."""
+        """The record of a finished run; None where there is none, or it is damaged, or contradicted by its samples, so
+        that the run is done again."""
+        record = self._written()
+        return None if record is None or contradiction(record, self.path) else record
+
+    def damage(self) -> str | None:
+        """What is wrong with a record that is there, as a sentence; None if nothing is, or there is no record."""
+        if not self._record.exists():
+            return None
+        record = self._written()
+        return "record.json cannot be read" if record is None else contradiction(record, self.path)
+
+    def _written(self) -> Record | None:
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -122,6 +134,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._forget_changed_samples()
             for left_behind in self.path.glob(".*.tmp"):  # by a process that was killed
                 left_behind.unlink()
             write_in_one_step(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -130,6 +143,13 @@ class RunFolder:
             write_in_one_step(self._state, json.dumps(state) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    def _forget_changed_samples(self) -> None:
+        """Where the samples of a finished run have been changed since, nobody knows which: none is used again."""
+        record = self._written()
+        known = None if record is None else record.get("digests")
+        if known and self._samples.exists() and digests({}, self._samples)["samples"] != known.get("samples"):
+            self._samples.unlink()
 
     def fail(self, reason: str) -> None:
         """Note why the run failed, for people: the next call tries again. On a full disk nothing is noted."""
@@ -244,6 +264,8 @@ class RunFolder:
             "environment": environment(device) | (versions or {}),
         }
         try:
+            self._samples.touch()
+            record["digests"] = digests(metrics, self._samples)
             write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise _unwritable(self._record, error) from error

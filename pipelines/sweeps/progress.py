@@ -61,8 +61,9 @@ def _of_folder(path: Path) -> Row:
     if record is not None:
         return Row(path.name, _like(path.name), DONE, samples, samples, seconds)
     name = RUNNING if held else FAILED if state["failed"] else BROKEN_OFF
-    damaged = "record.json cannot be read; the next call of its command mends it"
-    reason = "" if held else state["failed"] or (damaged if (path / "record.json").exists() else "")
+    damage = folder.damage()
+    damaged = f"{damage}; the next call of its command mends it" if damage else ""
+    reason = "" if held else state["failed"] or damaged
     return Row(path.name, _like(path.name), name, samples, state["samples"], seconds, reason)
 
 

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import made
 import pytest
+from made import score, write_run
 
 from analysis.run_folders import read_run_folders
 from pipelines.errors import UserError
@@ -111,8 +113,8 @@ def test_a_run_that_is_there_twice_counts_once_unless_the_two_differ(runs: Path,
     folder = runs / "xsum-griffin-50"
     shutil.copytree(folder, tmp_path / "copies" / folder.name)
     assert len(read_run_folders([runs, tmp_path / "copies"]).records) == 4
-    (tmp_path / "copies" / folder.name / "samples.jsonl").unlink()
-    change(tmp_path / "copies" / folder.name / "record.json", metrics__rouge1=1.0)
+    shutil.rmtree(tmp_path / "copies" / folder.name)
+    write_run(tmp_path / "copies", made.record(folder.name, metrics=score(1.0)))
     found = read_run_folders([runs, tmp_path / "copies"])
     assert [problem.state for problem in found.problems] == ["conflicting"]
     assert len(found.records) == 3  # which of the two is right, nobody knows

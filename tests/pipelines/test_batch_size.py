@@ -128,7 +128,7 @@ def test_what_is_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from pipelines.tasks import generation
 
     scored: list[int] = []
-    original = generation._scored
+    original = generation._sample
 
     def failing(prompt: Any, *arguments: Any) -> Any:
         scored.append(prompt.index)
@@ -137,7 +137,7 @@ def test_what_is_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return original(prompt, *arguments)
 
     monkeypatch.setattr(batch_size, "ROWS_CPU", 2)
-    monkeypatch.setattr(generation, "_scored", failing)
+    monkeypatch.setattr(generation, "_sample", failing)
     monkeypatch.setattr(generation, "BATCHES", 2)
     dense, pruned = ran(*tiny(tmp_path / "auto", "grid.sparsity=[0,0.5]", "batch_size=auto", rows=6))
     assert len(scored) == 12 + 1
@@ -177,7 +177,7 @@ def test_other_errors_are_not_taken_for_memory(
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("pipelines.tasks.generation._scored", broken)
+    monkeypatch.setattr("pipelines.tasks.generation._sample", broken)
     ended = call(*tiny(tmp_path / "out", "batch_size=auto"))
     assert ended.code == 1
     assert not ended.lines("batch_size=auto")

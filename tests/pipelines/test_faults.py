@@ -185,7 +185,7 @@ def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
         raise LookupError("a fault of our own")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.tasks.generation._scored", broken)
+        patch.setattr("pipelines.tasks.generation._sample", broken)
         ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
     assert ended.code == 1
     assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"

@@ -162,7 +162,7 @@ def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     assert folder.record() is None
     written = folder.finish({"seed": 0}, {"rouge1": 1.5}, {"load_seconds": 2.0}, "cpu", method={"label": "dense"})
     assert folder.record() == written
-    parts = {"run_id", "status", "method", "evaluation", "config", "metrics", "timing", "environment"}
+    parts = {"run_id", "status", "method", "evaluation", "config", "metrics", "timing", "environment", "digests"}
     assert set(written) == parts
     assert written["method"] == {"label": "dense"}
     assert (written["run_id"], written["status"]) == ("a-run", "finished")
