@@ -26,7 +26,7 @@ def key_values(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument in ("-h", "--help"):
-            print("\n".join([usage, "", *(f"  {key:6}{text}" for key, text in keys.items())]))
+            print("\n".join([usage, "", *(f"  {key:8}{text}" for key, text in keys.items())]))
             raise SystemExit(0)
         if not equals:
             raise UserError(f"{argument}: expected KEY=VALUE, as in {usage}")

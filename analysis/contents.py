@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -11,9 +12,10 @@ from analysis.drawing import Group, Styles, numbered
 from analysis.flocking_figures import flocking
 from analysis.frame import frame, select
 from analysis.paired import differences, pairs
-from analysis.runs import Runs
+from analysis.runs import Record, Runs
 from analysis.sources import read_runs
 from analysis.tables import Table, tables
+from pipelines.errors import UserError
 
 _NOISE = 1.05  # a decode speed-up this many times above its limit can only come from a disturbed measurement
 
@@ -55,16 +57,45 @@ class Report:
         return found
 
 
-def make_report(source: str) -> Report:
+# By what the runs of a report can be chosen.
+FILTERS = ("tags", "model", "task", "method")
+
+
+def _filtered(runs: Runs, only: Mapping[str, str]) -> Runs:
+    wanted = {key: {word.strip() for word in text.split(",")} for key, text in only.items() if text.strip()}
+    if not wanted:
+        return runs
+
+    def values(record: Record) -> dict[str, set[str]]:
+        config, method = record["config"], record["method"]
+        return {
+            "tags": {*(config.get("tags") or ())},
+            "model": {config["model"]["name"]},
+            "task": {config["task"]["name"]},
+            "method": {method["label"], method["family"]},
+        }
+
+    known = [(record, values(record)) for record in runs.records]
+    left = [record for record, mine in known if all(mine[key] & words for key, words in wanted.items())]
+    if not left:
+        asked = " ".join(f"{key}={only[key]}" for key in wanted)
+        found = {key: sorted({value for _, mine in known for value in mine[key]}) for key in wanted}
+        there = "; ".join(f"{key}: {', '.join(values)}" for key, values in found.items())
+        raise UserError(f"{asked}: no such run among {len(known)}; there are {there}")
+    return replace(runs, records=left)
+
+
+def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     """Read the runs of a source and make all tables and figures that they have data for. Figures are drawn later.
 
     Args:
         source: as in `analysis.sources.read_runs`.
+        only: by one of `FILTERS`, values with commas between; empty: all runs.
 
     Raises:
-        UserError: the source does not exist, or holds no run.
+        UserError: the source does not exist, or holds no run, or none of those that are asked for.
     """
-    runs = read_runs(source)
+    runs = _filtered(read_runs(source), only or {})
     table = frame(runs.records)
     styles = Styles(table["family"])
     to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))

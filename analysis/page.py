@@ -11,7 +11,10 @@ import jinja2
 from analysis.contents import Report
 from analysis.drawing import file_name
 
-_VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform", "device")
+_VERSIONS = (
+    *("griffin-pruning", "git_commit", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform"),
+    *("processor", "cpus", "memory", "device", "started", "finished"),
+)
 
 
 def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
@@ -48,7 +51,11 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
 
 def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:
     """A run as the template takes it; `row` is any of its rows in the DataFrame, None if it has no metrics."""
-    environment = record["environment"]
+    environment = dict(record["environment"])
+    if environment.get("memory_bytes"):
+        environment["memory"] = f"{environment['memory_bytes'] / 2**30:.0f} GiB"
+    if environment.get("git_clean") is False:
+        environment["git_commit"] += " and changes"
     return {
         "id": record["run_id"],
         "model": row.model if row else record["config"]["model"]["name"],

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command_line import key_values
-from analysis.contents import Report, make_report
+from analysis.contents import FILTERS, Report, make_report
 from analysis.output import log_report, write_report
 from analysis.sources import WANDB
 from pipelines.errors import UserError
@@ -23,6 +23,10 @@ from pipelines.errors import UserError
 _KEYS = {
     "runs": "folder of runs (several with commas between), or wandb:entity/project",
     "out": "folder that the report is written into",
+    "tags": "only runs that have one of these tags, with commas between; so too for the next three keys",
+    "model": "only runs of these models",
+    "task": "only runs of these tasks",
+    "method": "only runs of these methods, with or without their sparsity, as the tables name them: griffin 50%",
     "log": "none, or wandb: the report as a run of its own in the runs' project; wandb:entity/project names another",
 }
 _LOG = r"none|wandb(:([^/:\s]+/)?[A-Za-z0-9_.-]{1,128})?"  # the characters that W&B allows in the name of a project
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         UserError: an argument is wrong, or a report cannot be made from these runs or written.
     """
     given = _parse(arguments)
-    report = make_report(given["runs"])
+    report = make_report(given["runs"], {key: given[key] for key in FILTERS})
     index = write_report(report, Path(given["out"]))
     if given["log"] != "none":
         target = given["runs"] if given["log"] == "wandb" and given["runs"].startswith(WANDB) else given["log"]
@@ -53,7 +57,8 @@ def summary(report: Report, index: Path) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    given = key_values(arguments, "python -m analysis.report runs=outputs out=report", _KEYS, {"log": "none"})
+    defaults = {"log": "none", **dict.fromkeys(FILTERS, "")}
+    given = key_values(arguments, "python -m analysis.report runs=outputs out=report", _KEYS, defaults)
     if not re.fullmatch(_LOG, given["log"]):
         raise UserError(f"log={given['log']}: expected none, wandb or wandb:entity/project")
     return given

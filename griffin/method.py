@@ -49,6 +49,7 @@ class Method:
 
     Raises:
         ValueError: a value that is not allowed; the message names the key, the value and what is allowed.
+        TypeError: a sparsity that is no number.
     """
 
     statistic: str = "griffin"
@@ -76,6 +77,8 @@ class Method:
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
+            if isinstance(share, bool) or not isinstance(share, int | float):
+                raise TypeError(f"sparsity={share!r}: expected a number, 0 <= sparsity < 1, or one for each layer")
             if not 0 <= share < 1:
                 raise ValueError(f"sparsity={share}: expected 0 <= sparsity < 1")
         if isinstance(self.sparsity, tuple) and self.budget != "uniform" and not self.dense:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ class Pruner:
         self._call: _Call | None = None
         self._in_prefill = False
         self._own_loop = False
+        self._running = threading.Lock()  # while a call of the model runs
+        self._owner: int | None = None  # the thread that it runs in
+        self._in_forward = False  # whether it is a forward call outside of generate
         # The cache after the last call and the positions in it, so that the next call is known to continue it.
         self._cache: ReferenceType[Any] | None = None
         self._positions = 0
@@ -126,8 +130,11 @@ class Pruner:
         before, after = uncompiled(self._before_forward), uncompiled(self._after_forward)
         self._root_hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after),
+            self.model.register_forward_hook(after, always_call=True),  # or a call that fails would end never
+            self.model.register_state_dict_pre_hook(_refuse_copy),
         ]
+        # What copy.deepcopy, pickle and torch.save ask an object for first.
+        vars(self.model).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
         self._own_generate = vars(self.model).get("generate")
         if hasattr(self.model, "generate"):  # a decoder without its language modelling head has none
             self._dense_generate = self.model.generate
@@ -139,6 +146,8 @@ class Pruner:
         self._recorder.detach()
         for hook in self._root_hooks:
             hook.remove()
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            vars(self.model).pop(name, None)
         vars(self.model).pop("generate", None)  # uncovers the class's own
         if self._own_generate is not None:
             self.model.generate = self._own_generate
@@ -208,8 +217,33 @@ class Pruner:
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
+    def _take(self) -> bool:
+        """Become the one thread whose call runs; False if this thread is already. There is one prompt and one set of
+        buffers, so a call from another thread is refused meanwhile."""
+        if self._owner == threading.get_ident():
+            return False
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is using this pruned model: one call of it runs at a time; wait for it to end, or give "
+                "each thread a model of its own"
+            )
+        self._owner = threading.get_ident()
+        return True
+
+    def _give_back(self) -> None:
+        self._owner = None
+        self._running.release()
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling the forward calls how long the prompt is."""
+        taken = self._take()
+        try:
+            return self._generated(*args, **kwargs)
+        finally:
+            if taken:
+                self._give_back()
+
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         refuse_decoding(self.model.generation_config, given, kwargs, self._axis)
         inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -247,6 +281,7 @@ class Pruner:
             self._call = None
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._in_forward = self._take() or self._in_forward
         if self._own_loop:
             return None
         call = self._signature.bind_partial(*args, **kwargs).arguments
@@ -276,6 +311,13 @@ class Pruner:
         return None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._owner != threading.get_ident():  # a call that was refused
+            return
+        if self._in_forward:
+            self._in_forward = False
+            self._give_back()
+        if output is None:  # a call that failed
+            return
         cache = getattr(output, "past_key_values", None)
         self._cache = None if cache is None else ref(cache)
 
@@ -382,6 +424,13 @@ class Pruner:
                 self._chosen.append(row.experts)
 
 
+def _refuse_copy(*_: object) -> None:
+    raise RuntimeError(
+        "this model is being pruned: a copy would have its hooks, and perhaps compact weights; leave the griffin.prune "
+        "context before you copy or save it"
+    )
+
+
 def prune(
     model: nn.Module,
     sparsity: float | Sequence[float] = 0.5,
@@ -440,6 +489,7 @@ def prune(
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: `model` is no model, or `sparsity` or `seed` no number.
         UnsupportedModelError: the model has an FF block that cannot be pruned, or, with `refresh` or `verification`, a
             KV cache that cannot be cropped, or no output embedding that a draft could prune.
 
@@ -447,7 +497,11 @@ def prune(
         Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
         arXiv 2404.01365.
     """
-    amount = sparsity if isinstance(sparsity, int | float) else tuple(sparsity)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a transformers model, as from_pretrained loads it")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: expected a whole number")
+    amount: Any = tuple(sparsity) if isinstance(sparsity, list | tuple) else sparsity
     method = Method(
         statistic,
         selection,

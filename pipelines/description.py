@@ -6,7 +6,7 @@ imported here, because records are also read on machines without torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -118,6 +118,30 @@ def determining(config: Plain, data: Mapping[str, str]) -> Plain:
     settings = {key: value for key, value in whole.items() if key not in idle}
     settings["model"] = {key: value for key, value in config["model"].items() if key not in _IDLE_MODEL}
     return settings | {"task": task | data} | ({"sparsity": 0.0} if dense else {})
+
+
+def unused(overrides: Sequence[str], config: Plain) -> list[str]:
+    """Those of a call's overrides that change nothing about its runs.
+
+    Args:
+        overrides: as typed.
+        config: the resolved configuration of one of its runs; of a pruned one, if there is any.
+    """
+    kind, dense = config["task"]["kind"], is_dense(config["sparsity"])
+    idle: set[str] = set()
+    if kind == "flocking":  # looks at the dense model
+        idle |= {*METHOD, *ASSISTED, "batch_size", "compile", "offload_dense"}
+    elif dense:
+        idle |= {*METHOD} - {"sparsity"}
+        idle -= {"draft_tokens"} if config.get("assistance", "none") != "none" else set()
+    elif config.get("verification", "none") == "none":
+        idle |= {*_DRAFTING}
+    elif config["verification"] == "exact":
+        idle |= {"verification_threshold"}
+    if kind == "latency":
+        idle |= {"limit", "offset"}
+    grids = {f"grid.{key}" for key in idle} if kind == "flocking" or not dense else set()
+    return [text for text in overrides if text.lstrip("+").partition("=")[0] in idle | grids]
 
 
 def _flat(values: Plain, prefix: str = "") -> Plain:

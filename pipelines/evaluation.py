@@ -70,6 +70,7 @@ def evaluate(
         samples[method].sort(key=lambda sample: sample["index"])
         timing = {
             "load_seconds": load_seconds,
+            "duration_seconds": time.perf_counter() - began,
             "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
             **drafting.timing(samples[method]),
         }

@@ -18,9 +18,10 @@ from pipelines import tasks
 from pipelines.composition import Call, current_call
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
+from pipelines.description import unused
 from pipelines.errors import UserError, out_of_memory
 from pipelines.evaluation import evaluate, kept_model
-from pipelines.methods import Method, identity, label, methods
+from pipelines.methods import Method, identity, label, methods, run_config
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.sweeps import run_status
 from pipelines.sweeps.manifest import ManifestEntry
@@ -69,6 +70,8 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
     items = kind.read(config)
     from pipelines.models import device_kind
 
+    for override in unused(call.overrides, run_config(config, methods(config)[-1])):
+        print(f"note: {override} changes nothing in this call", file=sys.stderr)
     device = device_kind(config.device)
     words = f"{config.task.name} {config.model.name}"
     folders: dict[Method, RunFolder] = {}
@@ -86,7 +89,9 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
                 states[method] = HELD
             elif folder.record() is not None:  # perhaps since a moment ago
                 states[method] = SKIPPED
-                print(f"{folder.path}: finished before, skipped", file=sys.stderr)
+                tags = folder.add_tags(config.tags)
+                told = f"; tags added: {', '.join(tags)}" if tags else ""
+                print(f"{folder.path}: finished before, skipped{told}", file=sys.stderr)
         unfinished = {method: folder for method, folder in folders.items() if method not in states}
         if unfinished:
             try:

@@ -5,6 +5,8 @@ The folder they lie in is `run_folder`'s. This module knows neither models nor t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -12,9 +14,11 @@ import os
 import platform
 import secrets
 import statistics
+import subprocess
 import zipfile
 import zlib
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,10 +55,43 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
+        **_source(),
         **{package: _version(package) for package in ("griffin-pruning", "torch", "transformers", "rouge-score")},
     }
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _processor() -> str:
+    """What the processor calls itself; the architecture where it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _source() -> dict[str, Any]:
+    """The commit that this code is of, and whether it was changed since; None where it is no git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        found = [
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"), ("ls-files", "pipelines/records.py"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    if not found or not found[2]:  # installed below somebody else's checkout, perhaps
+        return {"git_commit": None, "git_clean": None}
+    return {"git_commit": found[0], "git_clean": not found[1]}
 
 
 def _version(package: str) -> str | None:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pipelines.errors import UserError
-from pipelines.records import Record, Sample, contradiction, digests, environment, read_arrays, write_in_one_step
+from pipelines.records import Record, Sample, contradiction, digests, environment, now, read_arrays, write_in_one_step
 
 
 def run_id(readable: str, identity: dict[str, Any]) -> str:
@@ -138,8 +138,9 @@ class RunFolder:
             for left_behind in self.path.glob(".*.tmp"):  # by a process that was killed
                 left_behind.unlink()
             write_in_one_step(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-            known = self.state()["beside"] if self._samples.exists() else []
-            state = {"samples": total, "failed": None, "beside": known or list(beside)}
+            before = self.state() if self._samples.exists() else {"beside": [], "started": None}
+            state = {"samples": total, "failed": None, "beside": before["beside"] or list(beside)}
+            state["started"] = before["started"] or now()
             write_in_one_step(self._state, json.dumps(state) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -151,18 +152,31 @@ class RunFolder:
         if known and self._samples.exists() and digests({}, self._samples)["samples"] != known.get("samples"):
             self._samples.unlink()
 
+    def add_tags(self, tags: Sequence[str]) -> list[str]:
+        """Add tags to a finished run; returns those that it did not have."""
+        record = self.record()
+        assert record is not None
+        new = [tag for tag in dict.fromkeys(tags) if tag not in record["config"].get("tags", [])]
+        if new:
+            record["config"]["tags"] = [*record["config"].get("tags", []), *new]
+            write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return new
+
     def fail(self, reason: str) -> None:
         """Note why the run failed, for people: the next call tries again. On a full disk nothing is noted."""
         with contextlib.suppress(OSError):
             write_in_one_step(self._state, json.dumps(self.state() | {"failed": reason}, ensure_ascii=False) + "\n")
 
     def state(self) -> dict[str, Any]:
-        """Of an unfinished run: {samples: how many it will be, failed: why, beside: see `start`}, as far as known."""
+        """Of an unfinished run, as far as known: {samples: how many it will be, failed: why, beside: see `start`,
+        started: when}."""
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):
             state = None
-        return {"samples": None, "failed": None, "beside": []} | (state if isinstance(state, dict) else {})
+        return {"samples": None, "failed": None, "beside": [], "started": None} | (
+            state if isinstance(state, dict) else {}
+        )
 
     def samples(self) -> list[Sample]:
         """The whole samples written so far. What follows the last whole one is cut off the file."""
@@ -261,7 +275,9 @@ class RunFolder:
             "config": config,
             "metrics": metrics,
             "timing": timing,
-            "environment": environment(device) | (versions or {}),
+            "environment": environment(device)
+            | {"started": self.state()["started"], "finished": now()}
+            | (versions or {}),
         }
         try:
             self._samples.touch()

@@ -63,7 +63,7 @@ class Tracker:
         self.show(Media(media.images, {"samples": rows, **media.tables}))
         if self._run is not None:
             with _files_in(self._folder):
-                parts = ("method", "evaluation", "metrics", "timing", "environment")
+                parts = ("method", "evaluation", "metrics", "timing", "environment", "digests")
                 self._run.summary.update({**record["metrics"], **record["timing"]})
                 self._run.summary.update({"record": json.dumps({part: record[part] for part in parts})})
             self.close(0)

@@ -34,7 +34,7 @@ def compiled(tex: str, folder: Path) -> str:
 
 def test_the_tables_of_a_report_compile(report: Path, tmp_path: Path) -> None:
     found = sorted((report / "tables").glob("*.tex"))
-    assert len(found) == 8
+    assert len(found) == 10
     compiled("\n".join(path.read_text(encoding="utf-8") for path in found), tmp_path)
 
 

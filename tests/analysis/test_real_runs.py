@@ -39,9 +39,9 @@ def test_every_table_and_figure_has_its_runs(lab: Lab) -> None:
     assert len(report.runs.records) == RUNS
     assert [table.name for table in report.tables] == [
         *("generation", "perplexity", "fidelity", "perplexity_lengths", "verified", "latency"),
-        *("flocking", "flocking_generation"),
+        *("flocking", "flocking_generation", "critical_sparsity", "differences"),
     ]
-    assert [len(group.drawings) for group in report.groups] == [3, 3, 0, 1, 2, 6]
+    assert [len(group.drawings) for group in report.groups] == [3, 1, 3, 0, 1, 2, 6]
 
 
 def test_records_are_read_as_they_are_and_old_ones_as_today_they_would_be_written(lab: Lab, tmp_path: Path) -> None:
@@ -50,6 +50,7 @@ def test_records_are_read_as_they_are_and_old_ones_as_today_they_would_be_writte
         (tmp_path / run_id).mkdir()
         old = {key: value for key, value in record.items() if key not in ("method", "evaluation")}
         (tmp_path / run_id / "record.json").write_text(json.dumps(old), encoding="utf-8")
+        shutil.copy(lab.out / run_id / "samples.jsonl", tmp_path / run_id)
     for root in (lab.out, tmp_path):
         assert {record["run_id"]: record for record in read_run_folders([root]).records} == written
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from lab import python
-from made import every_kind, record, write_run
+from made import every_kind, few, record, write_run
 from matplotlib.figure import Figure
 
 from analysis import report as report_module
@@ -25,6 +25,7 @@ def cells_of(out: Path) -> list[dict[str, str]]:
     return [
         row
         for path in (out / "tables").glob("*.csv")
+        if path.stem not in ("critical_sparsity", "differences")  # of two runs each; tests/analysis/test_paired.py
         for row in csv.DictReader(path.open(encoding="utf-8", newline=""))
     ]
 
@@ -42,7 +43,7 @@ def change(folder: Path, part: str, **values: Any) -> None:
 def test_a_report_is_a_page_texts_tables_and_figures(report: Path) -> None:
     names = {path.name for path in report.iterdir()}
     assert names == {".written", "index.html", "report.md", "runs.csv", "tables", "figures"}
-    for folder, suffixes, files in (("tables", {".md", ".tex", ".csv"}, 8), ("figures", {".png", ".pdf"}, 12)):
+    for folder, suffixes, files in (("tables", {".md", ".tex", ".csv"}, 10), ("figures", {".png", ".pdf"}, 12)):
         found: dict[str, set[str]] = {}
         for path in (report / folder).iterdir():
             found.setdefault(path.stem, set()).add(path.suffix)
@@ -51,7 +52,7 @@ def test_a_report_is_a_page_texts_tables_and_figures(report: Path) -> None:
 
 
 def test_every_number_of_every_table_is_a_number_of_its_run(report: Path) -> None:
-    page = (report / "index.html").read_text(encoding="utf-8")
+    page = re.split(r"<h\d[^>]*>Critical sparsity", (report / "index.html").read_text(encoding="utf-8"))[0]
     records = {one["run_id"]: one for one in every_kind()}
     measured = [row for row in cells_of(report) if row["status"] == "measured"]
     assert len(measured) >= 30
@@ -106,7 +107,7 @@ def test_a_second_report_in_the_same_folder_is_the_same_or_replaces_the_first(ru
     page = written(runs, out)
     assert [*out.glob("tables/latency*"), *out.glob("figures/latency*")] == []
     assert (out / "figures" / "own.png").exists(), "a file of the user's"
-    assert page.count("no data; this makes it") == 5
+    assert page.count("no data; this makes it") == 6
     assert "python -m pipelines.run task=flocking" in page
 
 
@@ -206,3 +207,21 @@ def test_the_analysis_imports_light_parts_of_the_pipeline_and_never_torch(tmp_pa
         f"import {', '.join(modules)}; print({{'torch', 'transformers', 'griffin'}} & {{*sys.modules}})"
     )
     assert python(tmp_path, "-c", script).stdout == "False\nset()\n"
+
+
+def test_a_report_can_be_of_some_runs_only(tmp_path: Path) -> None:
+    for one in few():
+        one["config"]["tags"] = ["paper", "draft"] if "griffin" in one["run_id"] else []
+        write_run(tmp_path / "runs", one)
+    source = str(tmp_path / "runs")
+
+    def found(**only: str) -> list[str]:
+        return sorted(record["run_id"] for record in make_report(source, only).runs.records)
+
+    assert found(tags="paper") == ["latency-griffin-50", "xsum-griffin-50"]
+    assert found(tags="paper", task="xsum") == ["xsum-griffin-50"]
+    assert found(method="griffin 50%,dense", model="gemma_7b", task="xsum, piqa") == ["xsum-dense", "xsum-griffin-50"]
+    assert found(method="magnitude") == ["xsum-magnitude-50"]
+    assert len(found(tags="")) == 4
+    with pytest.raises(UserError, match="method=griffin 30%: no such run among 4; there are method: dense, griffin"):
+        found(method="griffin 30%")

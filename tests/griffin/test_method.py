@@ -16,6 +16,7 @@ from griffin import (
     REFRESHES,
     SELECTIONS,
     STATISTICS,
+    TOKEN_STATISTICS,
     VERIFICATIONS,
     Method,
 )
@@ -24,7 +25,7 @@ from griffin import (
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("statistic", "griffon", STATISTICS),
+        ("statistic", "griffon", (*STATISTICS, *TOKEN_STATISTICS)),
         ("selection", "best", SELECTIONS),
         ("compensation", "median", COMPENSATIONS),
         ("budget", "early", BUDGETS),

@@ -175,6 +175,7 @@ def timeless(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All that a run's record and samples say, to the bit, but for where, when and by which call it ran."""
     record = read_record(folder)
     record["digests"]["samples"] = None  # of seconds, too
+    record["environment"]["started"] = record["environment"]["finished"] = None
     record["config"]["output_dir"] = record["environment"]["command"] = record["timing"] = None
     record["config"]["task"].pop("data_files", None)  # the digest of their content is in the environment
     samples = [sample | {"seconds": None} for sample in read_samples(folder)]
