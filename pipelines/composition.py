@@ -6,11 +6,12 @@ The only module here that imports Hydra.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pipelines.config import RunConfig
+from pipelines.config import GridConfig, RunConfig
 from pipelines.config_keys import help_text, unknown_key
 from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>[^']*)'")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
         sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {UserError(_readable(error))}")
+    except BrokenPipeError:  # of `--help | head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         sys.exit(f"error: output_dir: cannot write {error.filename}: {error.strerror}")
     except (AssertionError, ValueError) as error:
@@ -127,6 +133,15 @@ def _readable(error: Exception) -> str:
 
             return unknown_launcher_key(key)
         return unknown_key(key)
+    ambiguous = _AMBIGUOUS.search(str(error))
+    if ambiguous:
+        key, values = ambiguous["key"], ambiguous["values"]
+        grid = f", or grid.{key}=[{values}] in one process" if key in (item.name for item in fields(GridConfig)) else ""
+        return f"{key}={values}: several values; for a sweep: -m {key}={values}{grid}"
+    if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig" in str(cause.msg):
+        override = str(error).removeprefix("Error merging override ")
+        key, _, value = override.partition("=")
+        return f"{override}: expected a list, {key}=[{value}]"
     if isinstance(cause, OmegaConfBaseException):
         return f"{str(error).removeprefix('Error merging override ')}: {str(cause.msg).splitlines()[0]}"
     return str(error)

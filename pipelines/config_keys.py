@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING as NOTHING
+from dataclasses import Field, fields
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.config import GridConfig, RunConfig, WandbConfig
@@ -66,10 +68,35 @@ def help_text() -> str:
         "",
         "  python -m pipelines.run model=gemma_7b task=xsum sparsity=0.5",
         "",
-        "Keys (KEY=VALUE; the whole composed configuration: --cfg job; a sweep: -m and comma-separated values)",
+        "Set keys with KEY=VALUE, lists with KEY=[A,B]. Several values make a sweep: -m KEY=A,B. The whole composed",
+        "configuration: --cfg job. In brackets: the default; a model or a task may have its own.",
+        "",
+        "A run",
+        *(f"  {key:26} {text}" for key, text in _GROUPS.items()),
     ]
     for prefix, node in _NODES:
-        if prefix == "task.":
+        if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        lines += [f"  {prefix + item.name:26} {item.metadata['help']}" for item in fields(node)]
+        for item in fields(node):
+            if prefix + item.name not in (*_GROUPS, "grid", "wandb"):
+                lines.append(f"  {prefix + item.name:26} {item.metadata['help']}{_default(item)}")
     return "\n".join([*lines, "", "Choices of model, task, launcher and experiment", "$APP_CONFIG_GROUPS", ""])
+
+
+# The keys that choose a file of conf/, and what each group is.
+_GROUPS = {
+    "model": "which model, and how it is loaded: a file of conf/model (smollm2_135m)",
+    "task": "what is measured, and on which data: a file of conf/task (briefs)",
+    "launcher": "where the points of a sweep run: here, in processes of this machine, or as SLURM jobs (local)",
+    "experiment": "a preset that sets several of the keys below, often as a sweep (null)",
+}
+
+
+def _default(item: Field[Any]) -> str:
+    """A field's default for the help text; empty where a file of `conf/` must set it."""
+    value = item.default if item.default_factory is NOTHING else item.default_factory()
+    if value is NOTHING or value == MISSING:
+        return ""
+    if isinstance(value, bool) or value is None:
+        value = json.dumps(value)
+    return f" ({'empty' if value == '' else value})"

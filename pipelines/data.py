@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.hub import prepare_hub
+from pipelines.hub import prepare_hub, what_to_do
 from pipelines.task_config import CodeTask, GenerationTask, HubDataset, PerplexityTask
 
 EMBEDDED = Path(__file__).parent / "data"
@@ -70,10 +70,12 @@ def read_text(task: PerplexityTask) -> str:
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    if task.data_files is not None:
-        return read_text_file(task.data_files)
     needed = (task.text_field,)
-    if task.embedded is not None:
+    if task.data_files is not None and Path(task.data_files).suffix in (".jsonl", ".json"):
+        rows = read_jsonl(Path(task.data_files), needed, "task.data_files", None)
+    elif task.data_files is not None:
+        return read_text_file(task.data_files)
+    elif task.embedded is not None:
         rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", None)
     else:
         assert task.hub is not None
@@ -88,7 +90,7 @@ def read_text_file(path: str) -> str:
         UserError: the file cannot be read as UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task.data_files={path}: cannot be read as UTF-8 text ({error})") from error
 
@@ -121,7 +123,7 @@ def digest(path: Path) -> str:
 
 def _parse_row(line: bytes, needed: tuple[str, ...], where: str) -> Row:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark begins files of some editors
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text") from error
     except json.JSONDecodeError as error:
@@ -147,8 +149,8 @@ def _read_hub(hub: HubDataset, split: str, needed: tuple[str, ...], limit: int |
     except Exception as error:  # the hub's failures have no common type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"task.hub.path={hub.path}: cannot be loaded from the hub ({reason}); "
-            "check the connection, or name a local file with task.data_files=FILE (and task.shots_file=FILE for shots)"
+            f"task.hub.path={hub.path}: cannot be loaded from the hub ({reason}); {what_to_do()}, or name a local file "
+            "with task.data_files=FILE (and task.shots_file=FILE for shots)"
         ) from error
     missing = [name for name in needed if name not in table.column_names]
     if missing:

@@ -89,7 +89,11 @@ def evaluate(
         trackers[method].finish(records[method], samples[method], media)
         if not records[method]["metrics"]["samples"]:
             reason = samples[method][0]["skipped"] if samples[method] else "no data"
-            tqdm.write(f"warning: {folders[method].path}: no sample, all prompts skipped ({reason})", file=sys.stderr)
+            tqdm.write(
+                f"warning: {folders[method].path}: finished, but every prompt was skipped ({reason}, which is what the "
+                "context leaves beside task.max_new_tokens)",
+                file=sys.stderr,
+            )
 
     with ExitStack() as stack:
         for method, folder in folders.items():
@@ -134,7 +138,8 @@ def evaluate(
             if method in folders and method not in records:
                 finish(method)
         for refusal in refusals.values():
-            raise UserError(f"model={config.model.name}: {refusal}")  # the first: of one model they are alike
+            several = "; for several sparsities: grid.sparsity=[...], or -m" if "sparsity has" in refusal else ""
+            raise UserError(f"model={config.model.name}: {refusal}{several}")  # the first: of one model they are alike
 
 
 def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:

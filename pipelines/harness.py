@@ -10,15 +10,19 @@ from __future__ import annotations
 import sys
 
 from pipelines.errors import UserError
-from pipelines.tasks.lm_eval_adapter import command_line
+from pipelines.tasks.lm_eval_adapter import arguments_help, command_line
 
 
 def main() -> None:
     """Call lm-eval; a mistake in the model's arguments ends the process with one line."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(arguments_help())
     try:
         command_line()
     except UserError as mistake:
         sys.exit(f"error: {mistake}")
+    except (OSError, ValueError) as error:  # a model that is not there, a task that is none
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

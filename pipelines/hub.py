@@ -5,6 +5,7 @@ Left alone, the hub's clients retry for most of a minute, noisily, for every fil
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from functools import cache
@@ -32,3 +33,11 @@ def prepare_hub() -> None:
     except OSError as error:
         print(f"warning: {hub.ENDPOINT} cannot be reached ({error}); using cached files only", file=sys.stderr)
         hub.HF_HUB_OFFLINE = True
+
+
+def what_to_do() -> str:
+    """What a user can do where something of the hub cannot be had."""
+    fetch = "fetch it where there is one: python -m pipelines.prefetch with the same model= and task="
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"HF_HUB_OFFLINE is set and it is not in the cache: unset it, or without a connection {fetch}"
+    return f"check the connection and the name, or {fetch}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import griffin
 from pipelines.errors import UserError, out_of_memory
-from pipelines.hub import prepare_hub
+from pipelines.hub import prepare_hub, what_to_do
 from pipelines.model_config import ModelConfig
 from pipelines.packaged_models import converted
 
@@ -149,9 +150,10 @@ def _pretrained(config: ModelConfig, place: str) -> tuple[PreTrainedModel, PreTr
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = f"; {what_to_do()}" if config.source == "hub" and not Path(config.repo or "").is_dir() else ""
         gated = config.licence_gate and (config.repo or "") in config.licence_gate  # not where another repo is named
         gate = f" (a gated model: its licence must have been accepted at {config.licence_gate})" if gated else ""
-        raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}") from error
+        raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}{advice}") from error
     return model, tokenizer
 
 

@@ -6,7 +6,10 @@ The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 
 import griffin
@@ -179,6 +183,32 @@ class GriffinLM(HFLM):
         self.seed = int(seed)
 
     @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> GriffinLM:
+        """As lm-eval's; a mistake is told before a model is loaded, and the settings are printed."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> GriffinLM:
+        """As `create_from_arg_string`, of parsed arguments."""
+        own = inspect.signature(cls.__init__).parameters
+        known = own.keys() | inspect.signature(HFLM.__init__).parameters.keys()
+        for key in arg_dict.keys() - known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"--model_args {key}={arg_dict[key]}: no such argument{hint}")
+        if not arg_dict.get("pretrained"):
+            raise UserError("--model_args: expected pretrained=NAME, a model of the hub or a folder")
+        settings = {
+            name: arg_dict.get(name, parameter.default)
+            for name, parameter in own.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        print("griffin: " + ", ".join(f"{name}={value}" for name, value in settings.items()), file=sys.stderr)
+        return cls(**arg_dict, **{key: value for key, value in (additional_config or {}).items() if value is not None})
+
+    @classmethod
     def around(cls, loaded: LoadedModel, config: RunConfig) -> GriffinLM:
         """The model of our own pipeline as lm-eval sees it, for its tokens and texts."""
         return cls(
@@ -320,6 +350,22 @@ def _build(task: HarnessTask) -> Any:
 def _definition(task: HarnessTask) -> Path:
     own = OWN_TASKS / task.definition
     return own if own.is_file() else LM_EVAL_TASKS / task.definition
+
+
+def arguments_help() -> str:
+    """The arguments of the model `griffin` with their meanings and defaults, beside HFLM's own."""
+    described = (GriffinLM.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    texts = {
+        name.strip(): text.strip().replace("`", "")
+        for line in described.splitlines()
+        for name, colon, text in [line.partition(":")]
+        if colon
+    }
+    lines = ["--model griffin takes HFLM's --model_args, and these (defaults in brackets):"]
+    for name, parameter in inspect.signature(GriffinLM.__init__).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            lines.append(f"  {name:14} {texts[name].rstrip('.')} ({parameter.default})")
+    return "\n".join([*lines, ""])
 
 
 def command_line() -> None:

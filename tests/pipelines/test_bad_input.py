@@ -63,7 +63,14 @@ CALLS: list[tuple[str, ...]] = [
     ("sparsity", "sparsity", "KEY=VALUE"),
     ("sparsity=[0.5", "sparsity=[0.5"),
     ("=3", "=3"),
-    ("statistic=griffin,magnitude", "statistic=griffin,magnitude"),
+    (
+        "statistic=griffin,magnitude",
+        "statistic=griffin,magnitude",
+        "-m statistic=griffin,magnitude",
+        "grid.statistic=[",
+    ),
+    ("sparsity=0,0.5", "several values", "-m sparsity=0,0.5", "grid.sparsity=[0,0.5] in one process"),
+    ("grid.sparsity=0.5", "grid.sparsity=0.5: expected a list, grid.sparsity=[0.5]"),
 ]
 # What the configuration's classes and the readers of data refuse: without the entry, which says all alike.
 VALUES: list[tuple[str, ...]] = [

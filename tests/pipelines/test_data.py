@@ -122,3 +122,21 @@ def test_choices_are_four_and_the_right_one_is_anywhere() -> None:
     places = Counter(found["choice_answer"] for found in BRIEFS)
     assert places == dict.fromkeys(range(4), len(BRIEFS) / 4)
     assert bad(SHOTS, lambda found: found["choice_answer"] in range(4)) == []
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"\xef\xbb\xbf" + b'{"a": "one"}\n{"a": "two"}\n')
+    assert [row["a"] for row in read_jsonl(rows, ("a",), "task.data_files", None)] == ["one", "two"]
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"\xef\xbb\xbfA text.")
+    assert read_text_file(str(text)) == "A text."
+
+
+def test_perplexity_reads_the_text_of_json_lines_and_not_their_braces(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One."}, {"text": "Two."}])
+    task = composed("task=perplexity", f"task.data_files={rows}").task
+    assert read_text(task) == "One.\n\nTwo."
+    task.text_field = "body"
+    with pytest.raises(UserError, match="field 'body' is missing"):
+        read_text(task)
