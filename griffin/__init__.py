@@ -30,7 +30,7 @@ from griffin.statistics import STATISTICS, Statistic, aggregate
 from griffin.token_statistics import TOKEN_STATISTICS, TokenStatistic
 from griffin.traffic import Traffic, neuron_bytes, traffic
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BUDGETS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calling import Outcome, composed, ran, read_record, read_samples
+from calling import REPOSITORY, Outcome, composed, ran, read_record, read_samples
 
 import griffin
 from pipelines import models, packaged_models
@@ -97,6 +98,15 @@ def test_half_of_the_neurons_end_to_end(smollm2: LoadedModel, tmp_path: Path, mo
     assert record["metrics"]["samples"] == 2
     assert record["metrics"]["rouge1"] > 1, "a real model's summaries share words with the reference"
     assert [sample["index"] for sample in samples if not 0 < sample["generated_tokens"] <= 16] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_the_lines_of_the_documentation_run(page: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    names: dict[str, Any] = {"NAME": cache_dir() / "smollm2_135m-0.1.2"}  # of a page that leaves the model open
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(block.replace("max_new_tokens=128", "max_new_tokens=12"), names)  # the first tokens tell as much
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_package_that_is_not_installed_is_named(call: Callable[..., Outcome], tmp_path: Path) -> None:
