@@ -66,7 +66,7 @@ CALLS: list[tuple[str, ...]] = [
     (
         "statistic=griffin,magnitude",
         "statistic=griffin,magnitude",
-        "-m statistic=griffin,magnitude",
+        "-m statistic=",
         "grid.statistic=[",
     ),
     ("sparsity=0,0.5", "several values", "-m sparsity=0,0.5", "grid.sparsity=[0,0.5] in one process"),
@@ -184,7 +184,7 @@ VALUES: list[tuple[str, ...]] = [
     ("task=flocking task.kept=1.0", "task.kept=1.0"),
     ("task=flocking task.sequence_length=4", "task.sequence_length=4"),
     ("task=flocking task.data_files=nowhere.txt", "task.data_files=nowhere.txt", "no such file"),
-    ("task=perplexity task.data_files=FILES/blank.jsonl", "task.data_files=FILES/blank.jsonl", "expected text"),
+    ("task=perplexity task.data_files=FILES/blank.jsonl", "task.data_files=FILES/blank.jsonl", "found no row"),
     ("task=briefs_qa task.protocol=continuation", "task.protocol=continuation", "classification"),
     ("task=latency batch_size=2", "task=latency", "shared_experts=true"),
     ("task=latency statistic=teal", "statistic=teal with task=latency", "no faster than dense"),

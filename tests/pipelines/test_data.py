@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calling import composed, write_rows
 
-from pipelines.data import EMBEDDED, digest, read_jsonl
+from pipelines.data import EMBEDDED, digest, read_jsonl, read_text, read_text_file
 from pipelines.errors import UserError
 
 NEEDED = ("article", "summary")
