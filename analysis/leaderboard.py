@@ -27,8 +27,12 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 _HEAD = """# Leaderboard
 
-Which method keeps most of the dense model's quality at the same bytes of weights per token. `{usage}` makes this page
-from run folders; [development.md](development.md) says how a new method gets its row.
+Which method keeps most of the dense model's quality at the same bytes of weights per token. This page is made from run
+folders; [development.md](development.md) says how a new method gets its row.
+
+```sh
+{usage}
+```
 
 At each budget a method stands with its best run that reads no more bytes per token than that, of what dense decoding
 reads. Methods are ranked by their difference to dense on the same samples, in points, with its 95% interval by the

@@ -137,7 +137,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 def test_perplexity_reads_the_text_of_json_lines_and_not_their_braces(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One."}, {"text": "Two."}])
     task = composed("task=perplexity", f"task.data_files={rows}").task
-    assert read_text(task) == "One.\n\nTwo."
+    assert read_text(task) == f"One.{task.separator}Two."
     task.text_field = "body"
     with pytest.raises(UserError, match="field 'body' is missing"):
         read_text(task)
