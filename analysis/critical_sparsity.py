@@ -18,13 +18,12 @@ from analysis.drawing import Drawing, Group, Styles, add_legend, file_name
 from analysis.frame import select
 from analysis.metrics import Metric, metric
 from analysis.paired import LARGEST, Pair
-from analysis.tables import Cell, Table
+from analysis.tables import SAMPLES, Cell, Table
 from pipelines.figure_style import NEUTRAL, new_figure
 
 TWO_POINTS = 2.0
 _SPARSITY = Metric("sparsity", "%", 1, 0)
 _DENSE = Metric("dense", "points", 1, 1)
-_COUNT = Metric("samples", "", 0, 0)
 
 
 def critical_sparsities(pairs: Sequence[Pair], runs: pd.DataFrame) -> Table:
@@ -52,7 +51,7 @@ def critical_sparsities(pairs: Sequence[Pair], runs: pd.DataFrame) -> Table:
         first, last = mine[0], mine[-1]
         dense = 100 * first.other.value / LARGEST[first.row.metric]
         cells: list[Cell | None] = [
-            Cell(max(pair.difference.samples for pair in mine if pair.difference), _COUNT, first.row.run_id),
+            Cell(max(pair.difference.samples for pair in mine if pair.difference), SAMPLES, first.row.run_id),
             Cell(dense, _DENSE, first.other.run_id),
             *(_largest(mine, margin, densities) for margin in (dense / 100, TWO_POINTS)),
             Cell(100 * last.row.sparsity, _SPARSITY, last.row.run_id),

@@ -21,7 +21,7 @@ from scipy import stats
 from analysis.frame import headlines
 from analysis.metrics import Metric
 from analysis.runs import Runs
-from analysis.tables import Cell, Table, method_order
+from analysis.tables import SAMPLES, Cell, Table, method_order
 
 CONFIDENCE = 0.95
 POWER = 0.8  # the chance to see the difference of one point
@@ -175,7 +175,6 @@ def _read(folder: Path | None, metric: str) -> tuple[dict[int, float], dict[int,
 # -- the table --------------------------------------------------------------------------------------------------------
 
 _P = Metric("p", "", 0, 3)
-_COUNT = Metric("samples", "", 0, 0)
 _RATIO = Metric("answer length / dense", "", 0, 2)
 
 
@@ -197,11 +196,11 @@ def differences(to_dense: Sequence[Pair], to_griffin: Sequence[Pair]) -> Table:
             continue
         names = (f"{row.model}, {row.task}", row.label, row.method)
         cells = [
-            Cell(difference.samples, _COUNT, row.run_id),
+            Cell(difference.samples, SAMPLES, row.run_id),
             *_points(row.run_id, difference),
             *_to_griffin(row, other),
             None if pair.length is None else Cell(pair.length, _RATIO, row.run_id),
-            None if math.isnan(difference.needed) else Cell(math.ceil(difference.needed), _COUNT, row.run_id),
+            None if math.isnan(difference.needed) else Cell(math.ceil(difference.needed), SAMPLES, row.run_id),
         ]
         table.rows.append((names, cells))
     return table

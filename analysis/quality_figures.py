@@ -26,7 +26,8 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
             continue
         shown = metric(mine["metric"].iloc[0])
         name = shown.label[0].upper() + shown.label[1:]
-        caption = f"{name} of {model} on {task}, bars: ± standard error. The dashed line is the dense model."
+        caption = f"{name} of {model} on {task}, bars: ± standard error."
+        caption += "" if mine[mine["family"] == "dense"].empty else " The dashed line is the dense model."
         if mine["sparsity"].isna().any():
             caption += " Runs with one sparsity per layer are in the tables only."
         drawings.append(

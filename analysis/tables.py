@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -27,6 +27,9 @@ _LATENCY = (
     *("acceptance_rate", "tokens_per_check", "effective_density"),
     *("draft_ms", "check_ms", "learn_ms", "choose_anew_ms", "learning_overhead"),
 )
+
+
+SAMPLES = Metric("samples", "", 0, 0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,19 @@ def tables(runs: pd.DataFrame) -> list[Table]:
     """All tables that have rows; tables of quality come first."""
     made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
     made += [_perplexity_by_length(runs), _drafting(runs), _latency(runs), *_flocking(runs)]
-    return [table for table in made if table.rows]
+    samples = dict(zip(runs["run_id"], runs["samples"], strict=True))
+    return [_with_samples(table, samples) for table in made if table.rows]
+
+
+def _with_samples(table: Table, samples: dict[str, float]) -> Table:
+    """The table with one more column: of how many samples each row's numbers are."""
+    rows = []
+    for names, cells in table.rows:
+        runs = [cell.run_id for cell in cells if cell is not None and pd.notna(samples[cell.run_id])]
+        counts = sorted({int(samples[run_id]) for run_id in runs})
+        cell = Cell(counts[-1], SAMPLES, runs[0], words=", ".join(map(str, counts))) if counts else None
+        rows.append((names, [*cells, cell]))
+    return replace(table, columns=[*table.columns, ("", "n")], rows=rows)
 
 
 def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
@@ -128,7 +143,7 @@ def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
     columns = sorted({(row.task, row.metric) for row in runs.itertuples()}, key=lambda pair: (pair[0], order(pair[1])))
     note = (
         "Value ± standard error over samples, and the change relative to the dense model. Bold: the best method at a "
-        "sparsity, where several were run."
+        "sparsity, where several were run and one is best. n: samples."
     )
     table = Table(kind, title, note, ("model", "method"), [(task, _heading(metric(name))) for task, name in columns])
     found = {(row.model, row.method, row.task, row.metric): row for row in runs.itertuples()}
@@ -249,7 +264,8 @@ def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = No
     best = False
     if row.family != "dense" and shown.better and len(rivals) > 1:
         numbers = [shown.better * float(text) for text in rivals]
-        best = shown.better * float(shown.text(row.value)) == max(numbers)
+        mine = shown.better * float(shown.text(row.value))
+        best = mine == max(numbers) and numbers.count(mine) == 1
     return Cell(
         row.value, shown, row.run_id, None if pd.isna(row.stderr) or row.samples == 1 else row.stderr, change, best
     )

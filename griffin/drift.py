@@ -17,7 +17,7 @@ from torch import Tensor
 
 from griffin.activations import unit_rows
 
-# Tokens of a profile, and by what share its likeness must have fallen (measured in docs/selection.md).
+# Tokens of a profile, and by what share its likeness must have fallen (docs/selection.md).
 WINDOW = 8
 FALL = 0.02
 

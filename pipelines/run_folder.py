@@ -153,13 +153,20 @@ class RunFolder:
             self._samples.unlink()
 
     def add_tags(self, tags: Sequence[str]) -> list[str]:
-        """Add tags to a finished run; returns those that it did not have."""
+        """Add tags to a finished run; returns those that it did not have.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         record = self.record()
         assert record is not None
         new = [tag for tag in dict.fromkeys(tags) if tag not in record["config"].get("tags", [])]
         if new:
             record["config"]["tags"] = [*record["config"].get("tags", []), *new]
-            write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            try:
+                write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise _unwritable(self._record, error) from error
         return new
 
     def fail(self, reason: str) -> None:

@@ -35,7 +35,8 @@ def test_numbers_and_errors_are_the_records_to_the_printed_digit() -> None:
     found = number(table, "griffin 50%")
     assert (found.number, found.error) == (f"{12.34567:.2f}", f"{0.98765:.2f}")
     assert found.run_id == "a"
-    (line,) = csv.DictReader(io.StringIO(comma_separated(table)))
+    line, count = csv.DictReader(io.StringIO(comma_separated(table)))
+    assert (count["column"], float(count["value"])) == ("n", 4.0)
     assert (float(line["value"]), float(line["stderr"])) == (12.34567, 0.98765)
 
 
@@ -46,7 +47,7 @@ def test_changes_are_relative_to_dense_of_the_same_model_and_task() -> None:
         record("c", metrics=score(15.0), limit=10),  # dense was not run with this limit
     )
     columns = [group for group, _ in table.columns]
-    assert columns == ["xsum [limit=10]", "xsum [limit=null]"]
+    assert columns == ["xsum [limit=10]", "xsum [limit=null]", ""]
     alone, compared = cell(table, "griffin 50%", 0), cell(table, "griffin 50%", 1)
     assert alone is not None
     assert alone.percent == ""
@@ -81,13 +82,19 @@ def test_the_best_method_of_a_sparsity_is_bold(name: str, kind: str, winner: str
     assert [cell.run_id for cell in cells if cell.best] == [winner]
 
 
-def test_what_is_equal_as_printed_is_equally_best() -> None:
+def test_of_what_is_equal_as_printed_none_is_best() -> None:
     table = made(
         record("a", metrics=score(15.001)),
         record("b", statistic="magnitude", metrics=score(15.002)),
     )
-    assert number(table, "griffin 50%").best
-    assert number(table, "magnitude 50%").best
+    assert not number(table, "griffin 50%").best
+    assert not number(table, "magnitude 50%").best
+
+
+def test_every_row_says_of_how_many_samples_it_is() -> None:
+    table = made(record("a"), record("b", task_name="cnn_dailymail", metrics=score(9.0) | {"samples": 7}))
+    assert table.columns[-1] == ("", "n")
+    assert number(table, "griffin 50%", -1).number == "4, 7"
 
 
 def test_what_was_not_run_is_missing_everywhere() -> None:
@@ -104,7 +111,7 @@ def test_what_was_not_run_is_missing_everywhere() -> None:
 def test_models_and_methods_down_tasks_across() -> None:
     table = made(record("a"), record("b", model_name="llama2_7b"), record("c", task_name="cnn_dailymail"))
     assert [names for names, _ in table.rows] == [("gemma_7b", "griffin 50%"), ("llama2_7b", "griffin 50%")]
-    assert [group for group, _ in table.columns] == ["cnn_dailymail", "xsum"]
+    assert [group for group, _ in table.columns] == ["cnn_dailymail", "xsum", ""]
 
 
 def test_perplexity_by_length_has_a_table_of_its_own() -> None:
@@ -116,8 +123,8 @@ def test_perplexity_by_length_has_a_table_of_its_own() -> None:
     whole, lengths = tables(frame([record("a", "perplexity", metrics=numbers)]))
     assert number(whole, "griffin 50%").number == "9.00"
     assert [(names, [one and one.number for one in cells]) for names, cells in lengths.rows] == [
-        (("gemma_7b", "griffin 50%", "64"), ["9.50"]),
-        (("gemma_7b", "griffin 50%", "128"), ["8.50"]),
+        (("gemma_7b", "griffin 50%", "64"), ["9.50", "4"]),
+        (("gemma_7b", "griffin 50%", "128"), ["8.50", "4"]),
     ]
 
 
@@ -129,9 +136,10 @@ def test_latency_shows_what_the_records_have() -> None:
         "decode speed-up (x) ↑",
         "memory-traffic limit (x)",
         "break-even (tokens) ↓",
+        "n",
     ]
     (quarter, half) = [cells for _, cells in table.rows]
-    assert [one and one.number for one in half] == ["1.50", "1.60", "3.0"]
+    assert [one and one.number for one in half] == ["1.50", "1.60", "3.0", "5"]
     assert quarter[2] is None
 
 
@@ -152,4 +160,4 @@ def test_verified_runs_have_a_table_of_their_drafts_and_others_have_none() -> No
     assert table.name == "verified"
     ((names, cells),) = table.rows
     assert names == ("gemma_7b, xsum", "griffin verified 50%")
-    assert [found.number for found in cells if found] == ["0.900", "3.25", "0.600", "1.67"]
+    assert [found.number for found in cells if found] == ["0.900", "3.25", "0.600", "1.67", "4"]
