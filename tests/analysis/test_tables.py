@@ -36,7 +36,7 @@ def test_numbers_and_errors_are_the_records_to_the_printed_digit() -> None:
     assert (found.number, found.error) == (f"{12.34567:.2f}", f"{0.98765:.2f}")
     assert found.run_id == "a"
     line, count = csv.DictReader(io.StringIO(comma_separated(table)))
-    assert (count["column"], float(count["value"])) == ("n", 4.0)
+    assert (count["metric"], float(count["value"])) == ("n", 4.0)
     assert (float(line["value"]), float(line["stderr"])) == (12.34567, 0.98765)
 
 
