@@ -123,5 +123,5 @@ def _figure(pairs: Sequence[Pair], density: dict[str, float], styles: Styles) ->
     axis.set_xlabel(metric("effective_density").axis)
     axis.set_ylabel(f"{pairs[0].row.label}, difference to dense (points),\nhigher is better")
     axis.margins(x=0.12)
-    add_legend(figure, axis)
+    add_legend(figure, axis, inside=False)  # points are anywhere
     return figure

@@ -87,10 +87,10 @@ class Styles:
         return "*" if family == "dense" else MARKERS[self._place[family] % len(MARKERS)]
 
 
-def add_legend(figure: Figure, axis: Axes) -> None:
-    """Add a legend: inside the axes if it is short, else below them, and make the figure higher for it."""
+def add_legend(figure: Figure, axis: Axes, *, inside: bool = True) -> None:
+    """Add a legend: inside the axes if it may be and is short, else below them, and make the figure higher for it."""
     handles, labels = axis.get_legend_handles_labels()
-    if len(labels) <= _INSIDE:
+    if inside and len(labels) <= _INSIDE:
         axis.legend()
         return
     figure.set_figheight(figure.get_figheight() + 0.22 * len(labels))
