@@ -30,6 +30,7 @@ class Report:
         frame: the records as a DataFrame.
         tables: the tables that have rows.
         groups: the figures; a group may be empty.
+        summary: what the runs show, in sentences.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Report:
     frame: pd.DataFrame
     tables: list[Table]
     groups: list[Group]
+    summary: list[str]
 
     @property
     def notes(self) -> list[str]:
@@ -111,4 +113,4 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
         flocking(runs, labels),
     ]
     shown = [*tables(table), *(one for one in compared if one.rows)]
-    return Report(source, runs, table, shown, numbered(groups))
+    return Report(source, runs, table, shown, numbered(groups), critical_sparsity.sentences(to_dense, table))

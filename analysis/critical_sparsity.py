@@ -70,6 +70,46 @@ def _largest(pairs: Sequence[Pair], margin: float, densities: dict[str, float]) 
     return Cell(sparsity, _SPARSITY, run_id, words=f"{sparsity:g}%{density}")
 
 
+def sentences(pairs: Sequence[Pair], runs: pd.DataFrame) -> list[str]:
+    """What the runs show, a sentence for each model and task: which methods stay within two points of dense, up to
+    which sparsity, and at which measured speed where that was measured; else which comes closest.
+
+    Args:
+        pairs: every run's difference to dense.
+        runs: the DataFrame that they come from.
+    """
+    speeds = select(runs, kind="latency", metric="decode_speedup")
+    speed = {(row.model, row.method): row.value for row in speeds.itertuples()}
+    members: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.difference is not None and not math.isnan(pair.row.sparsity):
+            members[pair.row.model, pair.row.task].append(pair)
+    found = []
+    for (model, task), mine in sorted(members.items()):
+        count = max(pair.difference.samples for pair in mine if pair.difference)
+        largest: dict[str, Pair] = {}
+        for pair in sorted(mine, key=lambda pair: pair.row.sparsity):
+            if pair.difference is not None and pair.difference.low >= -TWO_POINTS:
+                largest[pair.row.family] = pair
+        if largest:
+            parts = []
+            for family, pair in sorted(largest.items(), key=lambda item: (-item[1].row.sparsity, item[0])):
+                fast = speed.get((model, pair.row.method))
+                times = "" if fast is None else f", {fast:.2f} times as fast as dense"
+                parts.append(f"{family} up to {100 * pair.row.sparsity:g}%{times}")
+            words = f"within two points of dense stay {'; '.join(parts)}"
+        else:
+            nearest = max((pair for pair in mine if pair.difference), key=lambda pair: pair.difference.mean)
+            difference = nearest.difference
+            ends = "" if math.isnan(difference.low) else f" [{difference.low:.1f}, {difference.high:.1f}]"
+            words = (
+                "no method was shown to stay within two points of dense; the nearest is "
+                f"{nearest.row.method}, {difference.mean:+.1f}{ends}"
+            )
+        found.append(f"{task}, {model} ({mine[0].row.label}, n = {count}): {words}.")
+    return found
+
+
 def against_bytes(pairs: Sequence[Pair], runs: pd.DataFrame, styles: Styles) -> Group:
     """One figure per model and task: the difference to dense against the bytes of weights that a token reads."""
     densities = select(runs, metric="effective_density")[["run_id", "value"]]

@@ -86,6 +86,7 @@ def log_report(report: Report, out: Path, entity: str | None, project: str) -> N
 def _markdown(report: Report) -> str:
     """The text of report.md."""
     lines = ["# GRIFFIN: results", "", f"From `{report.source}`: {len(report.runs.records)} runs.", ""]
+    lines += [*(f"- {sentence}" for sentence in report.summary), ""] if report.summary else []
     if report.runs.problems:
         problems = (f"- `{one.run_id}`: {one.state}, {one.reason}" for one in report.runs.problems)
         lines += ["Left out:", "", *problems, ""]

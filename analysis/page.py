@@ -38,6 +38,7 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
         source=report.source,
         runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
         problems=report.runs.problems,
+        summary=report.summary,
         notes=report.notes,
         tables=report.tables,
         results=[group for group in report.groups if group.drawings and not group.shows_model],

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from lab import python
-from made import record
+from made import record, write_run
 
 from analysis.contents import make_report
 from analysis.critical_sparsity import critical_sparsities
 from analysis.frame import frame
 from analysis.leaderboard import leaderboard
+from analysis.output import write_report
 from analysis.paired import compare, differences, pairs
 from analysis.sources import read_runs
 from analysis.tables import Cell, Table
@@ -197,6 +198,34 @@ def test_the_report_has_both_tables_and_the_figure(tmp_path: Path) -> None:
     assert "dense" in lines
     texts = {text.get_text() for text in axis.texts}
     assert texts == {"25", "50", "75"}
+
+
+def test_the_report_begins_with_what_the_runs_show(tmp_path: Path) -> None:
+    root = write_all(tmp_path / "runs")
+    report = make_report(str(root))
+    sentence = "gsm8k, gemma_7b (exact match, n = 100): within two points of dense stay griffin up to 25%."
+    assert report.summary == [sentence]
+    write_report(report, tmp_path / "report")
+    assert sentence in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"- {sentence}" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_where_nothing_stays_near_dense_the_nearest_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "dense", RIGHT, sparsity=0)
+    write(tmp_path, "griffin-75", [0.0] * 30 + RIGHT[30:], sparsity=0.75)
+    write(tmp_path, "joint-75", [0.0] * 10 + RIGHT[10:], sparsity=0.75, statistic="joint")
+    (sentence,) = make_report(str(tmp_path)).summary
+    assert (
+        "no method was shown to stay within two points of dense; the nearest is joint 75%, -10.0 [" in sentence
+    )
+
+
+def test_a_measured_speed_is_told_beside_it(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "decode_fraction_of_limit": 0.93, "samples": 4}
+    write_run(tmp_path, record("latency", "latency", sparsity=0.25, metrics=fast))
+    (sentence,) = make_report(str(tmp_path)).summary
+    assert sentence.endswith("griffin up to 25%, 1.40 times as fast as dense.")
 
 
 def test_samples_are_needed(tmp_path: Path) -> None:
