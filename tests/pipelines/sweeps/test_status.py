@@ -145,4 +145,5 @@ def test_durations_are_rounded_as_estimates_deserve(seconds: float | None, words
 
 def test_states_are_json_for_other_tools(all_states: Path) -> None:
     state = json.loads((all_states / "xsum-tiny-griffin-75-3" / "state.json").read_text())
+    assert state.pop("started").endswith("Z")
     assert state == {"samples": 4, "failed": "out of memory", "beside": []}
