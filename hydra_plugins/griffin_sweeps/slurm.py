@@ -74,7 +74,12 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
             self.params["submitit_folder"],
             cluster="slurm",
             slurm_max_num_timeout=self.params["max_num_timeout"],
-            slurm_python=shlex.join([sys.executable, "-c", _HOLDING_BACK, _warning()]),
+            slurm_python=shlex.join(
+                [
+                    *("sh", "-c", _IGNORING, "sh", _warning().removeprefix("SIG")),
+                    *(sys.executable, "-c", _HOLDING_BACK, _warning()),
+                ]
+            ),
         )
         count = len(job_overrides)
         try:
@@ -99,9 +104,14 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
         return [_returned(job) for job in jobs]
 
 
+# A shell is there before Python is, which takes its time on a busy node; a warning that comes meanwhile is lost, and the
+# job is requeued without having been warned.
+_IGNORING = 'trap "" "$1"; shift; exec "$@"'
+
 # A signal that is blocked waits, also while the program is replaced by another.
 _HOLDING_BACK = (
-    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, sys.argv[1])}); "
+    "import os, signal, sys; warning = getattr(signal, sys.argv[1]); "
+    "signal.pthread_sigmask(signal.SIG_BLOCK, {warning}); signal.signal(warning, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
 
