@@ -104,8 +104,8 @@ class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
         return [_returned(job) for job in jobs]
 
 
-# A shell is there before Python is, which takes its time on a busy node; a warning that comes meanwhile is lost, and the
-# job is requeued without having been warned.
+# A shell is there before Python is, which takes its time on a busy node; a warning that comes meanwhile is lost, and
+# the job is requeued without having been warned.
 _IGNORING = 'trap "" "$1"; shift; exec "$@"'
 
 # A signal that is blocked waits, also while the program is replaced by another.
