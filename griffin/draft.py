@@ -91,7 +91,7 @@ class Draft:
         self._engine.draft(experts)
         learns = self._row.method.refresh != "none" and COMPENSATIONS[self._row.method.compensation] is not None
         self._fits: list[Fit | None] = [
-            corrections[-1].fit if corrections and learns else None for corrections in experts.corrections
+            corrections[0].fit if corrections and learns else None for corrections in experts.corrections
         ]
 
     @property

@@ -120,7 +120,7 @@ def learn(before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlo
     The sum is the ridge solution of all rows together, at the cost of the new ones (recursive least squares).
 
     Args:
-        before: the corrections so far; the last one has the fit.
+        before: the corrections so far. The first has the fit; the bases of the others are what it has learned since.
         rows_ND: the new rows; a zero row teaches nothing.
         block: the block.
         experts_K: its experts, as they were.
@@ -130,10 +130,12 @@ def learn(before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlo
     for correction in before:
         if (predicted_NH := correction.output(kept_NK)) is not None:
             error_NH = error_NH - predicted_NH
-    fit = before[-1].fit
-    assert fit is not None
-    basis_NK, weights_NH, learned = fit.step(kept_NK, error_NH)
-    return Correction(basis_NK, weights_NH, fit=learned)
+    fit = before[0].fit
+    assert isinstance(fit, RidgeFit)
+    learned = [correction.basis_TK for correction in before[1:] if correction.basis_TK is not None]
+    fit = replace(fit, learned_MK=torch.cat([fit.learned_MK, *learned])[-LEARNED:])
+    basis_NK, weights_NH, _ = fit.step(kept_NK, error_NH)
+    return Correction(basis_NK, weights_NH)
 
 
 @dataclass(frozen=True, eq=False)
