@@ -10,14 +10,30 @@ import pandas as pd
 from analysis import critical_sparsity, latency_figures, quality_figures
 from analysis.drawing import Group, Styles, numbered
 from analysis.flocking_figures import flocking
-from analysis.frame import frame, select
+from analysis.frame import QUALITY, frame, select
 from analysis.paired import differences, pairs
 from analysis.runs import Record, Runs
+from analysis.samples import Answers, answers
 from analysis.sources import read_runs
 from analysis.tables import Table, tables
 from pipelines.errors import UserError
 
 _NOISE = 1.05  # a decode speed-up this many times above its limit can only come from a disturbed measurement
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures and tables of one subject.
+
+    Attributes:
+        title: heading above them.
+        groups: the figures; a group may be empty.
+        tables: the tables that have rows.
+    """
+
+    title: str
+    groups: list[Group]
+    tables: list[Table]
 
 
 @dataclass(frozen=True)
@@ -28,17 +44,27 @@ class Report:
         source: where the runs were read from, as the user named it.
         runs: records and problems.
         frame: the records as a DataFrame.
-        tables: the tables that have rows.
-        groups: the figures; a group may be empty.
         summary: what the runs show, in sentences.
+        sections: figures and tables by their subjects.
+        answers: what the models wrote, by model and task; empty for runs of W&B.
     """
 
     source: str
     runs: Runs
     frame: pd.DataFrame
-    tables: list[Table]
-    groups: list[Group]
     summary: list[str]
+    sections: list[Section]
+    answers: list[Answers]
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables of all sections."""
+        return [table for section in self.sections for table in section.tables]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The figures of all sections."""
+        return [group for section in self.sections for group in section.groups]
 
     @property
     def notes(self) -> list[str]:
@@ -103,14 +129,26 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))
     compared = [critical_sparsity.critical_sparsities(to_dense, table), differences(to_dense, to_griffin)]
     labels = {row.run_id: (row.model, row.task) for row in table.itertuples()}
-    groups = [
-        quality_figures.against_sparsity(table, styles),
-        critical_sparsity.against_bytes(to_dense, table, styles),
-        quality_figures.against_speed(table, styles),
-        quality_figures.predicted_speed(table, styles),
-        latency_figures.bars(table, styles),
-        quality_figures.by_length(table, styles),
-        flocking(runs, labels),
+    made = {one.name: one for one in [*tables(table), *compared] if one.rows}
+    figures = numbered(
+        [
+            quality_figures.against_sparsity(table, styles),
+            quality_figures.against_speed(table, styles),
+            quality_figures.by_length(table, styles),
+            critical_sparsity.against_bytes(to_dense, table, styles),
+            quality_figures.predicted_speed(table, styles),
+            latency_figures.bars(table, styles),
+            flocking(runs, labels),
+        ]
+    )
+    parts = [
+        ("Quality", figures[:3], (*QUALITY, "perplexity_lengths")),
+        ("Differences to dense", figures[3:4], ("critical_sparsity", "differences")),
+        ("Verified decoding", figures[4:5], ("verified",)),
+        ("Latency", figures[5:6], ("latency",)),
+        ("Flocking", figures[6:], ("flocking", "flocking_generation")),
     ]
-    shown = [*tables(table), *(one for one in compared if one.rows)]
-    return Report(source, runs, table, shown, numbered(groups), critical_sparsity.sentences(to_dense, table))
+    sections = [
+        Section(title, groups, [made[name] for name in names if name in made]) for title, groups, names in parts
+    ]
+    return Report(source, runs, table, critical_sparsity.sentences(to_dense, table), sections, answers(runs, table))

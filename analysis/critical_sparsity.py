@@ -111,7 +111,7 @@ def sentences(pairs: Sequence[Pair], runs: pd.DataFrame) -> list[str]:
 
 
 def against_bytes(pairs: Sequence[Pair], runs: pd.DataFrame, styles: Styles) -> Group:
-    """One figure per model and task: the difference to dense against the bytes of weights that a token reads."""
+    """One figure per model and task with several densities: differences to dense against bytes per token."""
     densities = select(runs, metric="effective_density")[["run_id", "value"]]
     density = dict(zip(densities["run_id"], densities["value"], strict=True))
     members: dict[tuple[str, str], list[Pair]] = defaultdict(list)
@@ -121,17 +121,21 @@ def against_bytes(pairs: Sequence[Pair], runs: pd.DataFrame, styles: Styles) -> 
     drawings = [
         Drawing(
             file_name("bytes", model, task),
-            f"{task} against bytes, {model}",
-            f"What methods score more or less than dense {model} on {task}, sample by sample, bars: 95% intervals by "
-            "the paired bootstrap; numbers are sparsities in %. The dashed line is the dense model, the grey band two "
-            "points around it. What is marked as masked runs no faster: its bytes are what a kernel for it would read.",
+            f"{task}, {model}",
+            "",
             tuple(dict.fromkeys(run_id for pair in mine for run_id in (pair.other.run_id, pair.row.run_id))),
             functools.partial(_figure, mine, density, styles),
         )
         for (model, task), mine in sorted(members.items())
+        if len({density[pair.row.run_id] for pair in mine}) > 1
     ]
+    note = (
+        "What methods score more or less than dense, sample by sample, bars: 95% intervals by the paired bootstrap; "
+        "numbers are sparsities in %. The dashed line is the dense model, the grey band two points around it. What is "
+        "marked as masked runs no faster: its bytes are what a kernel for it would read."
+    )
     command = "python -m pipelines.run experiment=critical_sparsity limit=20 task.allow_code_execution=true"
-    return Group("Quality against bytes of weights per token", drawings, command)
+    return Group("Quality against bytes of weights per token", drawings, command, note)
 
 
 def _figure(pairs: Sequence[Pair], density: dict[str, float], styles: Styles) -> Figure:

@@ -25,7 +25,7 @@ class Drawing:
     Attributes:
         name: file name without suffix.
         title: heading above the figure.
-        caption: what the figure shows, in a sentence or two.
+        caption: what the group's note does not say of this figure; may be empty.
         run_ids: the runs whose numbers it shows.
         draw: draws it in the active theme.
     """
@@ -52,15 +52,15 @@ class Group:
         title: heading above the group.
         drawings: in order; empty if no run has data for them.
         command: a command whose runs give the data.
+        note: what all its figures show, and how they are read.
         hint: what the user must fill into the command.
-        shows_model: whether the figures show how the dense model behaves; else they show what methods achieve.
     """
 
     title: str
     drawings: list[Drawing]
     command: str
+    note: str = ""
     hint: str = ""
-    shows_model: bool = False
 
 
 class Styles:

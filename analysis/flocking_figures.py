@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from analysis.drawing import Drawing, Group, file_name
 from analysis.runs import Runs
+from analysis.samples import read_samples
 from pipelines.records import Sample, read_arrays
 from pipelines.tasks.flocking_figures import MEASURES, heatmap_figure, jaccard_figure, score_figure, shown_layers
 
@@ -35,7 +35,13 @@ def flocking(runs: Runs, labels: dict[str, tuple[str, str]]) -> Group:
     for record in runs.records:
         if record["config"]["task"]["kind"] == "flocking":
             drawings += _drawings(record, runs, labels[record["run_id"]])
-    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", shows_model=True)
+    note = (
+        "Jaccard similarities compare the top-k sets of a layer; bands: ± standard error. Permuted: the same tokens in "
+        "random order. Random: tokens drawn from the vocabulary. Scores are GRIFFIN's, of all neurons of a layer in "
+        "falling order. Heatmaps show the first tokens and neurons, every token's row divided by its norm: upright "
+        "lines are flocking, a neuron that is strong for token after token."
+    )
+    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", note)
 
 
 def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Iterator[Drawing]:
@@ -47,8 +53,7 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
             yield Drawing(
                 file_name("flocking", measure, model, task),
                 f"{words[0].upper()}{words[1:]}, {model}",
-                f"{_CAPTIONS[measure]}; {task}, bands: ± standard error. Permuted: the same tokens in random order. "
-                "Random: tokens drawn from the vocabulary.",
+                f"{_CAPTIONS[measure]}; {task}.",
                 (run_id,),
                 functools.partial(jaccard_figure, rows, measure, kept),
             )
@@ -59,7 +64,7 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
     yield Drawing(
         file_name("flocking_scores", model, task),
         f"Scores, {model}",
-        f"GRIFFIN's scores of all neurons of a layer in falling order, the mean of {len(samples)} texts of {task}.",
+        f"The mean of {len(samples)} texts of {task}.",
         (run_id,),
         functools.partial(score_figure, scores),
     )
@@ -71,8 +76,7 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
             yield Drawing(
                 file_name("flocking_heatmap", model, task, f"layer{layer:02d}", *(["sorted"] if ordered else [])),
                 f"Relative activations, {model}, layer {layer}{order}",
-                f"First tokens and neurons, every token's row divided by its norm; {task}. Upright lines are "
-                "flocking: a neuron that is strong for token after token.",
+                f"Texts of {task}.",
                 (run_id,),
                 functools.partial(heatmap_figure, samples, layer, ordered),
             )
@@ -92,12 +96,9 @@ def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
 
 def _samples(folder: Path | None) -> list[Sample]:
     """The samples that have arrays, sorted by index."""
-    if folder is None or not (folder / "samples.jsonl").is_file():
-        return []
-    samples = []
-    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n"):
-        sample = json.loads(line) if line else {}
-        arrays = read_arrays(folder / sample["arrays"]) if "arrays" in sample else None
+    found = []
+    for _, sample in sorted(read_samples(folder).items()):
+        arrays = read_arrays(folder / sample["arrays"]) if folder and "arrays" in sample else None
         if arrays is not None:
-            samples.append(sample | {"arrays": arrays})
-    return sorted(samples, key=lambda sample: sample["index"])
+            found.append(sample | {"arrays": arrays})
+    return found

@@ -10,9 +10,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 Flat = dict[str, Any]
+
+_DIGEST = "sha256:"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Labels:
 
 def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
     """The names of all runs that are shown together. No two runs share a model, a task and a method."""
-    settings = [record["evaluation"] for record in records]
+    settings = _with_file_names(records)
     models = _suffixed(
         [record["config"]["model"]["name"] for record in records],
         [{key: value for key, value in one.items() if key.startswith("model.")} for one in settings],
@@ -57,6 +60,28 @@ def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
             family += f" [run {record['run_id'][-10:]}]"
         found.append(Labels(model, task, family, family + sparsity))
     return found
+
+
+def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
+    """The evaluation entries, where files go by their names; those of one name have a part of their digests, too."""
+    settings = [dict(record["evaluation"]) for record in records]
+    names: dict[str, str] = {}
+    for record, one in zip(records, settings, strict=True):
+        for key, value in one.items():
+            if isinstance(value, str) and value.startswith(_DIGEST):
+                path: Any = record["config"]
+                for part in key.split("."):
+                    path = path.get(part) if isinstance(path, dict) else None
+                if isinstance(path, str):
+                    names[value] = min(PurePath(path).name, names.get(value, "\uffff"))
+    shared = Counter(names.values())
+    told = {
+        digest: name if shared[name] == 1 else f"{name} {digest[len(_DIGEST) :][:6]}" for digest, name in names.items()
+    }
+    return [
+        {key: told.get(value, value) if isinstance(value, str) else value for key, value in one.items()}
+        for one in settings
+    ]
 
 
 def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str]:
@@ -93,5 +118,5 @@ def _short(key: str) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
-        return value.removeprefix("sha256:")[:40]
+        return value.removeprefix(_DIGEST)[:40]
     return "null" if value is None else json.dumps(value)

@@ -17,25 +17,29 @@ _LABEL = 24  # characters per line of a method's label, so that the axes keep th
 
 
 def bars(runs: pd.DataFrame, styles: Styles) -> Group:
-    """One figure per model, latency task and pair of lengths, with a bar per method."""
+    """One figure per model, latency task and pair of lengths with several methods: a bar for each."""
     runs = select(runs, kind="latency")
     runs = runs[runs["metric"].isin(["decode_speedup", "decode_limit"]) & runs["prompt_length"].notna()]
     drawings = []
     for (model, task, prompt, generation), mine in runs.groupby(
         ["model", "task", "prompt_length", "generation_length"], sort=True
     ):
-        drawings.append(
-            Drawing(
-                file_name("latency", model, task, f"p{prompt:g}_g{generation:g}"),
-                f"Decode speed-up, {model}",
-                f"{task}: {prompt:g} prompt and {generation:g} generated tokens, medians. The upright mark at a "
-                "bar's end is the limit of memory traffic: bytes of weights read per token, dense over pruned.",
-                tuple(dict.fromkeys(mine["run_id"])),
-                functools.partial(_figure, mine, styles),
+        if mine["method"].nunique() > 1:
+            drawings.append(
+                Drawing(
+                    file_name("latency", model, task, f"p{prompt:g}_g{generation:g}"),
+                    f"{model}, {prompt:g} + {generation:g} tokens",
+                    f"{task}.",
+                    tuple(dict.fromkeys(mine["run_id"])),
+                    functools.partial(_figure, mine, styles),
+                )
             )
-        )
     command = "python -m pipelines.run task=latency 'grid.statistic=[griffin]' 'grid.sparsity=[0.25,0.5,0.75]'"
-    return Group("Decode speed and its limit", drawings, command)
+    note = (
+        "Medians, with prompt + generated tokens. The upright mark at a bar's end is the limit of memory traffic: "
+        "bytes of weights read per token, dense over pruned."
+    )
+    return Group("Decode speed and its limit", drawings, command, note)
 
 
 def _figure(runs: pd.DataFrame, styles: Styles) -> Figure:

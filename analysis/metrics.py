@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,12 +15,14 @@ class Metric:
         unit: empty for a plain ratio.
         better: 1 if higher is better, -1 if lower is better, 0 if neither is.
         digits: number of decimals, as in the summary that a run prints.
+        logarithmic: whether it is the exponential of a mean, so that its error is one of its logarithm.
     """
 
     label: str
     unit: str = ""
     better: int = 0
     digits: int = 4
+    logarithmic: bool = False
 
     @property
     def axis(self) -> str:
@@ -28,6 +31,13 @@ class Metric:
         name = f"{self.label} ({self.unit})" if self.unit else self.label
         end = ", " if len(name) < 22 else ",\n"
         return f"{name}{end}{direction}" if direction else name
+
+    def ends(self, value: float, stderr: float) -> tuple[float, float]:
+        """The value less and plus one standard error; of perplexity the ends are not equally far, and above zero."""
+        if self.logarithmic and value > 0:
+            factor = math.exp(stderr / value)
+            return value / factor, value * factor
+        return value - stderr, value + stderr
 
     def text(self, value: float) -> str:
         """The value, rounded to the digits of this metric."""
@@ -44,8 +54,9 @@ METRICS = {
     "f1": Metric("F1", "", 1),
     "em": Metric("exact match", "", 1),
     "exact_match": Metric("exact match", "", 1),
+    "exact_match_strict_match": Metric("exact match, strict", "", 1),
     "pass_at_1": Metric("pass@1", "", 1),
-    "perplexity": Metric("perplexity", "", -1, 2),
+    "perplexity": Metric("perplexity", "", -1, 2, logarithmic=True),
     "kl": Metric("KL(dense ‖ pruned)", "nats", -1),
     "top1_agreement": Metric("top-1 agreement", "", 1),
     "acceptance": Metric("acceptance of drafts, sampled", "", 1),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from analysis import render
 from analysis.contents import Report
-from analysis.page import page
+from analysis.page import answers_page, page
 from pipelines.errors import UserError
 from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
 from pipelines.tracking import Media, track
@@ -33,12 +33,13 @@ def write_report(report: Report, out: Path) -> Path:
     drawings = [drawing for group in report.groups for drawing in group.drawings]
     names = [f"tables/{table.name}.{suffix}" for table in report.tables for suffix in _TEXTS]
     names += [f"figures/{drawing.name}.{suffix}" for drawing in drawings for suffix in ("png", "pdf")]
+    names += [f"answers/{answers.name}.html" for answers in report.answers]
     try:
-        for folder in ("tables", "figures"):
+        for folder in ("tables", "figures", *(["answers"] if report.answers else [])):
             (out / folder).mkdir(parents=True, exist_ok=True)
         # Delete what an earlier report wrote here, but no file of the user's.
         for line in (out / _WRITTEN).read_text(encoding="utf-8").splitlines() if (out / _WRITTEN).is_file() else ():
-            if re.fullmatch(r"(tables|figures)/[^/]+", line):
+            if re.fullmatch(r"(tables|figures|answers)/[^/]+", line):
                 (out / line).unlink(missing_ok=True)
         (out / _WRITTEN).write_text("\n".join(names) + "\n", encoding="utf-8")
         report.frame.to_csv(out / "runs.csv", index=False)
@@ -46,6 +47,8 @@ def write_report(report: Report, out: Path) -> Path:
             for suffix, text in _TEXTS.items():
                 (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
         (out / "report.md").write_text(_markdown(report), encoding="utf-8")
+        for answers in report.answers:
+            (out / "answers" / f"{answers.name}.html").write_text(answers_page(answers), encoding="utf-8")
         pictures = {}
         for drawing in tqdm(drawings, unit="figure", desc="report", disable=not sys.stderr.isatty()):
             with drawn_in(LIGHT):
@@ -91,15 +94,20 @@ def _markdown(report: Report) -> str:
         problems = (f"- `{one.run_id}`: {one.state}, {one.reason}" for one in report.runs.problems)
         lines += ["Left out:", "", *problems, ""]
     lines += [line for note in report.notes for line in (f"Note: {note}.", "")]
-    for table in report.tables:
-        lines += [f"## {table.title}", "", table.note, "", render.markdown(table)]
-    lines += ["## Figures", ""]
-    for group in report.groups:
-        lines += [f"### {group.title}", ""]
-        if not group.drawings:
-            lines += [f"No data. This makes it{', ' + group.hint if group.hint else ''}: `{group.command}`", ""]
-        for drawing in group.drawings:
-            lines += [f"![{drawing.title}](figures/{drawing.name}.png)", "", f"{drawing.title}. {drawing.caption}", ""]
+    for section in report.sections:
+        lines += (
+            [f"## {section.title}", ""] if section.tables or any(group.drawings for group in section.groups) else []
+        )
+        for group in (group for group in section.groups if group.drawings):
+            lines += [f"### {group.title}", "", group.note, ""]
+            for drawing in group.drawings:
+                words = ". ".join(filter(None, (drawing.title, drawing.caption)))
+                lines += [f"![{drawing.title}](figures/{drawing.name}.png)", "", words, ""]
+        for table in section.tables:
+            lines += [f"### {table.title}", "", table.note, "", render.markdown(table)]
+    for group in (group for group in report.groups if not group.drawings):
+        lines += [f"{group.title}: too few runs; this makes more{', ' + group.hint if group.hint else ''}:", ""]
+        lines += [f"`{group.command}`", ""]
     lines += ["## Runs", ""]
     for record in sorted(report.runs.records, key=lambda record: record["run_id"]):
         environment = record["environment"]

@@ -1,4 +1,5 @@
-"""Writes the report as one HTML page that fetches nothing and runs no script. It suits any screen, light and dark."""
+"""Writes the report as HTML for any screen, light and dark: one page that fetches nothing and runs no script, and for
+each model and task a page of all answers, whose only script is its search."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import jinja2
 
 from analysis.contents import Report
 from analysis.drawing import file_name
+from analysis.samples import Answers
 
 _VERSIONS = (
     *("griffin-pruning", "git_commit", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform"),
@@ -24,6 +26,30 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
         report: what the page shows.
         pictures: name of a drawing -> its SVG in the light theme and in the dark theme.
     """
+    words = {row.run_id: row for row in report.frame.drop_duplicates("run_id").itertuples()}
+    runs = [_run(record, words.get(record["run_id"])) for record in report.runs.records]
+
+    return _template("report.html.j2").render(
+        source=report.source,
+        runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
+        problems=report.runs.problems,
+        summary=report.summary,
+        notes=report.notes,
+        sections=[section for section in report.sections if section.tables or any(g.drawings for g in section.groups)],
+        answers=report.answers,
+        empty=[group for group in report.groups if not group.drawings],
+        images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
+        anchor=file_name,
+        commands=lambda run_ids: _commands(report, run_ids),
+    )
+
+
+def answers_page(answers: Answers) -> str:
+    """The HTML of the page of all answers of a model and task."""
+    return _template("answers.html.j2").render(answers=answers)
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis", "templates"),
         autoescape=True,
@@ -31,23 +57,7 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    words = {row.run_id: row for row in report.frame.drop_duplicates("run_id").itertuples()}
-    runs = [_run(record, words.get(record["run_id"])) for record in report.runs.records]
-
-    return environment.get_template("report.html.j2").render(
-        source=report.source,
-        runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
-        problems=report.runs.problems,
-        summary=report.summary,
-        notes=report.notes,
-        tables=report.tables,
-        results=[group for group in report.groups if group.drawings and not group.shows_model],
-        about_model=[group for group in report.groups if group.drawings and group.shows_model],
-        empty=[group for group in report.groups if not group.drawings],
-        images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
-        anchor=file_name,
-        commands=lambda run_ids: _commands(report, run_ids),
-    )
+    return environment.get_template(name)
 
 
 def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ are not compared, and neither are runs that were evaluated differently (`analysi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from scipy import stats
 from analysis.frame import headlines
 from analysis.metrics import Metric
 from analysis.runs import Runs
+from analysis.samples import read_samples
 from analysis.tables import SAMPLES, Cell, Table, method_order
 
 CONFIDENCE = 0.95
@@ -159,17 +159,9 @@ LARGEST = {
 
 def _read(folder: Path | None, metric: str) -> tuple[dict[int, float], dict[int, float]]:
     """The scores of a run's samples, and the tokens of their answers, by index."""
-    scores: dict[int, float] = {}
-    lengths: dict[int, float] = {}
-    path = None if folder is None else folder / "samples.jsonl"
-    for line in path.read_text(encoding="utf-8").split("\n") if path is not None and path.is_file() else ():
-        sample = json.loads(line) if line else {}
-        values = sample | (sample.get("metrics") or {})
-        if metric in values:
-            scores[sample["index"]] = float(values[metric])
-            if "generated_tokens" in sample:
-                lengths[sample["index"]] = sample["generated_tokens"]
-    return scores, lengths
+    samples = {index: sample for index, sample in read_samples(folder).items() if metric in sample}
+    lengths = {i: sample["generated_tokens"] for i, sample in samples.items() if "generated_tokens" in sample}
+    return {index: float(sample[metric]) for index, sample in samples.items()}, lengths
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -216,7 +208,8 @@ def _points(run_id: str, difference: Difference | None) -> tuple[Cell | None, Ce
     if difference is None:
         return None, None
     interval = None if math.isnan(difference.low) else (difference.low, difference.high)
-    p = None
-    if difference.p is not None:
+    if difference.p is None:
+        p = Cell(math.nan, _P, run_id, words="\N{EN DASH}")
+    else:
         p = Cell(difference.p, _P, run_id, words="<0.001" if difference.p < 0.001 else "")
     return Cell(difference.mean, POINTS, run_id, interval=interval), p

@@ -18,18 +18,15 @@ _GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
 
 
 def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
-    """One figure per model and task: the first metric of the task against sparsity, with a line per method."""
-    drawings = []
+    """One figure per model and task with several pruned runs: the task's first metric against sparsity, a line for each
+    method."""
+    drawings, dense_line = [], False
     for (model, task), mine in headlines(runs):
         pruned = mine[(mine["family"] != "dense") & mine["sparsity"].notna()]
-        if pruned.empty:
+        if len(pruned) < 2:
             continue
-        shown = metric(mine["metric"].iloc[0])
-        name = shown.label[0].upper() + shown.label[1:]
-        caption = f"{name} of {model} on {task}, bars: ± standard error."
-        caption += "" if mine[mine["family"] == "dense"].empty else " The dashed line is the dense model."
-        if mine["sparsity"].isna().any():
-            caption += " Runs with one sparsity per layer are in the tables only."
+        dense_line = dense_line or "dense" in set(mine["family"])
+        caption = "Runs with one sparsity per layer are in the tables only." if mine["sparsity"].isna().any() else ""
         drawings.append(
             Drawing(
                 file_name("sparsity", model, task),
@@ -39,7 +36,8 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
                 functools.partial(_sparsity_figure, mine, styles),
             )
         )
-    return Group("Quality against sparsity", drawings, f"python -m pipelines.run task=fidelity {_GRID}")
+    note = "Bars: ± standard error." + (" The dashed line is the dense model." if dense_line else "")
+    return Group("Quality against sparsity", drawings, f"python -m pipelines.run task=fidelity {_GRID}", note)
 
 
 def predicted_speed(runs: pd.DataFrame, styles: Styles) -> Group:
@@ -51,16 +49,18 @@ def predicted_speed(runs: pd.DataFrame, styles: Styles) -> Group:
             drawings.append(
                 Drawing(
                     file_name("predicted_speed", model, task),
-                    f"Predicted exact speed-up against sparsity, {model}",
-                    f"Decode speed-up that checking the drafts of a pruned {model} brings on {task}, greedily and with "
-                    "the best fixed number of drafted tokens, by bytes of weights read. Above the dashed line "
-                    "verified decoding pays.",
+                    f"{task}, {model}",
+                    "",
                     _ids(mine),
                     functools.partial(_predicted_figure, mine, styles),
                 )
             )
     command = "python -m pipelines.run task=fidelity 'grid.sparsity=[0.25,0.5,0.75]'"
-    return Group("Predicted exact speed-up against sparsity", drawings, command)
+    note = (
+        "Decode speed-up that checking the drafts of a pruned model brings, greedily and with the best fixed number of "
+        "drafted tokens, by bytes of weights read. Above the dashed line verified decoding pays."
+    )
+    return Group("Predicted exact speed-up against sparsity", drawings, command, note)
 
 
 def by_length(runs: pd.DataFrame, styles: Styles) -> Group:
@@ -80,18 +80,18 @@ def by_length(runs: pd.DataFrame, styles: Styles) -> Group:
                 drawings.append(
                     Drawing(
                         file_name("perplexity_by", along, model, task),
-                        f"Perplexity by {name}, {model}",
-                        f"{model} on {task}, with {longest:g} {words} tokens throughout; bars: ± standard error.",
+                        f"{task} by {name}, {model}",
+                        f"{longest:g} {words} tokens throughout.",
                         _ids(rows),
                         functools.partial(_length_figure, rows, along, styles),
                     )
                 )
     command = "python -m pipelines.run experiment=paper_lengths limit=8"
-    return Group("Perplexity by prompt and generation length", drawings, command)
+    return Group("Perplexity by prompt and generation length", drawings, command, "Bars: ± standard error.")
 
 
 def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
-    """One figure per model, task and latency task: quality against decode speed, for methods with both."""
+    """One figure per model, task and latency task: quality against decode speed, where several methods have both."""
     speeds = select(runs, kind="latency", metric="decode_speedup")
     drawings = []
     for (model, task), mine in headlines(runs):
@@ -99,21 +99,21 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
             longest = speed[["prompt_length", "generation_length"]].max()
             speed = speed[(speed[["prompt_length", "generation_length"]] == longest).all(axis=1)]
             both = mine.merge(speed[["method", "value", "run_id"]], on="method", suffixes=("", "_speed"))
-            if both.empty:
+            if len(both) < 2:
                 continue
             prompt, generation = longest
             drawings.append(
                 Drawing(
                     file_name("pareto", model, task, str(timed)),
-                    f"{task} against speed, {model}",
-                    f"Decode speed-up of {timed} with {prompt:g} + {generation:g} tokens; numbers are sparsities "
-                    "in %. The grey line joins the methods that no other beats in both.",
+                    f"{task}, {model}",
+                    f"Speed-up of {timed}, {prompt:g} + {generation:g} tokens.",
                     (*_ids(mine[mine["family"] == "dense"]), *_ids(both), *dict.fromkeys(both["run_id_speed"])),
                     functools.partial(_pareto_figure, mine, both, styles),
                 )
             )
     command = f"python -m pipelines.run task=latency model=MODEL {_GRID.replace('[0,', '[')}"
-    return Group("Quality against decode speed", drawings, command, "with MODEL as in the quality runs")
+    note = "Numbers are sparsities in %. The grey line joins the methods that no other beats in both."
+    return Group("Quality against decode speed", drawings, command, note, "with MODEL as in the quality runs")
 
 
 def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
@@ -122,7 +122,7 @@ def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     for family, mine in runs[(runs["family"] != "dense") & runs["sparsity"].notna()].groupby("family", sort=True):
         line = _with_gaps(pd.concat([dense, mine]), runs, "sparsity")
         axis.errorbar(
-            *(100 * line["sparsity"], line["value"], line["stderr"]),
+            *(100 * line["sparsity"], line["value"], _bars(line)),
             color=styles.colour(str(family)),
             marker=styles.marker(str(family)),
             capsize=2,
@@ -160,7 +160,7 @@ def _length_figure(runs: pd.DataFrame, along: str, styles: Styles) -> Figure:
         family = mine["family"].iloc[0]
         mine = _with_gaps(mine, runs, along)
         axis.errorbar(
-            *(mine[along], mine["value"], mine["stderr"]),
+            *(mine[along], mine["value"], _bars(mine)),
             color=styles.colour(family),
             marker=styles.marker(family),
             linestyle="--" if family == "dense" else "-",
@@ -191,7 +191,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, styles: Styles) ->
         mine = mine.sort_values("sparsity")
         colour, marker = styles.colour(str(family)), styles.marker(str(family))
         axis.errorbar(
-            *(mine["value_speed"], mine["value"], mine["stderr"]),
+            *(mine["value_speed"], mine["value"], _bars(mine)),
             color=colour,
             marker=marker,
             linestyle=":",
@@ -230,6 +230,17 @@ def _scale(axis: Any, runs: pd.DataFrame) -> None:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_minor_formatter("")
+
+
+def _bars(runs: pd.DataFrame) -> list[list[float]]:
+    """How far the error bar of each row reaches down, and how far up; NaN in a gap."""
+    (name,) = runs["metric"].dropna().unique()
+    ends = [metric(name).ends(row.value, row.stderr) for row in runs.itertuples()]
+    values = list(runs["value"])
+    return [
+        [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        [high - value for value, (_, high) in zip(values, ends, strict=True)],
+    ]
 
 
 def _dense_line(axis: Any, dense: pd.DataFrame) -> None:

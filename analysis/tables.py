@@ -29,6 +29,8 @@ _LATENCY = (
 )
 
 
+_LOGARITHMIC = "[one standard error of its logarithm less and more]"
+
 SAMPLES = Metric("samples", "", 0, 0)
 
 
@@ -43,7 +45,7 @@ class Cell:
         stderr: its standard error; None if the record has none.
         change: (value - dense) / dense; None for dense itself, without a dense run, and if dense is 0.
         best: whether several methods were run at this sparsity, and none has a better printed number.
-        interval: the ends of its 95% interval; None if there is none.
+        interval: the ends of its interval, as the table's note says; None if there is none.
         words: what is shown instead of the number; empty: the number.
     """
 
@@ -68,8 +70,8 @@ class Cell:
 
     @property
     def error(self) -> str:
-        """The standard error as printed; empty if there is none."""
-        return "" if self.stderr is None else self.metric.text(self.stderr)
+        """The standard error as printed; empty if there is none, if it is zero, and beside an interval."""
+        return "" if not self.stderr or self.interval is not None else self.metric.text(self.stderr)
 
     @property
     def percent(self) -> str:
@@ -141,9 +143,10 @@ def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
     """A row per model and method, a column per task and metric."""
     runs = runs[runs["stderr"].notna() & runs["prompt_length"].isna()]
     columns = sorted({(row.task, row.metric) for row in runs.itertuples()}, key=lambda pair: (pair[0], order(pair[1])))
+    error = f"{_LOGARITHMIC}," if kind == "perplexity" else "± standard error over samples,"
     note = (
-        "Value ± standard error over samples, and the change relative to the dense model. Bold: the best method at a "
-        "sparsity, where several were run and one is best. n: samples."
+        f"Value {error} and the change relative to the dense model. Bold: the best method at a sparsity, where several "
+        "were run and one is best. n: samples."
     )
     table = Table(kind, title, note, ("model", "method"), [(task, _heading(metric(name))) for task, name in columns])
     found = {(row.model, row.method, row.task, row.metric): row for row in runs.itertuples()}
@@ -167,7 +170,7 @@ def _perplexity_by_length(runs: pd.DataFrame) -> Table:
     runs = select(runs, kind="perplexity", metric="perplexity")
     runs = runs[runs["prompt_length"].notna()]
     columns = sorted({(row.task, row.generation_length) for row in runs.itertuples()})
-    note = "Perplexity ± standard error of the tokens that follow a prompt, and the change relative to dense."
+    note = f"Perplexity of the tokens that follow a prompt, {_LOGARITHMIC}, and the change relative to dense."
     labels = [(task, f"{length:g} generated tokens") for task, length in columns]
     table = Table("perplexity_lengths", "Perplexity by length", note, ("model", "method", "prompt tokens"), labels)
     found = {
@@ -266,9 +269,9 @@ def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = No
         numbers = [shown.better * float(text) for text in rivals]
         mine = shown.better * float(shown.text(row.value))
         best = mine == max(numbers) and numbers.count(mine) == 1
-    return Cell(
-        row.value, shown, row.run_id, None if pd.isna(row.stderr) or row.samples == 1 else row.stderr, change, best
-    )
+    stderr = None if pd.isna(row.stderr) or row.samples == 1 else row.stderr
+    interval = shown.ends(row.value, stderr) if stderr and shown.logarithmic else None
+    return Cell(row.value, shown, row.run_id, stderr, change, best, interval)
 
 
 def _heading(shown: Metric) -> str:

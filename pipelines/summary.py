@@ -31,7 +31,8 @@ def summary_table(rows: Sequence[tuple[str, Record]]) -> str | None:
     measures = [name.removesuffix("_stderr") for name in errors if not name.startswith("perplexity_p")]
     measures = [name for name in measures if name not in _DRAFTING]
     drafting = {name: text for name, text in _DRAFTING.items() if any(name in record["metrics"] for _, record in rows)}
-    headers = ["model", "task", "method", *measures, *drafting.values(), "samples", "skipped", "s/sample", "tokens/s"]
+    headers = ["model", "task", "method", *(name.replace("_", " ") for name in measures)]
+    headers += [*drafting.values(), "samples", "skipped", "s/sample", "tokens/s"]
     lines = []
     for method, record in rows:
         metrics = record["metrics"]

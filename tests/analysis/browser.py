@@ -40,6 +40,7 @@ class Seen:
         images: size and place of every image.
         page_width: how wide the page's content is; more than the window's width is a page that scrolls sideways.
         colour: of the page's background.
+        result: what the script given to `open` returned.
     """
 
     messages: list[str] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Seen:
     images: list[dict[str, Any]] = field(default_factory=list)
     page_width: float = 0
     colour: str = ""
+    result: Any = None
 
 
 class Browser:
@@ -84,8 +86,10 @@ class Browser:
         os.close(self._write)
         self._incoming.close()
 
-    def open(self, path: Path, width: int, dark: bool = False, screenshot: Path | None = None) -> Seen:
-        """Open a file in a window of this width, wait for its images, and look."""
+    def open(
+        self, path: Path, width: int, dark: bool = False, screenshot: Path | None = None, script: str = ""
+    ) -> Seen:
+        """Open a file in a window of this width, wait for its images, run a script if there is one, and look."""
         self._events = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -99,6 +103,7 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(self._receive())
         seen = Seen(images=self._value(session, _IMAGES))
+        seen.result = self._value(session, script) if script else None
         seen.page_width = self._value(session, "document.documentElement.scrollWidth")
         seen.colour = self._value(session, "getComputedStyle(document.body).backgroundColor")
         if screenshot is not None:

@@ -26,8 +26,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         f"task=fidelity limit=3 task.max_new_tokens=4 grid.sparsity=[0,0.5] {shared} wandb.mode=offline",
         f"task=perplexity limit=3 task.data_files={text} task.prompt_lengths=[16,32] task.generation_lengths=[8,16] "
         f"grid.sparsity=[0,0.5] {shared}",
-        "task=latency task.repeats=2 task.prompt_lengths=[8] task.generation_lengths=[4] sparsity=0.5 "
-        f"wandb.project=speed {shared}",
+        "task=latency task.repeats=2 task.prompt_lengths=[8] task.generation_lengths=[4] "
+        f"sparsity=0.5 grid.statistic=[griffin,magnitude] wandb.project=speed {shared}",
         f"task=flocking limit=3 task.sequence_length=64 task.max_new_tokens=4 {shared}",
     ]
     (root / "calls").write_text("\n".join(calls), encoding="utf-8")

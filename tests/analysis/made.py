@@ -140,12 +140,13 @@ def every_kind() -> list[Record]:
             | {"perplexity_p64_g32": 9.5, "perplexity_p64_g32_stderr": 0.5, "perplexity_p128_g32": 8.5}
             | {"perplexity_p128_g32_stderr": 0.5},
         )
-        for sparsity in (0, 0.5)
+        for sparsity in (0, 0.25, 0.5)
     ]
     flocking = {f"{measure}_{text}": 0.5 for measure in MEASURES for text in TEXTS}
     flocking |= {f"{name}_stderr": 0.1 for name in flocking}
     return [
         *few(),
+        record("latency-magnitude-50", "latency", statistic="magnitude", metrics=few()[-1]["metrics"]),
         *perplexity,
         record("piqa-dense", "classification", sparsity=0, metrics=score(0.5, 0.1, "acc")),
         record("fidelity-dense", "fidelity", sparsity=0, metrics=score(0.0, 0.0, "kl")),

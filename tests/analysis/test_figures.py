@@ -61,10 +61,40 @@ def test_a_missing_point_is_a_gap() -> None:
 
 
 def test_protocols_and_limits_have_figures_of_their_own() -> None:
-    records = [*sweep(griffin={0: 20.0, 0.5: 15.0}), record("other", metrics=score(3.0), limit=10)]
+    records = [
+        *sweep(griffin={0: 20.0, 0.25: 17.0, 0.5: 15.0}),
+        *(record(f"other-{sparsity}", sparsity=sparsity, metrics=score(3.0), limit=10) for sparsity in (0.25, 0.5)),
+    ]
     runs = frame(records)
     group = quality_figures.against_sparsity(runs, Styles(runs["family"]))
-    assert sorted(len(drawing.run_ids) for drawing in group.drawings) == [1, 2]
+    assert sorted(len(drawing.run_ids) for drawing in group.drawings) == [2, 3]
+
+
+def test_a_single_point_is_left_to_the_tables() -> None:
+    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
+    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}), record("fast", "latency", metrics=fast)])
+    styles = Styles(runs["family"])
+    for draw in (quality_figures.against_sparsity, quality_figures.against_speed, latency_figures.bars):
+        assert draw(runs, styles).drawings == []
+
+
+def test_the_dashed_line_is_explained_where_there_is_one() -> None:
+    for first, explained in ((0, True), (0.25, False)):
+        runs = frame(sweep(griffin={first: 20.0, 0.5: 15.0, 0.75: 12.0}))
+        group = quality_figures.against_sparsity(runs, Styles(runs["family"]))
+        assert ("dashed" in group.note) is explained
+        assert ("dense" in drawn(only(group))) is explained
+
+
+def test_error_bars_of_perplexity_stay_above_zero() -> None:
+    metrics = {"perplexity": 10.0, "perplexity_stderr": 12.0, "samples": 2}
+    runs = frame([record(f"p-{sparsity}", "perplexity", sparsity, metrics=metrics) for sparsity in (0.25, 0.5)])
+    with drawn_in(LIGHT):
+        axis = only(quality_figures.against_sparsity(runs, Styles(runs["family"]))).draw().axes[0]
+    (bars,) = axis.containers[0].lines[2]
+    low, high = bars.get_segments()[0][:, 1]
+    assert low == pytest.approx(10 / math.exp(1.2))
+    assert high == pytest.approx(10 * math.exp(1.2))
 
 
 def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
@@ -72,13 +102,15 @@ def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
     records = [
         *sweep(griffin={0: 20.0, 0.5: 15.0}, wanda={0.5: 12.0}),
         record("fast", "latency", metrics=fast),
+        record("faster", "latency", metrics=fast | {"decode_speedup": 1.5}, statistic="wanda"),
         record("another", "latency", metrics=fast, statistic="wanda", model_name="llama2_7b"),
     ]
     runs = frame(records)
     drawing = only(quality_figures.against_speed(runs, Styles(runs["family"])))
-    assert set(drawing.run_ids) == {"griffin-0", "griffin-0.5", "fast"}
+    assert set(drawing.run_ids) == {"griffin-0", "griffin-0.5", "fast", "wanda-0.5", "faster"}
     lines = drawn(drawing)
     assert lines["griffin"][:2] == ([1.4], [15.0])
+    assert lines["wanda"][:2] == ([1.5], [12.0])
     assert lines["dense"][:2] == ([1.0], [20.0])
 
 
@@ -108,7 +140,8 @@ def test_predicted_speed_has_a_line_a_method_and_one_at_dense() -> None:
 
 def test_one_method_has_one_colour_in_all_figures() -> None:
     fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
-    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), record("fast", "latency", metrics=fast)])
+    timed = [record(f"fast-{name}", "latency", metrics=fast, statistic=name) for name in ("griffin", "random")]
+    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), *timed])
     styles = Styles(runs["family"])
     sparsity = drawn(only(quality_figures.against_sparsity(runs, styles)))
     speed = drawn(only(quality_figures.against_speed(runs, styles)))
@@ -116,7 +149,7 @@ def test_one_method_has_one_colour_in_all_figures() -> None:
     assert sparsity["dense"][2] == speed["dense"][2] == NEUTRAL
     with drawn_in(LIGHT):
         figure = only(latency_figures.bars(runs, styles)).draw()
-    (bar,) = figure.axes[0].patches
+    bar, _ = figure.axes[0].patches
     assert bar.get_width() == 1.4
     assert tuple(round(255 * part) for part in bar.get_facecolor()[:3]) == tuple(
         int(styles.colour("griffin")[place : place + 2], 16) for place in (1, 3, 5)
@@ -130,7 +163,7 @@ def test_flocking_runs_from_wandb_have_curves_but_no_heatmaps() -> None:
 
 
 def test_axes_name_their_units() -> None:
-    runs = frame(sweep(griffin={0: 20.0, 0.5: 15.0}))
+    runs = frame(sweep(griffin={0.25: 20.0, 0.5: 15.0}))
     with drawn_in(LIGHT):
         axis = only(quality_figures.against_sparsity(runs, Styles(runs["family"]))).draw().axes[0]
     assert axis.get_xlabel() == "FF sparsity (%)"

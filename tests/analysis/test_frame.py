@@ -77,6 +77,22 @@ def test_data_counts_by_its_content() -> None:
     assert frame([on("a", "x", "sha256:1"), on("b", "x", "sha256:2")])["task"].nunique() == 2
 
 
+def test_data_is_told_by_the_names_of_its_files() -> None:
+    def tasks(*files: tuple[str, str]) -> set[str]:
+        records = [
+            record(f"r{number}", task_data_files=path, environment_data={"data_files": content})
+            for number, (path, content) in enumerate(files)
+        ]
+        return set(frame(records)["task"])
+
+    assert tasks(("x/a.jsonl", "sha256:11"), ("y/b.jsonl", "sha256:22")) == {
+        "xsum [data_files=a.jsonl]",
+        "xsum [data_files=b.jsonl]",
+    }
+    same = tasks(("x/a.jsonl", "sha256:1111111"), ("y/a.jsonl", "sha256:2222222"))
+    assert same == {"xsum [data_files=a.jsonl 111111]", "xsum [data_files=a.jsonl 222222]"}
+
+
 def test_where_files_go_and_who_tracks_them_tells_nothing_apart() -> None:
     table = frame([record("a"), record("b", sparsity=0, output_dir="elsewhere", tags=["x"], wandb={"mode": "online"})])
     assert table["task"].nunique() == table["model"].nunique() == 1

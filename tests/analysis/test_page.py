@@ -25,7 +25,7 @@ def test_the_page_opens_offline_and_shows_its_figures(width: int, dark: bool, br
     assert seen.messages == []
     assert [address for address in seen.requests if not address.startswith("data:")] == [page.resolve().as_uri()]
     assert seen.page_width == width  # wide tables scroll in their own frames
-    assert len(seen.images) == 12
+    assert len(seen.images) == 11
     for image in seen.images:
         assert image["shown"]
         assert image["natural"] > 0

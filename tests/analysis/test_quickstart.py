@@ -23,7 +23,7 @@ def test_the_quickstart_writes_a_report_and_says_where(tmp_path: Path) -> None:
     ]
     ended = python(tmp_path, "-m", "pipelines.run", "experiment=quickstart", *smaller)
     assert ended.returncode == 0, ended.stderr
-    assert f"Report: {out}/report/index.html (4 runs, 5 tables, 8 figures)" in ended.stdout.splitlines()
+    assert f"Report: {out}/report/index.html (4 runs, 5 tables, 7 figures)" in ended.stdout.splitlines()
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("python -m pipelines.run task=briefs experiment=quickstart") >= 3
     assert page.count("python -m pipelines.run task=flocking experiment=quickstart") >= 1

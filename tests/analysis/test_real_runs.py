@@ -16,10 +16,13 @@ import pytest
 from lab import REPOSITORY, Lab
 from loopback import KEY, LoopbackWandb, StoredRun
 from nbclient import NotebookClient
+from omegaconf import OmegaConf
 
 from analysis.contents import make_report
 from analysis.frame import frame
 from analysis.run_folders import read_run_folders
+from pipelines.config import ModelConfig
+from pipelines.models import load
 
 # In a process of its own: the client keeps the server's address for as long as a process lives.
 _READ = """
@@ -30,7 +33,7 @@ records = [record for runs in found for record in runs.records]
 problems = [vars(problem) for runs in found for problem in runs.problems]
 print(json.dumps([records, problems, {run: rows for runs in found for run, rows in runs.layers.items()}]))
 """
-RUNS = 9
+RUNS = 10
 
 
 def test_every_table_and_figure_has_its_runs(lab: Lab) -> None:
@@ -38,10 +41,15 @@ def test_every_table_and_figure_has_its_runs(lab: Lab) -> None:
     assert report.runs.problems == []
     assert len(report.runs.records) == RUNS
     assert [table.name for table in report.tables] == [
-        *("generation", "perplexity", "fidelity", "perplexity_lengths", "verified", "latency"),
-        *("flocking", "flocking_generation", "critical_sparsity", "differences"),
+        *("generation", "perplexity", "fidelity", "perplexity_lengths", "critical_sparsity", "differences"),
+        *("verified", "latency", "flocking", "flocking_generation"),
     ]
-    assert [len(group.drawings) for group in report.groups] == [3, 1, 3, 0, 1, 2, 6]
+    # Where one pruned run is all there is, the tables show it.
+    assert [len(group.drawings) for group in report.groups] == [1, 1, 2, 0, 0, 1, 6]
+    (answers,) = report.answers
+    assert [[answer.method for answer in one.answers] for one in answers.samples] == [
+        ["dense", "griffin 50%", "magnitude 50%"]
+    ] * 3
 
 
 def test_records_are_read_as_they_are_and_old_ones_as_today_they_would_be_written(lab: Lab, tmp_path: Path) -> None:
@@ -94,20 +102,20 @@ def test_a_report_is_logged_as_a_run_and_is_no_result_afterwards(lab: Lab) -> No
     before = {*lab.server.runs}
     ended = lab.python("-m", "analysis.report", f"runs={source}", f"out={out}", "log=wandb")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == f"Report: {out}/index.html (1 runs, 1 tables, 1 figures)"
+    assert ended.stdout.splitlines()[-1] == f"Report: {out}/index.html (2 runs, 1 tables, 1 figures)"
     (name,) = {*lab.server.runs} - before
     run = lab.server.runs[name]
     assert (run.state, run.job_type, run.project) == ("finished", "report", "speed")
     (figure,) = (out / "figures").glob("*.png")
     assert run.summary[f"{figure.stem}_image"]["_type"] == "image-file"
     assert run.summary["latency_table"]["_type"] == "table-file"
-    (latency,) = lab.out.glob("latency-*")
+    latency = [*lab.out.glob("latency-*")]
     place = run.summary["runs_table"]["path"]
     rows = json.loads(lab.server.files[f"/storage/{name}/{place}"])
-    assert len(rows["data"]) == len(frame(read_run_folders([latency]).records))
+    assert len(rows["data"]) == len(frame(read_run_folders(latency).records))
     again = lab.python("-c", _READ, source)
     records, problems, _ = json.loads(again.stdout)
-    assert (len(records), problems) == (1, [])
+    assert (len(records), problems) == (2, [])
 
 
 def test_old_unfinished_and_foreign_runs_in_wandb(lab: Lab) -> None:
@@ -157,28 +165,52 @@ def test_notebooks_are_thin_and_hold_no_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert sum(len(cell.source.splitlines()) for cell in code) < 50
+    assert sum(len(cell.source.splitlines()) for cell in code) < 70
 
 
-def executed(name: str, source: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """How many figures a notebook shows, and its tables, on another source: the one cell that a user changes."""
+def executed(name: str, change: tuple[str, str], lab: Lab, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """How many figures a notebook shows, and its text, with another value of the variable that a user sets."""
     for variable, value in lab.variables.items():
         monkeypatch.setenv(variable, value)
     notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
-    (cell,) = [cell for cell in notebook.cells if "SOURCE = " in cell.source]
-    cell.source = f"SOURCE = {source!r}"
+    variable, value = change
+    (cell,) = [cell for cell in notebook.cells if f"{variable} = " in cell.source]
+    cell.source = f"{variable} = {value!r}"
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(lab.root)}}).execute()
-    shown: list[Any] = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    return sum("image/png" in data for data in shown), "".join(data.get("text/markdown", "") for data in shown)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown: list[Any] = [output.get("data", {}) for output in outputs]
+    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    return (
+        sum("image/png" in data for data in shown),
+        text + "".join(data.get("text/markdown", "") + data.get("text/plain", "") for data in shown),
+    )
 
 
-def test_notebooks_run_on_wandb_and_on_run_folders(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures, tables = executed("results", lab.project, lab, monkeypatch)
-    assert figures == 5
-    assert "griffin 50%" in tables
-    figures, tables = executed("flocking", str(lab.out), lab, monkeypatch)
-    assert figures == 6
-    assert "Jaccard" in tables
+def test_the_notebook_of_results_runs_on_run_folders(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, text = executed("results", ("SOURCE", str(lab.out)), lab, monkeypatch)
+    assert figures == 1
+    assert "briefs, random_tiny: griffin 50% less dense" in text
+    assert text.count("### Sample") == 3
+    assert text.count("--- griffin 50%: rouge1") == 3
+
+
+def test_the_notebook_of_results_runs_on_wandb(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, text = executed("results", ("SOURCE", lab.project), lab, monkeypatch)
+    assert figures == 0
+    assert "griffin 50%" in text
+    assert "no answers here" in text
+
+
+def test_the_notebook_of_flocking_looks_into_any_model(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = OmegaConf.load(REPOSITORY / "conf" / "model" / "random_tiny.yaml").architecture
+    loaded = load(ModelConfig("tiny", "random", dtype="float32", architecture=dict(shape)), "cpu", 0)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    figures, text = executed("flocking", ("MODEL", str(tmp_path)), lab, monkeypatch)
+    assert figures == 2
+    assert text.startswith("3 layers, ")
 
 
 # Last: by now all that talks to the server has done so.

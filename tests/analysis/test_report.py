@@ -43,7 +43,7 @@ def change(folder: Path, part: str, **values: Any) -> None:
 def test_a_report_is_a_page_texts_tables_and_figures(report: Path) -> None:
     names = {path.name for path in report.iterdir()}
     assert names == {".written", "index.html", "report.md", "runs.csv", "tables", "figures"}
-    for folder, suffixes, files in (("tables", {".md", ".tex", ".csv"}, 10), ("figures", {".png", ".pdf"}, 12)):
+    for folder, suffixes, files in (("tables", {".md", ".tex", ".csv"}, 10), ("figures", {".png", ".pdf"}, 11)):
         found: dict[str, set[str]] = {}
         for path in (report / folder).iterdir():
             found.setdefault(path.stem, set()).add(path.suffix)
@@ -81,7 +81,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(report: Path) -> None:
     assert [source[:60] for source in sources if not source.startswith(("data:", "#"))] == []
     assert "<script" not in page
     assert "url(" not in page.split("<body>")[0]
-    assert page.count("data:image/svg+xml") == 2 * 12
+    assert page.count("data:image/svg+xml") == 2 * 11
 
 
 def test_a_wrong_and_a_missing_record_are_told_and_shown_nowhere(runs: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_second_report_in_the_same_folder_is_the_same_or_replaces_the_first(ru
     page = written(runs, out)
     assert [*out.glob("tables/latency*"), *out.glob("figures/latency*")] == []
     assert (out / "figures" / "own.png").exists(), "a file of the user's"
-    assert page.count("no data; this makes it") == 6
+    assert page.count("too few runs; this makes more") == 6
     assert "python -m pipelines.run task=flocking" in page
 
 

@@ -30,6 +30,19 @@ def number(table: Table, method: str, column: int = 0) -> Cell:
     return found
 
 
+def test_perplexity_has_an_interval_above_zero() -> None:
+    table = made(record("a", "perplexity", metrics=score(10.0, 12.0, "perplexity")))
+    found = number(table, "griffin 50%")
+    assert (found.error, found.ends) == ("", "[3.01, 33.20]")  # 10 / e^1.2 and 10 e^1.2
+    assert "| 10.00 [3.01, 33.20] |" in markdown(table)
+    line, _ = csv.DictReader(io.StringIO(comma_separated(table)))
+    assert float(line["stderr"]) == 12.0
+
+
+def test_an_error_of_zero_is_not_printed() -> None:
+    assert "±" not in "".join(line for line in markdown(made(record("a", metrics=score(12.0, 0.0)))).splitlines())
+
+
 def test_numbers_and_errors_are_the_records_to_the_printed_digit() -> None:
     table = made(record("a", metrics=score(12.34567, 0.98765)))
     found = number(table, "griffin 50%")
