@@ -11,6 +11,7 @@ and `score` continue any number of such rows together.
 
 from griffin.activations import Recorded, record_activations, relative_activations
 from griffin.compensation import COMPENSATIONS, Compensation
+from griffin.compiling import compiled_call
 from griffin.correction import Correction
 from griffin.decoding import decode, score
 from griffin.draft_vocabulary import DRAFT_VOCABULARIES
@@ -64,6 +65,7 @@ __all__ = [
     "aggregate",
     "begin",
     "choose",
+    "compiled_call",
     "decode",
     "find_feedforward_blocks",
     "greedy",

@@ -26,6 +26,9 @@ from griffin.rows import Generation, Row
 from griffin.statistics import RELATIVE
 from griffin.verification import decode_verified
 
+# Steps that a compiled engine runs before the host reads their tokens; what comes behind a text's end is discarded.
+READ_EVERY = 8
+
 
 class Batch:
     """Rows that run together. They may come and go; where the engine is compiled, they all come first and stay.
@@ -45,6 +48,8 @@ class Batch:
         self._columns = longest + (2 * room if waiting else room)
         self._cache = engine.decoding_cache(rows, self._columns)
         self._begins: list[int] = []  # the first column of each row
+        self._begins_B1 = torch.empty(0, 1, dtype=torch.int64, device=engine.device)
+        self._whole_mask_BP: Tensor | None = None
         self._end = 0
         self._changed = True
 
@@ -128,18 +133,21 @@ class Batch:
         )
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
-        whole = self._cache.whole
-        begin = 0 if whole else min(self._begins)
+        device, columns = ids_BT.device, ids_BT.shape[1]
+        begin = 0 if self._cache.whole else min(self._begins)
+        # One graph serves a batch of prompts of any lengths, so it always has a mask.
+        padded = any(other != begin for other in self._begins) or (self._cache.whole and len(self.rows) > 1)
         if self._changed:
-            self._cache.show(len(self.rows), begin, self._end)
             self._changed = False
-        begins_B1 = torch.tensor(self._begins, device=ids_BT.device).unsqueeze(1)
-        mask_BP = None
-        if any(other != begin for other in self._begins):
-            last = self._cache.columns if whole else self._end + ids_BT.shape[1]
-            mask_BP = (torch.arange(begin, last, device=ids_BT.device) >= begins_B1).long()
-        steps = range(self._end, self._end + ids_BT.shape[1])
-        positions_BT = torch.tensor([steps], device=ids_BT.device) - begins_B1
+            self._cache.show(len(self.rows), begin, self._end)
+            self._begins_B1 = torch.tensor(self._begins).unsqueeze(1).to(device)
+            self._whole_mask_BP = None
+            if padded and self._cache.whole:
+                self._whole_mask_BP = (torch.arange(self._cache.columns, device=device) >= self._begins_B1).long()
+        mask_BP = self._whole_mask_BP
+        if padded and mask_BP is None:
+            mask_BP = (torch.arange(begin, self._end + columns, device=device) >= self._begins_B1).long()
+        positions_BT = torch.arange(self._end, self._end + columns, device=device) - self._begins_B1
         return self._engine.forward(ids_BT, self._cache, mask_BP=mask_BP, positions_BS=positions_BT)
 
     def _read_again(self, row: Row, place: int) -> tuple[Tensor, Recorded]:
@@ -229,22 +237,27 @@ def decode(
         raise ValueError(f"{count} rows, {most} at a time, of a compiled engine: its rows all come first and stay")
     coming = iter(rows)
     batch = Batch(engine, min(most, count), longest, room or generation.limit, waiting=count > most > 1)
+    every = 1 if engine.compiled is None else READ_EVERY
+    ahead: list[Tensor] = []  # the newest token of each row [B], of steps that the host has not read
     ended: set[Row] = set()  # rows of a compiled batch whose tokens are discarded
 
-    def grow(rows: Sequence[Row], logits_BV: Tensor, began: float) -> Iterator[Row]:
-        tokens = generation.pick(rows, logits_BV.float()).tolist()  # here the host waits for the device
+    def read(rows: Sequence[Row], began: float) -> Iterator[Row]:
+        steps = on_host(ahead)
+        ahead.clear()
         seconds = (time.perf_counter() - began) / len(rows)
-        for row, token in zip(rows, tokens, strict=True):
+        for row, tokens in zip(rows, zip(*steps, strict=True), strict=True):
             if row in ended:
                 continue
             row.seconds += seconds
-            row.tokens.append(token)
-            if generation.ended(row) or len(row.tokens) == generation.limit:
-                if engine.compiled is None:
-                    batch.remove(row)
-                else:
-                    ended.add(row)
-                yield row
+            for token in tokens:
+                row.tokens.append(token)
+                if generation.ended(row) or len(row.tokens) == generation.limit:
+                    if engine.compiled is None:
+                        batch.remove(row)
+                    else:
+                        ended.add(row)
+                    yield row
+                    break
 
     try:
         while True:
@@ -256,20 +269,28 @@ def decode(
                     continue
                 batch.add(row)
                 arrived.append(row)
+            if len(ended) == len(batch.rows):  # none is left, or compiled: they all ended together
+                return
+            if not ahead:
+                began = time.perf_counter()
+            running = arrived or list(batch.rows)
             if arrived:
                 logits_BV = torch.stack([row.state.logits_TV[-1] for row in arrived])
-                yield from grow(arrived, logits_BV, time.perf_counter())
-            elif not batch.rows:
-                return
-            if len(ended) == len(batch.rows):
-                if batch.rows:  # compiled: they all ended together
-                    return
-                continue
-            began = time.perf_counter()
-            latest_B1 = torch.tensor([row.tokens[-1:] for row in batch.rows], device=engine.device)
-            yield from grow(list(batch.rows), batch.step(latest_B1)[:, -1], began)
+            else:
+                latest_B = ahead[-1] if ahead else torch.tensor([row.tokens[-1] for row in running]).to(engine.device)
+                logits_BV = batch.step(latest_B.unsqueeze(1))[:, -1]
+            ahead.append(generation.pick(running, logits_BV.float()))
+            longest_text = max(len(row.tokens) for row in running if row not in ended) + len(ahead)
+            if len(ahead) == every or longest_text == generation.limit or any(row.due for row in running):
+                yield from read(running, began)
     finally:
         engine.use_dense()
+
+
+def on_host(steps: Sequence[Tensor]) -> list[list[int]]:
+    """The tokens of some steps, each [B]: here the host waits for the device, and nowhere else while text is made."""
+    tokens: list[list[int]] = torch.stack(list(steps)).tolist()
+    return tokens
 
 
 # -- along a given text -----------------------------------------------------------------------------------------------

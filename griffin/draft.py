@@ -144,7 +144,9 @@ class Draft:
         return Drafts(tokens, chances_V=list(chances_kV))
 
     def _logits(self, latest_11: Tensor, cache: KVCache, drafts: Drafts, generation: Generation) -> Tensor:
-        logits_N = self._engine.forward(latest_11, cache)[0, -1].float()
+        at = self._row.state.length + len(self._row.tokens) - 1 + len(drafts)
+        position_11 = torch.arange(at, at + 1, device=latest_11.device).unsqueeze(0)
+        logits_N = self._engine.forward(latest_11, cache, positions_BS=position_11)[0, -1].float()
         if not self._prunes_vocabulary:
             logits_V = logits_N
         else:
@@ -174,7 +176,7 @@ class Draft:
                 best = logits_TV.topk(min(BEST, logits_TV.shape[1]), dim=-1).indices.flatten()
                 self._engine.vocabulary.add(torch.cat([best, torch.tensor(tokens, device=best.device)]))
             if any(self._fits):
-                self._unlearned.append([(z[:accepted], output[:accepted]) for z, output in seen])
+                self._unlearned.append([(z[:accepted].clone(), output[:accepted].clone()) for z, output in seen])
                 if sum(len(check[0][0]) for check in self._unlearned) >= LEARN_EVERY:
                     for layer, fit in enumerate(self._fits):
                         if fit is not None:
@@ -185,7 +187,7 @@ class Draft:
                     self._unlearned = []
         if method.refresh == "experts":
             with drafting.timed("choose"):
-                self._unread.append([z[:accepted].float() for z, _ in seen])
+                self._unread.append([z[:accepted].float().clone() for z, _ in seen])
                 ran = [*self._row.tokens, *tokens[:-1]]
                 if len(ran) >= next_refresh(self._chosen_at):
                     self._choose(ran)
@@ -241,11 +243,13 @@ class DraftLength:
         drafting: what became of the row's drafts so far.
 
     Attributes:
+        most: tokens that a round drafts at most.
         looked_up: how many tokens are drafted where they cost nothing.
     """
 
     def __init__(self, draft_tokens: int | str, drafting: Drafting) -> None:
         self._fixed = draft_tokens if isinstance(draft_tokens, int) else None
+        self.most = MOST_DRAFTED if self._fixed is None else self._fixed
         self._drafting = drafting
         self._believed, self._accepted, self._checked = _PRIOR
         self._lookup = _LOOKUP_PRIOR

@@ -62,12 +62,15 @@ class DraftVocabulary:
 
     Args:
         head: the output embedding; its parameters are never written to.
+        padded: whether the last token stands there more than once, so that N is a power of two: a compiled graph is for
+            one N.
 
     Attributes:
         tokens_N: the tokens of the rows, int64, ascending.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, *, padded: bool = False) -> None:
+        self._padded = padded
         self._projection = CompactProjection(head, neurons_out=True, parts=1)
         self._in_V = torch.zeros(head.out_features, dtype=torch.bool, device=head.weight.device)
         self.tokens_N = torch.empty(0, dtype=torch.int64, device=head.weight.device)
@@ -81,6 +84,9 @@ class DraftVocabulary:
         """Have these tokens too. The host waits for the device, to know how many are new."""
         self._in_V[tokens] = True
         found_N = self._in_V.nonzero().squeeze(1)
+        if self._padded:
+            more = 2 ** (len(found_N) - 1).bit_length() - len(found_N)
+            found_N = torch.cat([found_N, found_N[-1:].expand(more)])
         if len(found_N) != len(self.tokens_N) or not torch.equal(found_N, self.tokens_N):
             self._projection.gather(found_N)
             self.tokens_N = found_N

@@ -32,7 +32,7 @@ class Engine:
         pruning: whether it will be pruned; a model that only runs dense may have any FF blocks.
         mode: how pruned calls run: `masked`; `compact` or `auto`: compact where all rows share their experts, else
             masked. Rows whose tokens choose for themselves are always masked.
-        compiled: the model's compiled call, for decoding with caches that are whole; None: not compiled.
+        compiled: the model's compiled call, see `griffin.compiled_call`; None: not compiled.
 
     Attributes:
         blocks: the FF blocks, in layer order; none without pruning.
@@ -98,7 +98,7 @@ class Engine:
             UnsupportedModelError: the model's output embedding is no linear layer.
         """
         if self._vocabulary is None:
-            self._vocabulary = DraftVocabulary(output_embedding(self.model))
+            self._vocabulary = DraftVocabulary(output_embedding(self.model), padded=self.compiled is not None)
         return self._vocabulary
 
     def load(self, rows: Sequence[Experts | None]) -> None:
@@ -166,7 +166,10 @@ class Engine:
             options["position_ids"] = positions_BS
         if logits_to_keep and self._keeps_logits:
             options["logits_to_keep"] = kept_positions(self.model, logits_to_keep, ids_BS)
-        call = self.compiled if self.compiled is not None and cache.whole else self.model
+        call = self.model
+        if self.compiled is not None and cache.whole:
+            call = self.compiled
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # earlier logits may go
         logits: Tensor = call(ids_BS, past_key_values=cache, use_cache=True, **options).logits
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
 

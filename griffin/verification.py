@@ -40,18 +40,21 @@ def decode_verified(engine: Engine, row: Row, generation: Generation, columns: i
     """
     began = time.perf_counter()
     assert row.state.cache is not None
-    cache = engine.decoding_cache(1, columns, verified=True)
+    draft_length = DraftLength(row.method.draft_tokens, row.drafting)
+    # A compiled check has one length, whatever was drafted: the last token is there more than once, and forgotten.
+    checked = draft_length.most + 1 if engine.compiled is not None else None
+    cache = engine.decoding_cache(1, columns + (checked or 0), verified=True)
     cache.put(0, row.state.cache, row.state.length)
     cache.show(1, 0, row.state.length)
     first = generation.pick([row], row.state.logits_TV[-1:].float())
     row.state = row.state.without_cache()
     if not _goes_on(row, int(first), generation):
         return
-    draft, length = Draft(engine, row), DraftLength(row.method.draft_tokens, row.drafting)
+    draft = Draft(engine, row)
     try:
         going = True
         while going:
-            for token in one_round(engine, row, draft, length, cache, generation):
+            for token in one_round(engine, row, draft, draft_length, cache, generation, checked):
                 row.drafting.emitted += 1
                 going = _goes_on(row, token, generation)
                 if not going:
@@ -67,19 +70,29 @@ def _goes_on(row: Row, token: int, generation: Generation) -> bool:
 
 
 def one_round(
-    engine: Engine, row: Row, draft: Draft, length: DraftLength, cache: KVCache, generation: Generation
+    engine: Engine,
+    row: Row,
+    draft: Draft,
+    length: DraftLength,
+    cache: KVCache,
+    generation: Generation,
+    checked: int | None = None,
 ) -> list[int]:
     """Draft, check, accept, learn; returns the tokens that the row goes on with, at least one.
 
-    The cache ends before the row's last token, and after the round before the last one of what is returned.
+    The cache ends before the row's last token, and after the round before the last one of what is returned. `checked`
+    is the number of tokens that every check has; None: as many as there are.
     """
     ran = row.state.length + len(row.tokens) - 1
     with row.drafting.timed("draft"):
         drafts = draft.run(length, cache, generation)
         cache.show(1, 0, ran)
     with row.drafting.timed("check"), engine.watching(draft.learns) as seen:
-        latest_T = torch.tensor([row.tokens[-1], *drafts.tokens], device=engine.device)
-        logits_TV = engine.dense(latest_T.unsqueeze(0), cache)[0].float()
+        latest = [row.tokens[-1], *drafts.tokens]
+        padded = [*latest, *latest[-1:] * ((checked or len(latest)) - len(latest))]
+        positions_1T = torch.arange(ran, ran + len(padded), device=engine.device).unsqueeze(0)
+        logits_1TV = engine.dense(torch.tensor([padded]).to(engine.device), cache, positions_BS=positions_1T)
+        logits_TV = logits_1TV[0, : len(latest)].float()
         if row.method.verification == "threshold":
             kept, own = accept_threshold(row, drafts, logits_TV, generation, row.method.verification_threshold)
         elif generation.draw is None:

@@ -35,6 +35,7 @@ MODES = ("auto", *griffin.MODES)
 BATCHED = ("generation", "code", "classification", "question_answering", "fidelity", "perplexity")
 # The kinds of task that generate text, where drafts can be checked and dense weights are for prompts only.
 GENERATING = ("generation", "code", "question_answering", "latency")
+COMPILED = ("generation", "latency")  # the kinds of task whose decoding can be compiled
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
 
 
@@ -117,7 +118,9 @@ class RunConfig:
     grid: GridConfig = described("many of the above in one process", GridConfig)
     mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
-    compile: bool = described("decode through torch.compile, with static shapes: generation and latency", False)
+    compile: Any = described(
+        "decode by compiled graphs of fixed shapes: generation and latency; auto: on CUDA where that can be", "auto"
+    )
     cpu_onednn: bool = described("on a CPU, in float32, run linear layers by oneDNN, dense and pruned alike", True)
     offload_dense: bool = described(
         "keep the dense FF weights in host memory, on the device block by block: generated text and latency", False
@@ -134,6 +137,7 @@ class RunConfig:
     wandb: WandbConfig = described("tracking", WandbConfig)
 
     def __post_init__(self) -> None:
+        self._settle_compile()
         self._check_methods()
         self._check_values()
         self._check_verification()
@@ -225,7 +229,7 @@ class RunConfig:
             raise UserError(f"{setting} with batch_size={self.batch_size}: expected 1, drafts are checked row by row")
         if self.mode == "masked":
             raise UserError(f"{setting} with mode=masked: expected compact, drafts are to be cheap")
-        for key in ("shared_experts", "compile", "offload_dense"):
+        for key in ("shared_experts", "offload_dense"):
             if getattr(self, key):
                 raise UserError(f"{setting} with {key}=true: expected one of the two")
 
@@ -280,9 +284,21 @@ class RunConfig:
             gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
             self.task.fill_in(gpu)
 
+    def _settle_compile(self) -> None:
+        """Whether decoding is compiled; `auto` is true on CUDA, where all that is asked for can be compiled."""
+        if self.compile != "auto" and not isinstance(self.compile, bool):
+            raise UserError(f"compile={self.compile}: expected true, false or auto")
+        if self.compile == "auto":
+            cuda = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+            alone = self.batch_size == 1 or self.shared_experts
+            other = self.mode == "masked" or self.offload_dense or self.assistance != "none"
+            drifts = "drift" in (self.grid.refresh or [self.refresh])
+            by_token = any(name in griffin.TOKEN_STATISTICS for name in self.grid.statistic or [self.statistic])
+            self.compile = cuda and self.task.kind in COMPILED and alone and not (other or drifts or by_token)
+
     def _check_compile_and_mode(self) -> None:
         """Whether decoding can be compiled, and which mode `auto` stands for."""
-        if self.compile and self.task.kind not in ("generation", "latency"):
+        if self.compile and self.task.kind not in COMPILED:
             raise UserError(f"compile=true with task={self.task.name}: expected a generation or latency task")
         if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
             raise UserError(f"compile=true: expected a C++ compiler on this machine: {' or '.join(COMPILERS)}")
@@ -304,7 +320,7 @@ class RunConfig:
             raise UserError("offload_dense=true with compile=true: expected one of the two")
 
     def _can_refresh(self) -> None:
-        """Something can be refreshed: a compensation that goes on learning, in calls that are not compiled."""
+        """Something can be refreshed: a compensation that goes on learning, or by what steps have shown."""
         key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])
         compensations = self.grid.compensation or [self.compensation]
         if "compensation" in refreshes and not {*LEARNING} & {*compensations}:
@@ -312,8 +328,8 @@ class RunConfig:
                 f"{key}=compensation with compensation={', '.join(compensations)}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
             )
-        if self.compile and refreshes != ["none"]:
-            raise UserError(f"compile=true with {key}={', '.join(refreshes)}: expected refresh=none, one static cache")
+        if self.compile and "drift" in refreshes:
+            raise UserError(f"compile=true with {key}={', '.join(refreshes)}: drift looks at every step; expected others")
 
     def _can_choose_by_token(self) -> None:
         """Tokens that choose for themselves have neither corrections nor fewer weights; a grid leaves such points out,

@@ -12,7 +12,6 @@ import griffin
 from griffin import LEARNING, Method
 from griffin.draft_vocabulary import output_embedding
 from pipelines import description
-from pipelines.compiling import compiling
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, digest
 from pipelines.records import environment
@@ -149,7 +148,7 @@ def engine_for(model: nn.Module, methods: Sequence[Method], config: RunConfig) -
     """
     griffin.refuse_uncroppable(model)
     loaded: Any = model
-    compiled = loaded.get_compiled_call(compiling(loaded.device)) if config.compile else None
+    compiled = griffin.compiled_call(loaded) if config.compile else None
     pruning = any(not method.dense for method in methods)
     if any(method.prunes_vocabulary for method in methods):
         output_embedding(model)  # refuses what has none

@@ -93,7 +93,8 @@ VALUES: list[tuple[str, ...]] = [
     ("grid.refresh=[foo]", "grid.refresh=foo", "experts"),
     ("refresh=compensation", "refresh=compensation with compensation=none", "ridge"),
     ("grid.refresh=[compensation] compensation=mean", "grid.refresh=compensation", "ridge"),
-    ("compile=true refresh=experts", "compile=true", "refresh=none"),
+    ("compile=true refresh=drift", "compile=true", "refresh=drift"),
+    ("compile=maybe", "compile=maybe", "true, false or auto"),
     ("verification=foo", "verification=foo", "threshold"),
     ("grid.verification=[foo]", "grid.verification=foo", "exact"),
     ("draft_vocabulary=foo", "draft_vocabulary=foo", "prompt"),
@@ -116,7 +117,7 @@ VALUES: list[tuple[str, ...]] = [
     ("verification=exact mode=masked", "verification=exact", "mode=masked", "compact"),
     *(
         (f"verification=exact {key}=true", "verification=exact", f"{key}=true", "one of the two")
-        for key in ("shared_experts", "compile", "offload_dense")
+        for key in ("shared_experts", "offload_dense")
     ),
     ("budget=late sparsity=[0.1,0.2,0.3]", "budget=late", "sparsity=[0.1, 0.2, 0.3]"),
     ("grid.budget=[late] sparsity=[0.1,0.2,0.3]", "grid.budget=late", "sparsity=[0.1, 0.2, 0.3]"),
