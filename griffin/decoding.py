@@ -106,16 +106,15 @@ class Batch:
         if not due:
             return torch.stack(logits) if len(logits) > 1 else logits[0].unsqueeze(0)
         self._changed = True
-        read = {row: self._read_again(row, place) for row, place in due.items()}
+        dense: dict[Row, Tensor] = {}
         for states in {id(row.states): row.states for row in due}.values():
             sharing = [row for row in self.rows if row.states is states]
-            experts = _renewed(self._engine, {row: read[row][1] for row in sharing if row in read})
+            read = {row: self._read_again(row, due[row], ids_BT.shape[1]) for row in sharing if row in due}
+            dense |= {row: logits_TV for row, (logits_TV, _) in read.items()}
+            experts = _renewed(self._engine, {row: recorded for row, (_, recorded) in read.items()})
             for row in sharing:
                 row.experts, row.drift = experts, None
-        tokens = ids_BT.shape[1]
-        return torch.stack(
-            [read[row][0][-tokens:] if row in read else logits[place] for place, row in enumerate(self.rows)]
-        )
+        return torch.stack([dense[row] if row in dense else logits[place] for place, row in enumerate(self.rows)])
 
     def _see(self, row: Row, layers: Sequence[Tensor]) -> None:
         """Have a row see its activations [T, D] of a pruned step, or [T, K] where the weights are compact."""
@@ -150,11 +149,11 @@ class Batch:
         positions_BT = torch.arange(self._end, self._end + columns, device=device) - self._begins_B1
         return self._engine.forward(ids_BT, self._cache, mask_BP=mask_BP, positions_BS=positions_BT)
 
-    def _read_again(self, row: Row, place: int) -> tuple[Tensor, Recorded]:
+    def _read_again(self, row: Row, place: int, keep_logits: int) -> tuple[Tensor, Recorded]:
         """Run a row's tokens since its last refresh dense, instead of how they ran.
 
         Returns:
-            Their logits [N, V], and what was recorded of them.
+            The logits [T, V] of the last ones, and what was recorded of all.
         """
         ids_1N = torch.cat(row.unread).unsqueeze(0)
         count, row.unread = ids_1N.shape[1], []
@@ -166,10 +165,10 @@ class Batch:
         statistics = [_fresh] if learns else wanted([row.method])
         engine = self._engine
         with engine.recording(statistics, row.state.recorded, 1, count, None, WEIGHT) as recorder:
-            logits_1NV = engine.dense(ids_1N, cache, positions_BS=positions_1N)
+            logits_1TV = engine.dense(ids_1N, cache, positions_BS=positions_1N, logits_to_keep=keep_logits)
         if not learns:
             row.state = row.state.extended(row.tokens[row.ran - count : row.ran], recorder.recorded)
-        return logits_1NV[0], recorder.recorded
+        return logits_1TV[0], recorder.recorded
 
 
 def _fresh_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
