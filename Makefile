@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install run test lint format clean
+.PHONY: install run test test-gpu bench-gpu lint format clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,13 @@ run: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+# These two need torch, transformers and pytest only, so they take the python that there is.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+bench-gpu:
+	$(PYTHON) -m griffin.benchmark $(BENCH)
 
 lint: install
 	$(BIN)/ruff check .

@@ -329,7 +329,9 @@ class RunConfig:
                 f"expected compensation={', '.join(LEARNING)}"
             )
         if self.compile and "drift" in refreshes:
-            raise UserError(f"compile=true with {key}={', '.join(refreshes)}: drift looks at every step; expected others")
+            raise UserError(
+                f"compile=true with {key}={', '.join(refreshes)}: drift looks at every step; expected others"
+            )
 
     def _can_choose_by_token(self) -> None:
         """Tokens that choose for themselves have neither corrections nor fewer weights; a grid leaves such points out,

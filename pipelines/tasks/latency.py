@@ -1,8 +1,6 @@
 """Latency: dense and pruned generation in one process, in turn, and how near decoding comes to its limit.
 
-Decoding one token reads every active weight once and does little else, so bytes read per token, dense over pruned,
-are the speed-up that cannot be passed. Times depend on the machine; ratios of times taken in turn depend on it far
-less, so ratios are the metrics.
+Ratios of times taken in turn are the metrics (`griffin.timing` says why).
 
 A verified method is timed beside the same method without verification. Its limit is what its drafts and checks read.
 
@@ -15,13 +13,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 import griffin
 from griffin import Method
+from griffin.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
@@ -29,7 +27,6 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks import drafting
-from pipelines.tasks.device_memory import forget_peak, memcpy_seconds, now, peak_memory
 
 Seconds = dict[str, float]
 
@@ -92,8 +89,8 @@ def evaluate(
             plain = timing.plain() if _onednn_applies(loaded, config) else None
             with _fast(loaded, config):
                 if config.compile:
-                    timing.run(dense_method, 2)  # compiles
-                    timing.run(method, 2)
+                    timing.run(dense_method, WARM_UP)  # compiles
+                    timing.run(method, WARM_UP)
                 forget_peak(loaded.model.device)
                 dense, _ = timing.run(dense_method)
                 dense_peak = peak_memory(loaded.model.device)
@@ -110,7 +107,7 @@ def evaluate(
                 "generation_length": repeat.generation_length,
                 "dense": dense,
                 "pruned": pruned,
-                "memcpy": memcpy_seconds(loaded, kept),
+                "memcpy": copy_seconds(loaded.model, kept, loaded.model.device),
                 "bytes": {"dense": traffic.dense, "pruned": traffic.pruned},
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
@@ -180,40 +177,23 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 class _Timing:
-    """Times one repeat, with the same parts as every other task: prefill, the choice of experts, the decoding loop."""
+    """Times one repeat, see `griffin.timing`."""
 
     def __init__(self, loaded: LoadedModel, engine: griffin.Engine, repeat: Repeat, config: RunConfig) -> None:
         self._loaded, self._engine, self._repeat, self._config = loaded, engine, repeat, config
 
     def run(self, method: Method, tokens: int | None = None, shift: int = 0) -> tuple[Seconds, list[griffin.Drafting]]:
-        """Seconds of prefill, of choosing experts, of compacting, and of decoding greedily; and of each row, what
-        became of its drafts.
+        """Seconds by part, and of each row what became of its drafts.
 
         Args:
             method: how the prompts are continued.
             tokens: how many tokens are decoded; None: as many as the repeat says.
             shift: another prompt.
         """
-        engine, repeat, config = self._engine, self._repeat, self._config
-        prompts = _prompt(self._loaded, repeat, config, shift).tolist()
-        steps = tokens or repeat.generation_length
-        times = [now(engine.device)]
-        states = griffin.prefill(engine, prompts, griffin.wanted([method]), likely_tokens=method.prunes_vocabulary)
-        times.append(now(engine.device))
-        rows = griffin.begin(engine, states, method, config.seed, range(len(states)))
-        times.append(now(engine.device))
-        engine.load([row.experts for row in rows])
-        times.append(now(engine.device))
-        # The first token is the prefill's; each of the others takes a step.
-        generation = griffin.Generation(steps + 1, griffin.greedy, lambda row: False)
-        for _ in griffin.decode(
-            engine, rows, len(rows), len(rows), repeat.prompt_length, generation, room=repeat.generation_length + 1
-        ):
-            pass
-        times.append(now(engine.device))
-        names = ("prefill", "choose", "compact", "decode")
-        seconds = dict(zip(names, [last - first for first, last in pairwise(times)], strict=True))
-        return seconds, [row.drafting for row in rows]
+        prompts = _prompt(self._loaded, self._repeat, self._config, shift).tolist()
+        room = self._repeat.generation_length
+        run = timed(self._engine, prompts, method, tokens or room, room=room, seed=self._config.seed)
+        return run.seconds, [row.drafting for row in run.rows]
 
     def pruned(self, method: Method) -> tuple[Seconds, list[griffin.Drafting]]:
         """The same of a pruned method: another prompt first, so that buffers exist and the timed one finds the experts

@@ -1,0 +1,286 @@
+"""`python -m griffin.benchmark`: how fast dense, GRIFFIN, the recipe and verified decoding are on this device.
+
+Random weights in the shapes of Gemma 7B and Llama 2 13B: speed does not depend on what the weights say. Methods run in
+turn, dense and pruned with the same kernels, and each time is a median. The table puts every speed-up beside the one
+that bytes of weights allow, and beside the two ratios of the paper. torch and transformers are all that is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from griffin.compiling import compiled_call
+from griffin.engine import Engine
+from griffin.feedforward import find_feedforward_blocks
+from griffin.method import Method
+from griffin.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
+from griffin.traffic import traffic
+
+SHAPES = {
+    "gemma_7b": {
+        "model_type": "gemma",
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+    },
+    "llama2_13b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    },
+}
+# Of prompt and generation together, GRIFFIN at 50% over dense, on an NVIDIA L40 (arXiv 2404.01365, abstract).
+PAPER = {"gemma_7b": 1.29, "llama2_13b": 1.25}
+
+DENSE = Method(sparsity=0.0)
+
+
+@dataclass
+class Case:
+    """A method to be timed, and its times.
+
+    Attributes:
+        name: in the table.
+        method: how it prunes.
+        runs: one for each repeat.
+        warm_up: seconds until its graphs were compiled and captured.
+        peak: bytes on the device, at most.
+    """
+
+    name: str
+    method: Method
+    runs: list[Timed] = field(default_factory=list)
+    warm_up: float = 0.0
+    peak: int = 0
+
+    def median(self, *parts: str) -> float:
+        """Seconds of these parts together."""
+        return statistics.median(sum(run.seconds[part] for part in parts) for run in self.runs)
+
+    def round(self) -> tuple[float, int]:
+        """Of a verified method: seconds of a draft, its check and what it learns, and the tokens drafted before it."""
+        done = [row.drafting for run in self.runs for row in run.rows]
+        seconds = statistics.median(sum(one.seconds.values()) / one.checks for one in done)
+        return seconds, round(statistics.median(one.drafted / one.checks for one in done))
+
+
+def cases(draft_tokens: int, rows: int) -> list[Case]:
+    """What is compared; verified decoding runs one row at a time."""
+    recipe = Method("joint", compensation="ridge", budget="late", refresh="compensation")
+    found = [Case("dense", DENSE), Case("griffin 50%", Method()), Case("recipe 50%", recipe)]
+    if rows == 1:
+        verified = replace(
+            recipe,
+            sparsity=0.8,
+            budget="uniform",
+            verification="exact",
+            draft_tokens=draft_tokens,
+            draft_vocabulary="full",
+        )
+        found.append(Case("verified 80%", verified))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and print the table."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    compiled = device.type == "cuda" if options.compile == "auto" else options.compile == "true"
+    bandwidth = copy_bandwidth(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+    print(f"{name}: copies read and write {bandwidth / 1e9:.0f} GB/s", flush=True)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.dtype}", flush=True)
+    print(f"compiled: {str(compiled).lower()}; repeats: {options.repeats}\n", flush=True)
+    lines: list[tuple[str, ...]] = [HEADER]
+    for shape in options.shapes:
+        model = _model(shape, device, getattr(torch, options.dtype))
+        for rows in options.rows:
+            for prompt, new in [(prompt, new) for prompt in options.prompt for new in options.new]:
+                found = cases(options.draft_tokens, rows)
+                try:
+                    _measure(model, found, (rows, prompt, new), options.repeats, compiled)
+                except torch.OutOfMemoryError:
+                    print(f"{shape}, {rows} rows, {prompt} + {new} tokens: out of memory, left out", flush=True)
+                    torch.cuda.empty_cache()
+                    continue
+                lines += _lines(model, shape, found, (rows, prompt, new), options.acceptance, bandwidth)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    _print_table(lines)
+    print(EXPLAINED.format(acceptance=options.acceptance, tokens=options.draft_tokens))
+
+
+HEADER = (
+    *("shape", "rows", "tokens", "method", "ms/token", "decode speed-up", "limit", "of limit", "of bandwidth"),
+    *("prompt overhead", "total speed-up", "paper", "warm-up s", "peak GB"),
+)
+EXPLAINED = """
+ms/token: of decoding, a step of all rows. limit: bytes of weights per token, dense over pruned. of bandwidth: those
+bytes per second, of what a copy reads and writes. prompt overhead: what recording, choosing and gathering add, of the
+dense prefill. total: prompt and generation. paper: its total on an NVIDIA L40; other cards give other ratios.
+Random weights accept no drafts, so verified decoding is what a round took, {tokens} drafts and a check, over the tokens
+that it gives where {acceptance:.0%} of drafts are accepted."""
+
+
+def _measure(model: nn.Module, found: list[Case], shape: tuple[int, int, int], repeats: int, compiled: bool) -> None:
+    rows, prompt, new = shape
+    engine = Engine(model, mode="compact", compiled=compiled_call(model) if compiled else None)
+    numbers = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    for repeat in range(-1, repeats):
+        prompts = torch.randint(0, vocabulary, (rows, prompt), generator=numbers).tolist()
+        for case in found:
+            # Graphs of several methods can be in memory at once; buffers are of one at a time.
+            forget_peak(engine.device)
+            began = time.perf_counter()
+            run = timed(engine, prompts, case.method, WARM_UP if repeat < 0 else new, room=new)
+            if repeat < 0:
+                case.warm_up = time.perf_counter() - began
+            else:
+                case.runs.append(run)
+                case.peak = max(case.peak, peak_memory(engine.device))
+            _progress(f"{rows} x {prompt} + {new}, {case.name}: {'warm-up' if repeat < 0 else repeat + 1}")
+    engine.unload()
+
+
+def _lines(
+    model: nn.Module,
+    shape: str,
+    found: list[Case],
+    size: tuple[int, int, int],
+    acceptance: float,
+    bandwidth: float,
+) -> list[tuple[str, ...]]:
+    rows, prompt, new = size
+    dense, *_ = found
+    widths = [block.width for block in find_feedforward_blocks(model)]
+    prefill, step = dense.median("prefill"), dense.median("decode") / new
+    lines: list[tuple[str, ...]] = []
+    for case in found:
+        bytes_read = traffic(model, case.method.kept(widths))
+        read, seconds = float(bytes_read.pruned), case.median("decode") / new
+        if case.method.verified:
+            taken, drafted = case.round()
+            emitted = sum(acceptance**token for token in range(drafted + 1))
+            seconds, read = taken / emitted, (drafted * read + bytes_read.dense) / emitted
+        overhead = max(case.median(*PARTS[:3]) - prefill, 0.0)
+        limit, total = bytes_read.dense / read, (prefill + new * step) / (prefill + overhead + new * seconds)
+        ratios = (
+            ("", "", "")
+            if case is dense
+            else (f"{step / seconds:.2f}", f"{limit:.2f}", f"{step / seconds / limit:.2f}")
+        )
+        paper = PAPER.get(shape) if case.name.startswith("griffin") else None
+        lines.append(
+            (
+                *(shape, str(rows), f"{prompt} + {new}", case.name, f"{1e3 * seconds:.2f}", *ratios),
+                f"{read / seconds / bandwidth:.2f}",
+                *(("", "") if case is dense else (f"{overhead / prefill:.2f}", f"{total:.2f}")),
+                *(f"{paper:.2f}" if paper else "", f"{case.warm_up:.0f}", f"{case.peak / 1e9:.1f}"),
+            )
+        )
+    return lines
+
+
+def _model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    settings = dict(SHAPES[shape])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _print_table(lines: Sequence[Sequence[str]]) -> None:
+    _progress("")
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m griffin.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=list(SHAPES), default=[*PAPER], help="default: %(default)s")
+    add("--rows", nargs="+", type=_positive, default=[1, 8], help="batch sizes; default: %(default)s")
+    add("--prompt", nargs="+", type=_positive, default=[2048], help="prompt tokens; default: %(default)s")
+    add("--new", nargs="+", type=_positive, default=[128, 2048], help="generated tokens; default: %(default)s")
+    add("--repeats", type=_positive, default=3, help="of which medians are taken; default: %(default)s")
+    add("--acceptance", type=_share, default=0.8, help="share of drafts accepted; default: %(default)s")
+    add("--draft-tokens", type=_positive, default=4, help="before each check, at most 16; default: %(default)s")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: %(default)s")
+    add("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is a GPU, else cpu")
+    add("--compile", choices=["auto", "true", "false"], default="auto", help="auto: on CUDA; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.draft_tokens > 16:
+        parser.error(f"argument --draft-tokens: {options.draft_tokens}: expected 1 to 16")
+    if options.device.startswith("cuda") and not cuda:
+        parser.error(f"argument --device: {options.device}: no GPU on this machine")
+    longest = max(options.prompt) + max(options.new)
+    for shape in options.shapes:
+        if longest + options.draft_tokens > int(str(SHAPES[shape]["max_position_embeddings"])):
+            parser.error(f"argument --new: {longest} tokens with the prompt are more than the context of {shape}")
+    return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 1")
+    return value
+
+
+if __name__ == "__main__":
+    main()

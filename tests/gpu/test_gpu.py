@@ -1,0 +1,216 @@
+"""What only a GPU can show: half precision, CUDA graphs, several devices, offloading, memory that does not grow."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import pytest
+import torch
+from small import model, prompt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import griffin
+from griffin import Engine, Generation, Method, Row, begin, compiled_call, decode, prefill, wanted
+
+DENSE, GRIFFIN = Method(sparsity=0.0), Method()
+RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")
+VERIFIED = Method(
+    *("joint", "topk", 0.5),
+    compensation="ridge",
+    refresh="compensation",
+    verification="exact",
+    draft_tokens=4,
+    draft_vocabulary="full",
+)
+METHODS = {"dense": DENSE, "griffin": GRIFFIN, "recipe": RECIPE}
+# Relative to the largest logit: of sums in another order.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+LENGTHS = (40, 17, 33)
+LIMIT = 24
+
+pytestmark = pytest.mark.gpu
+
+
+def generated(
+    engine: Engine, ids: Sequence[int], method: Method, forced: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """The new tokens of a prompt, greedy or as they are given, and the logits that they were picked from."""
+    seen: list[Tensor] = []
+
+    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        seen.append(logits_BV[0].clone())
+        if forced:
+            return torch.tensor([forced[len(seen) - 1]]).to(logits_BV.device)
+        return logits_BV.argmax(dim=-1)
+
+    rows = begin(engine, prefill(engine, [ids], wanted([method])), method)
+    (row,) = decode(engine, rows, 1, 1, max(LENGTHS), Generation(LIMIT, pick, lambda row: False))
+    return row.tokens, torch.stack(seen) if seen else torch.empty(0)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest of the second."""
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+
+
+# -- exactness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_without_pruning_and_after_it_the_model_is_what_it_was(device: torch.device, dtype: torch.dtype) -> None:
+    whole = model(device, dtype)
+    ids = torch.tensor([prompt(40)], device=device)
+    before = whole(ids).logits
+    with griffin.prune(whole, 0.0):
+        assert torch.equal(whole(ids).logits, before)
+    with griffin.prune(whole, 0.5, "joint", compensation="ridge"):
+        pruned = whole.generate(ids, max_new_tokens=8, do_sample=False)
+    assert pruned.shape[1] == 48
+    assert torch.equal(whole(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", [GRIFFIN, RECIPE], ids=["griffin", "recipe"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_compact_equals_masked(device: torch.device, dtype: torch.dtype, method: Method) -> None:
+    whole = model(device, dtype)
+    tokens, compact = generated(Engine(whole, mode="compact"), prompt(40), method)
+    _, masked = generated(Engine(whole, mode="masked"), prompt(40), method, tokens)
+    assert distance(compact, masked) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_chooses_nearly_what_single_precision_does(device: torch.device, dtype: torch.dtype) -> None:
+    single, half = model(device), model(device, dtype)
+    chosen = []
+    for one in (single, half):
+        engine = Engine(one)
+        (row,) = begin(engine, prefill(engine, [prompt(40)], wanted([GRIFFIN])), GRIFFIN)
+        assert row.experts is not None
+        chosen.append([set(neurons_K.tolist()) for neurons_K in row.experts.neurons])
+    for one, other in zip(*chosen, strict=True):
+        assert len(one & other) / len(one) > 0.9
+
+
+def test_verified_text_is_the_dense_models(device: torch.device) -> None:
+    engine = Engine(model(device), mode="compact")
+    dense, logits_NV = generated(engine, prompt(40), DENSE)
+    verified, _ = generated(engine, prompt(40), VERIFIED)
+    for place, (one, other) in enumerate(zip(verified, dense, strict=True)):
+        if one != other:  # only where the dense model has a tie, behind which texts may differ
+            best = logits_NV[place].topk(2).values
+            assert best[0] - best[1] < 1e-3
+            break
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_captured_equals_eager(device: torch.device, dtype: torch.dtype) -> None:
+    whole = model(device, dtype)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = Engine(whole, mode="compact")
+    captured = Engine(whole, mode="compact", compiled=compiled_call(whole))
+    for length in LENGTHS:
+        for method in METHODS.values():
+            tokens, expected = generated(eager, prompt(length, length), method)
+            for _ in range(3):  # compiled, warmed up, captured
+                _, found = generated(captured, prompt(length, length), method, tokens)
+            assert distance(found, expected) < TOLERANCES[dtype]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == len(METHODS)
+    assert counters["inductor"]["cudagraph_skips"] == 0, "every graph is captured"
+
+
+@pytest.mark.cuda
+def test_captured_verified_text_is_the_dense_models(device: torch.device) -> None:
+    whole = model(device)
+    torch._dynamo.reset()
+    dense, logits_NV = generated(Engine(whole, mode="compact"), prompt(40), DENSE)
+    captured = Engine(whole, mode="compact", compiled=compiled_call(whole))
+    for _ in range(3):
+        verified, _ = generated(captured, prompt(40), VERIFIED)
+        for place, (one, other) in enumerate(zip(verified, dense, strict=True)):
+            if one != other:
+                best = logits_NV[place].topk(2).values
+                assert best[0] - best[1] < 1e-3
+                break
+
+
+# -- devices and memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_devices() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    one = model(torch.device("cuda:0"))
+    tokens, expected = generated(Engine(one, mode="compact"), prompt(40), RECIPE)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{layer}": layer // 2 for layer in range(4)}
+    two = accelerate.dispatch_model(model(torch.device("cpu")), places)
+    for mode in ("compact", "masked"):
+        _, found = generated(Engine(two, mode=mode), prompt(40), RECIPE, tokens)
+        assert distance(found, expected) < TOLERANCES[torch.float32]
+
+
+def test_offloaded_weights_give_the_same(device: torch.device) -> None:
+    whole = model(device)
+    tokens, expected = generated(Engine(whole, mode="compact"), prompt(40), RECIPE)
+    with griffin.Offload(whole):
+        found = generated(Engine(whole, mode="compact"), prompt(40), RECIPE, tokens)[1]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.cuda
+def test_offloading_takes_less_memory_than_dense(device: torch.device) -> None:
+    whole = model(device, torch.float16, intermediate_size=8192, num_hidden_layers=16)
+
+    def peak(method: Method) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        generated(Engine(whole, mode="compact"), prompt(40), method)
+        return torch.cuda.max_memory_allocated(device)
+
+    dense = peak(DENSE)
+    with griffin.Offload(whole):
+        assert peak(GRIFFIN) < dense
+
+
+@pytest.mark.cuda
+def test_batch_size_auto_knows_a_gpu_that_is_full(device: torch.device) -> None:
+    errors = pytest.importorskip("pipelines.errors", exc_type=ImportError)
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50, dtype=torch.uint8, device=device)
+    assert errors.out_of_memory(raised.value)  # what makes it halve the batch
+
+
+def used(device: torch.device) -> int:
+    """Bytes of all tensors that are alive on the device."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    storages = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for one in gc.get_objects()
+        if issubclass(type(one), Tensor)
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), VERIFIED], ids=[*METHODS, "verified"])
+def test_memory_is_the_same_after_a_hundred_prompts(device: torch.device, method: Method) -> None:
+    whole: PreTrainedModel = model(device)
+    engine = Engine(whole, mode="compact")
+
+    def run(count: int) -> int:
+        for seed in range(count):
+            generated(engine, prompt(LENGTHS[seed % 2], seed), method)
+        generated(engine, prompt(33, 0), method)  # the last one's experts stay
+        return used(device)
+
+    assert run(4) == run(100)

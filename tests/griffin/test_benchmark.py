@@ -1,0 +1,70 @@
+"""The benchmark of a GPU, end to end on a CPU with a tiny shape."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from griffin.benchmark import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = "--shapes tiny --rows 1 2 --prompt 24 --new 6 --repeats 2 --dtype float32 --device cpu --draft-tokens 2"
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_make_bench_gpu_ends_in_its_table() -> None:
+    ended = subprocess.run(
+        ["make", "--silent", "bench-gpu", f"PYTHON={sys.executable}", f"BENCH={TINY}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "copies read and write" in ended.stdout
+    lines = [cells(line) for line in ended.stdout.splitlines() if line.startswith("tiny ")]
+    assert [(line[1], line[3]) for line in lines] == [
+        *(("1", name) for name in ("dense", "griffin 50%", "recipe 50%", "verified 80%")),
+        *(("2", name) for name in ("dense", "griffin 50%", "recipe 50%")),
+    ]
+    assert all(float(line[4]) > 0 for line in lines)
+    # Of 2 layers, 2 x 3 x 64 x 256 of all weights are FF, and half of them are left.
+    limits = {line[3]: float(line[6]) for line in lines if line[3] != "dense"}
+    attention, feedforward, head = 2 * (4 * 64 * 64 + 2 * 64) + 64, 2 * 3 * 64 * 256, 1000 * 64
+    dense = attention + feedforward + head
+    assert limits["griffin 50%"] == pytest.approx(dense / (dense - feedforward / 2), abs=0.006)
+
+
+def test_verified_decoding_is_worth_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = []
+    for acceptance in ("0", "1"):
+        main([*TINY.split(), "--rows", "1", "--repeats", "1", "--acceptance", acceptance])
+        (line,) = [cells(one) for one in capsys.readouterr().out.splitlines() if "verified" in one and "tiny" in one]
+        limits.append(float(line[6]))
+    # Of two drafts and a check come one token, or three.
+    assert limits[1] == pytest.approx(3 * limits[0], abs=0.02)
+    assert limits[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--rows 0", "expected a whole number from 1 on"),
+        ("--acceptance 2", "expected 0 to 1"),
+        ("--draft-tokens 17", "expected 1 to 16"),
+        ("--new 5000", "more than the context of llama2_13b"),
+        ("--shapes foo", "invalid choice: 'foo'"),
+    ],
+)
+def test_what_is_wrong_is_told(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
