@@ -12,6 +12,7 @@ from analysis.contents import make_report
 from analysis.output import write_report
 from analysis.report import summary
 from pipelines.errors import UserError
+from pipelines.summary import CLOSING
 
 
 class WriteReport(Callback):
@@ -32,6 +33,6 @@ class WriteReport(Callback):
         output_dir = Path(config.output_dir)
         try:
             report = make_report(str(output_dir))
-            print(f"\n{summary(report, write_report(report, output_dir / 'report'))}")
+            CLOSING.append(summary(report, write_report(report, output_dir / "report")))
         except UserError as error:
-            print(f"warning: no report: {error}")
+            CLOSING.append(f"warning: no report: {error}")

@@ -47,13 +47,14 @@ def flocking(runs: Runs, labels: dict[str, tuple[str, str]]) -> Group:
 def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Iterator[Drawing]:
     run_id, kept = record["run_id"], record["config"]["task"]["kept"]
     model, task = label
+    place = model if task == "flocking" else f"{model}, {task}"
     rows = _layer_rows(runs, run_id)
     for measure, (words, _) in MEASURES.items():
         if any(row["measure"] == measure for row in rows):
             yield Drawing(
                 file_name("flocking", measure, model, task),
-                f"{words[0].upper()}{words[1:]}, {model}",
-                f"{_CAPTIONS[measure]}; {task}.",
+                f"{words[0].upper()}{words[1:]}, {place}",
+                f"{_CAPTIONS[measure]}.",
                 (run_id,),
                 functools.partial(jaccard_figure, rows, measure, kept),
             )
@@ -63,8 +64,8 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
     scores = np.stack([sample["arrays"]["natural_scores"] for sample in samples])
     yield Drawing(
         file_name("flocking_scores", model, task),
-        f"Scores, {model}",
-        f"The mean of {len(samples)} texts of {task}.",
+        f"Scores, {place}",
+        f"The mean of {len(samples)} texts.",
         (run_id,),
         functools.partial(score_figure, scores),
     )
@@ -75,8 +76,8 @@ def _drawings(record: dict[str, Any], runs: Runs, label: tuple[str, str]) -> Ite
             order = ", neurons sorted by their score in text A" if ordered else ""
             yield Drawing(
                 file_name("flocking_heatmap", model, task, f"layer{layer:02d}", *(["sorted"] if ordered else [])),
-                f"Relative activations, {model}, layer {layer}{order}",
-                f"Texts of {task}.",
+                f"Relative activations, {place}, layer {layer}{order}",
+                "",
                 (run_id,),
                 functools.partial(heatmap_figure, samples, layer, ordered),
             )

@@ -244,7 +244,7 @@ def _flocking(runs: pd.DataFrame) -> list[Table]:
     others = [name for name in MEASURES if name not in generation]
     made = []
     for name, title, measures, texts in (
-        ("flocking", "Flocking", others, TEXTS),
+        ("flocking", "Flocking: sets of neurons", others, TEXTS),
         ("flocking_generation", "Flocking: prompt and generation", generation, TEXTS[:1]),
     ):
         stubs = ("model and task", "text")

@@ -5,6 +5,7 @@ The only module here that imports Hydra.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -85,6 +86,9 @@ def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
     register()
     # Hydra then raises what goes wrong instead of printing it over several lines; we print one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra's parser takes -m before or behind all KEY=VALUE, and not in between.
+    sweep = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = [*sweep[:1], *(word for word in sys.argv[1:] if word not in sweep)]
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
@@ -122,7 +126,9 @@ def _readable(error: Exception) -> str:
     """What a composition error says to the user: the key, the value and what is allowed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={choice}: expected one of {', '.join(error.options)}"
+        close = difflib.get_close_matches(choice, error.options, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        return f"{group}={choice}: expected one of {', '.join(error.options)}{meant}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form KEY=VALUE, or the value needs quotes"
     cause = error.__cause__
@@ -136,12 +142,15 @@ def _readable(error: Exception) -> str:
     ambiguous = _AMBIGUOUS.search(str(error))
     if ambiguous:
         key, values = ambiguous["key"], ambiguous["values"]
-        grid = f", or grid.{key}=[{values}] in one process" if key in (item.name for item in fields(GridConfig)) else ""
+        if key.startswith("grid."):
+            return f"{key}={values}: expected a list, '{key}=[{values}]'"
+        of_grid = key in (item.name for item in fields(GridConfig))
+        grid = f", or 'grid.{key}=[{values}]' in one process" if of_grid else ""
         return f"{key}={values}: several values; for a sweep: -m {key}={values}{grid}"
     if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig" in str(cause.msg):
         override = str(error).removeprefix("Error merging override ")
         key, _, value = override.partition("=")
-        return f"{override}: expected a list, {key}=[{value}]"
+        return f"{override}: expected a list, '{key}=[{value}]'"
     if isinstance(cause, OmegaConfBaseException):
         return f"{str(error).removeprefix('Error merging override ')}: {str(cause.msg).splitlines()[0]}"
     return str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def described(text: str, default: Any = MISSING) -> Any:
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises UserError unless the value is allowed."""
     if value not in allowed:
-        raise UserError(f"{key}={value}: expected one of {', '.join(allowed)}")
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(f"{key}={value}: expected one of {', '.join(allowed)}{meant}")
 
 
 def at_least(key: str, value: float | None, least: int) -> None:

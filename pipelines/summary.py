@@ -8,6 +8,9 @@ from tabulate import tabulate
 
 from pipelines.records import Record
 
+# What a callback has to say when the call ends, behind the tables.
+CLOSING: list[str] = []
+
 # Of verified runs, and the last one of fidelity.
 _DRAFTING = {
     "acceptance_rate": "acceptance",

@@ -8,6 +8,7 @@ import pytest
 from lab import python
 from omegaconf import OmegaConf
 
+from analysis import callback
 from analysis.callback import WriteReport
 
 
@@ -23,14 +24,16 @@ def test_the_quickstart_writes_a_report_and_says_where(tmp_path: Path) -> None:
     ]
     ended = python(tmp_path, "-m", "pipelines.run", "experiment=quickstart", *smaller)
     assert ended.returncode == 0, ended.stderr
-    assert f"Report: {out}/report/index.html (4 runs, 5 tables, 7 figures)" in ended.stdout.splitlines()
+    assert ended.stdout.splitlines()[-1] == f"Report: {out}/report/index.html (4 runs, 5 tables, 7 figures)"
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("python -m pipelines.run task=briefs experiment=quickstart") >= 3
     assert page.count("python -m pipelines.run task=flocking experiment=quickstart") >= 1
 
 
-def test_a_report_that_cannot_be_written_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_cannot_be_written_is_one_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing: list[str] = []
+    monkeypatch.setattr(callback, "CLOSING", closing)
     (runs / "report").touch()
     WriteReport().on_run_end(OmegaConf.create({"output_dir": str(runs)}))
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = closing
     assert line.startswith(f"warning: no report: out={runs}/report: cannot write")

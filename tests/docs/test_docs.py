@@ -17,8 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 import griffin
-from analysis import leaderboard, report
+from analysis import critical_sparsity, latency_figures, leaderboard, quality_figures, report
 from analysis.command_line import key_values
+from analysis.drawing import Styles
+from analysis.flocking_figures import flocking
+from analysis.frame import frame
+from analysis.runs import Runs
 from pipelines import composition
 from pipelines.config_keys import typed
 
@@ -134,6 +138,22 @@ def test_commands_are_understood(call: str, tmp_path: Path) -> None:
         rows.touch()
         there = [re.sub(rf"^({'|'.join(FILES)})=.*", rf"\1={rows}", word) for word in words]
         for overrides in points(there):
+            understood(overrides)
+
+
+def test_what_the_report_suggests_is_understood() -> None:
+    runs, styles = frame([]), Styles([])
+    groups = [
+        *(make(runs, styles) for make in (quality_figures.against_sparsity, quality_figures.against_speed)),
+        *(make(runs, styles) for make in (quality_figures.by_length, quality_figures.predicted_speed)),
+        critical_sparsity.against_bytes([], runs, styles),
+        latency_figures.bars(runs, styles),
+        flocking(Runs([], []), {}),
+    ]
+    for group in groups:
+        _, module, *words = shlex.split(group.command.replace("MODEL", "smollm2_135m"))[1:]
+        assert module == "pipelines.run"
+        for overrides in points(words):
             understood(overrides)
 
 

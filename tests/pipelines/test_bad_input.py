@@ -67,10 +67,13 @@ CALLS: list[tuple[str, ...]] = [
         "statistic=griffin,magnitude",
         "statistic=griffin,magnitude",
         "-m statistic=",
-        "grid.statistic=[",
+        "'grid.statistic=[",
     ),
-    ("sparsity=0,0.5", "several values", "-m sparsity=0,0.5", "grid.sparsity=[0,0.5] in one process"),
-    ("grid.sparsity=0.5", "grid.sparsity=0.5: expected a list, grid.sparsity=[0.5]"),
+    ("sparsity=0,0.5", "several values", "-m sparsity=0,0.5", "'grid.sparsity=[0,0.5]' in one process"),
+    ("grid.sparsity=0.5", "grid.sparsity=0.5: expected a list, 'grid.sparsity=[0.5]'"),
+    ("grid.sparsity=0,0.5", "grid.sparsity=0,0.5: expected a list, 'grid.sparsity=[0,0.5]'"),
+    ("statistic=grifin", "statistic=grifin", "did you mean griffin?"),
+    ("task=xsumm", "task=xsumm", "did you mean xsum?"),
 ]
 # What the configuration's classes and the readers of data refuse: without the entry, which says all alike.
 VALUES: list[tuple[str, ...]] = [

@@ -191,7 +191,8 @@ def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
     assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"
     assert "2 failed" in ended.out
     assert {row.reason for row in read(tmp_path / "out")} == {"LookupError: a fault of our own"}
-    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
+    first, *others = tiny(tmp_path / "out", "sparsity=0,0.5")
+    assert call(first, "-m", *others).code == 0  # -m may stand anywhere
     assert {row.state for row in read(tmp_path / "out")} == {"done"}
 
 
