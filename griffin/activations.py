@@ -102,6 +102,25 @@ class TokenPositions:
             return self.before_B.unsqueeze(1) + within_S
         return self.before_B.unsqueeze(1) + self.counted_BS.cumsum(dim=1) - 1
 
+    def piece(self, begin: int, end: int) -> TokenPositions:
+        """Those of some columns."""
+        if (begin, end) == (0, self.columns):
+            return self
+        counted_BS = self.counted_BS
+        earlier: Any = begin if counted_BS is None else counted_BS[:, :begin].sum(dim=1)
+        return replace(
+            self,
+            columns=end - begin,
+            counted_BS=None if counted_BS is None else counted_BS[:, begin:end],
+            before_B=self.before_B + earlier,
+            columns_before=self.columns_before + begin,
+        )
+
+
+# Numbers of a block's activations that are looked at together: in float32 this many are 128 MiB, and a statistic makes
+# two or three such tensors. Longer calls are taken in pieces, which are joined like the chunks of a prompt.
+PIECE = 2**25
+
 
 @dataclass(frozen=True, eq=False)
 class PrefillChunk:
@@ -230,13 +249,33 @@ class Recorder:
     @torch.no_grad()
     def record(self, layer: int, z: Tensor) -> None:
         """Take in a layer's activations of the announced call."""
-        positions = self._positions
-        z_BSD = z.detach().reshape(positions.rows, positions.columns, -1).float()  # some architectures flatten B and S
-        if positions.counted_BS is not None:
-            z_BSD = z_BSD.masked_fill(~positions.counted_BS.to(z.device).unsqueeze(-1), 0.0)
-        chunk = PrefillChunk(z_BSD, _on(positions, z.device))
-        for statistic in self._wanted:
-            self._parts[statistic][layer] = statistic.part(chunk, self._blocks[layer])
+        positions = _on(self._positions, z.device)
+        z_BSD = z.detach().reshape(positions.rows, positions.columns, -1)  # some architectures flatten B and S
+        newest_only = [statistic for statistic in self._wanted if statistic.join is newest]  # all of a call, or nothing
+        joined = [statistic for statistic in self._wanted if statistic.join is not newest]
+        self._record(layer, z_BSD, positions, newest_only, positions.columns)
+        self._record(layer, z_BSD, positions, joined, max(1, PIECE // (positions.rows * z_BSD.shape[-1])))
+
+    def _record(
+        self,
+        layer: int,
+        z_BSD: Tensor,
+        positions: TokenPositions,
+        statistics: Sequence[ActivationStatistic],
+        length: int,
+    ) -> None:
+        """Take in a layer's activations for some statistics, so many positions at a time."""
+        for begin in range(0, positions.columns, length) if statistics else ():
+            end = min(begin + length, positions.columns)
+            piece, z_piece_BSD = positions.piece(begin, end), z_BSD[:, begin:end].float()
+            if piece.counted_BS is not None:
+                z_piece_BSD = z_piece_BSD.masked_fill(~piece.counted_BS.unsqueeze(-1), 0.0)
+            chunk = PrefillChunk(z_piece_BSD, piece)
+            for statistic in statistics:
+                part = statistic.part(chunk, self._blocks[layer])
+                if begin:
+                    part = statistic.join(self._parts[statistic][layer], part, piece)
+                self._parts[statistic][layer] = part
 
 
 def _on(positions: TokenPositions, device: torch.device) -> TokenPositions:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from families import VARIED, tiny
+from families import VARIED, WIDTHS, tiny
 from prompts import pad, prompt
 from running import as_lists, difference, generate, new_tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 import griffin
-from griffin import Pruner
+from griffin import Pruner, activations
 
 
 # In chunks of 5: whole, exactly one chunk, a last chunk of three tokens; and for every layout of one.
@@ -129,3 +132,46 @@ def test_a_chunk_with_other_rows_is_refused() -> None:
         cache.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="1 rows and its next chunk 2"):
             model(prompt(2).expand(2, -1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("compensation", griffin.COMPENSATIONS)
+@pytest.mark.parametrize("statistic", [name for name, one in griffin.STATISTICS.items() if not one.oracle])
+def test_a_call_that_is_recorded_in_pieces(statistic: str, compensation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    ids_BS, mask_BS = pad([prompt(11, 0), prompt(3, 1)], "left")  # the second row's first pieces are padding only
+    with griffin.prune(model, statistic=statistic, compensation=compensation, mode="masked") as pruner:
+        whole = generate(model, ids_BS, mask_BS)
+        scores = pruner.scores
+        monkeypatch.setattr(activations, "PIECE", 2 * 3 * WIDTHS["llama"])  # three positions at a time
+        pieces = generate(model, ids_BS, mask_BS)
+        for found_BD, expected_BD in zip(pruner.scores, scores, strict=True):
+            assert difference(found_BD, expected_BD) < 1e-5
+    assert new_tokens(pieces, ids_BS) == new_tokens(whole, ids_BS)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:  # no view
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("statistic", ["griffin", "wanda", "max"])
+def test_what_recording_makes_is_bounded(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = griffin.find_feedforward_blocks(tiny("llama"))
+    z_SD = torch.randn(64, WIDTHS["llama"], dtype=torch.bfloat16)
+    monkeypatch.setattr(activations, "PIECE", 8 * WIDTHS["llama"])
+    recorder = activations.Recorder(blocks, griffin.wanted([griffin.Method(statistic)]))
+    recorder.begin(activations.Recorded(torch.zeros(1, dtype=torch.int64)))
+    recorder.expect(1, 64, None)
+    with Largest() as largest:
+        recorder.record(0, z_SD)
+    assert largest.numbers == 8 * WIDTHS["llama"]
