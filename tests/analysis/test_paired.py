@@ -215,7 +215,7 @@ def test_where_nothing_stays_near_dense_the_nearest_is_named(tmp_path: Path) -> 
     write(tmp_path, "griffin-75", [0.0] * 30 + RIGHT[30:], sparsity=0.75)
     write(tmp_path, "joint-75", [0.0] * 10 + RIGHT[10:], sparsity=0.75, statistic="joint")
     (sentence,) = make_report(str(tmp_path)).summary
-    assert "no method was shown to stay within two points of dense; the nearest is joint 75%, -10.0 [" in sentence
+    assert "nearest to dense is joint 75%, -10.0 points [" in sentence
 
 
 def test_a_measured_speed_is_told_beside_it(tmp_path: Path) -> None:
