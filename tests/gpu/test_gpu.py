@@ -107,7 +107,6 @@ def test_verified_text_is_the_dense_models(device: torch.device) -> None:
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_captured_equals_eager(device: torch.device, dtype: torch.dtype) -> None:
     whole = model(device, dtype)
@@ -123,10 +122,9 @@ def test_captured_equals_eager(device: torch.device, dtype: torch.dtype) -> None
             assert distance(found, expected) < TOLERANCES[dtype]
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == len(METHODS)
-    assert counters["inductor"]["cudagraph_skips"] == 0, "every graph is captured"
+    assert counters["inductor"]["cudagraph_skips"] == 0, "on a GPU every graph is captured"
 
 
-@pytest.mark.cuda
 def test_captured_verified_text_is_the_dense_models(device: torch.device) -> None:
     whole = model(device)
     torch._dynamo.reset()
