@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -26,13 +25,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipelines.config import GridConfig, RunConfig
-from pipelines.config_keys import help_text, unknown_key
+from pipelines.config_keys import CONF, help_text, unknown_key
 from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
-
 
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>[^']*)'")
 

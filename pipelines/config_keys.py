@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import MISSING as NOTHING
 from dataclasses import Field, fields
+from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -16,6 +18,8 @@ from pipelines.config import GridConfig, RunConfig, WandbConfig
 from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS, HubDataset
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 # What the keys of each class begin with.
 _NODES: tuple[tuple[str, Any], ...] = (
@@ -80,7 +84,11 @@ def help_text() -> str:
         for item in fields(node):
             if prefix + item.name not in (*_GROUPS, "grid", "wandb"):
                 lines.append(f"  {prefix + item.name:26} {item.metadata['help']}{_default(item)}")
-    return "\n".join([*lines, "", "Choices of model, task, launcher and experiment", "$APP_CONFIG_GROUPS", ""])
+    lines += ["", "Choices"]
+    for group in _GROUPS:
+        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        lines.append(fill(names, 118, initial_indent=f"  {group:26} ", subsequent_indent=" " * 29))
+    return "\n".join([*lines, ""])
 
 
 # The keys that choose a file of conf/, and what each group is.
@@ -98,5 +106,7 @@ def _default(item: Field[Any]) -> str:
     if value is NOTHING or value == MISSING:
         return ""
     if isinstance(value, bool) or value is None:
+        value = json.dumps(value)
+    if isinstance(value, str) and not value.isprintable():
         value = json.dumps(value)
     return f" ({'empty' if value == '' else value})"

@@ -47,7 +47,7 @@ def read(output_dir: Path) -> list[Row]:
         if entry is not None and not rows.keys() & set(entry["runs"] or ()):
             state = FAILED if entry["failed"] else MISSING
             for method in entry["methods"]:
-                words = f"{entry['words']} {method} ({entry['swept']})"
+                words = f"{entry['words']} {method}" + (f" ({entry['swept']})" if entry["swept"] else "")
                 planned.append(Row(words, entry["words"].replace(" ", "-"), state, reason=entry["failed"] or ""))
     return sorted([*rows.values(), *planned], key=lambda row: row.run)
 

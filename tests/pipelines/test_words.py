@@ -23,7 +23,11 @@ def test_help_has_every_default_and_says_what_each_group_is(call: Callable[..., 
         *("(0.5)", "(griffin)", "(null)", "(auto)", "(false)", "([])", "(outputs)"),
     ):
         assert line in shown
-    lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
+    keys, choices = shown.split("\nChoices\n")
+    lines = {line.split()[0]: line for line in keys.splitlines() if line.startswith("  ")}
+    for name in ("smollm2_135m", "briefs", "slurm_gpu", "paper_latency"):
+        assert name in choices
+    assert "schema" not in choices
     assert lines["sparsity"].endswith("(0.5)")
     assert lines["model"].endswith("(smollm2_135m)")
     assert lines["task.allow_code_execution"].endswith("(false)")
