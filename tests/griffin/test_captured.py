@@ -266,6 +266,13 @@ def test_the_host_waits_only_where_it_reads_tokens(
     assert reads == (8 if method is RECIPE else 6)
 
 
+def test_nor_where_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+        return torch.cat([logits_V.softmax(dim=-1).multinomial(1) for logits_V in logits_BV])
+
+    assert without_values(GRIFFIN, "llama", monkeypatch, drawing) == 6
+
+
 def test_a_host_that_waits_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
         return torch.tensor([int(logits_V.argmax().item()) for logits_V in logits_BV])

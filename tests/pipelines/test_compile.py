@@ -59,3 +59,33 @@ def test_a_machine_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=r"compile=true: expected a C\+\+ compiler"):
         composed(*tiny(tmp_path / "out", "compile=true", "device=cpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compiled"),
+    [
+        ("", True),
+        ("task=latency", True),
+        ("verification=exact", True),
+        ("statistic=joint compensation=ridge refresh=compensation", True),
+        ("batch_size=4 shared_experts=true", True),
+        ("batch_size=4", False),  # masked
+        ("mode=masked", False),
+        ("refresh=drift", False),
+        ("statistic=teal", False),
+        ("offload_dense=true", False),
+        ("task=fidelity", False),
+        ("device=cpu", False),
+        ("compile=false", False),
+    ],
+)
+def test_auto_compiles_on_cuda_what_can_be_compiled(
+    overrides: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert composed("model=random_tiny", *overrides.split()).compile is compiled
+
+
+def test_auto_compiles_nothing_on_a_cpu() -> None:
+    if not torch.cuda.is_available():
+        assert composed("model=random_tiny").compile is False
