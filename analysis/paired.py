@@ -141,7 +141,9 @@ def pairs(runs: Runs, table: pd.DataFrame, against: str = "dense") -> list[Pair]
                 continue
             other = next(others.itertuples())
             (scores, lengths), (their_scores, their_lengths) = samples[row.run_id], samples[other.run_id]
-            exact = row.verification == "exact" and against == "dense" and row.decoding in ("greedy", None)
+            # lm-eval's tasks have no such setting, and are greedy where their metric is.
+            greedy = row.decoding == "greedy" or pd.isna(row.decoding)
+            exact = row.verification == "exact" and against == "dense" and greedy
             difference = compare(scores, their_scores, largest=LARGEST[row.metric], exact=exact)
             length = None
             if difference is not None and sum(their_lengths.values()) and lengths.keys() == their_lengths.keys():

@@ -52,6 +52,8 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 def environment(device: str) -> dict[str, Any]:
     """What ran: versions and the kind of machine, and nothing that names a site or a person."""
+    from griffin import __version__  # takes torch along, which readers of records do without
+
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -60,7 +62,8 @@ def environment(device: str) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
         **_source(),
-        **{package: _version(package) for package in ("griffin-pruning", "torch", "transformers", "rouge-score")},
+        "griffin-pruning": __version__,  # what runs; an editable installation may name an earlier one
+        **{package: _version(package) for package in ("torch", "transformers", "rouge-score")},
     }
 
 

@@ -210,6 +210,14 @@ def test_the_report_begins_with_what_the_runs_show(tmp_path: Path) -> None:
     assert f"- {sentence}" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8").splitlines()
 
 
+def test_verified_answers_that_are_denses_leave_nothing_open(tmp_path: Path) -> None:
+    write(tmp_path, "dense", RIGHT, sparsity=0)
+    write(tmp_path, "verified", RIGHT, sparsity=0.5, verification="exact")
+    write_run(tmp_path, record("xsum", sparsity=0))  # of a task that says how it decodes
+    (sentence,) = make_report(str(tmp_path)).summary
+    assert sentence.endswith("within two points of dense stay griffin up to 50%.")
+
+
 def test_where_nothing_stays_near_dense_the_nearest_is_named(tmp_path: Path) -> None:
     write(tmp_path, "dense", RIGHT, sparsity=0)
     write(tmp_path, "griffin-75", [0.0] * 30 + RIGHT[30:], sparsity=0.75)
