@@ -129,7 +129,7 @@ def answers(runs: Runs, table: pd.DataFrame) -> list[Answers]:
         if examples:
             compared = {row.family == "dense" for row in rows} == {True, False}
             examples.sort(key=lambda example: -example.difference)
-            name = file_name(model, task)
+            name = file_name(str(len(found) + 1), model, task)  # numbered: other words may give the same name
             found.append(Answers(name, model, task, rows[0].metric, compared, examples))
     return found
 

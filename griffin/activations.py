@@ -155,9 +155,9 @@ def added(before: Tensor, part: Tensor, positions: TokenPositions) -> Tensor:
     return before + part
 
 
-def newest(before: Tensor, part: Tensor, positions: TokenPositions) -> Tensor:
-    """Joins parts of which the last is all that matters."""
-    return part
+def listed(before: Tensor, part: Tensor, positions: TokenPositions) -> Tensor:
+    """Joins parts that have an entry for each token, [B, S, ..]."""
+    return torch.cat([before, part], dim=1)
 
 
 @dataclass(frozen=True)
@@ -251,27 +251,14 @@ class Recorder:
         """Take in a layer's activations of the announced call."""
         positions = _on(self._positions, z.device)
         z_BSD = z.detach().reshape(positions.rows, positions.columns, -1)  # some architectures flatten B and S
-        newest_only = [statistic for statistic in self._wanted if statistic.join is newest]  # all of a call, or nothing
-        joined = [statistic for statistic in self._wanted if statistic.join is not newest]
-        self._record(layer, z_BSD, positions, newest_only, positions.columns)
-        self._record(layer, z_BSD, positions, joined, max(1, PIECE // (positions.rows * z_BSD.shape[-1])))
-
-    def _record(
-        self,
-        layer: int,
-        z_BSD: Tensor,
-        positions: TokenPositions,
-        statistics: Sequence[ActivationStatistic],
-        length: int,
-    ) -> None:
-        """Take in a layer's activations for some statistics, so many positions at a time."""
-        for begin in range(0, positions.columns, length) if statistics else ():
+        length = max(1, PIECE // (positions.rows * z_BSD.shape[-1]))
+        for begin in range(0, positions.columns, length):
             end = min(begin + length, positions.columns)
             piece, z_piece_BSD = positions.piece(begin, end), z_BSD[:, begin:end].float()
             if piece.counted_BS is not None:
                 z_piece_BSD = z_piece_BSD.masked_fill(~piece.counted_BS.unsqueeze(-1), 0.0)
             chunk = PrefillChunk(z_piece_BSD, piece)
-            for statistic in statistics:
+            for statistic in self._wanted:
                 part = statistic.part(chunk, self._blocks[layer])
                 if begin:
                     part = statistic.join(self._parts[statistic][layer], part, piece)

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import transformers
 from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin.compiling import compiled_call
 from griffin.engine import Engine
 from griffin.feedforward import find_feedforward_blocks
-from griffin.method import Method
+from griffin.method import MOST_DRAFTED, Method
 from griffin.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
 from griffin.traffic import traffic
 
@@ -125,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"compiled: {str(compiled).lower()}; repeats: {options.repeats}\n", flush=True)
     lines: list[tuple[str, ...]] = [HEADER]
     for shape in options.shapes:
-        model = _model(shape, device, getattr(torch, options.dtype))
+        try:
+            model = _model(shape, device, getattr(torch, options.dtype))
+        except torch.OutOfMemoryError:
+            print(f"{shape}: does not fit into memory, left out", flush=True)
+            continue
         for rows in options.rows:
             for prompt, new in [(prompt, new) for prompt in options.prompt for new in options.new]:
                 found = cases(options.draft_tokens, rows)
@@ -160,20 +165,24 @@ def _measure(model: nn.Module, found: list[Case], shape: tuple[int, int, int], r
     engine = Engine(model, mode="compact", compiled=compiled_call(model) if compiled else None)
     numbers = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    for repeat in range(-1, repeats):
-        prompts = torch.randint(0, vocabulary, (rows, prompt), generator=numbers).tolist()
-        for case in found:
-            # Graphs of several methods can be in memory at once; buffers are of one at a time.
-            forget_peak(engine.device)
-            began = time.perf_counter()
-            run = timed(engine, prompts, case.method, WARM_UP if repeat < 0 else new, room=new)
-            if repeat < 0:
-                case.warm_up = time.perf_counter() - began
-            else:
-                case.runs.append(run)
-                case.peak = max(case.peak, peak_memory(engine.device))
-            _progress(f"{rows} x {prompt} + {new}, {case.name}: {'warm-up' if repeat < 0 else repeat + 1}")
-    engine.unload()
+    # Two rounds of warming up: in the first one the buffers still grow, and captured graphs are for fixed addresses.
+    rounds = tqdm(range(-2, repeats), f"{rows} x {prompt} + {new}", leave=False, disable=not sys.stderr.isatty())
+    try:
+        for repeat in rounds:
+            prompts = torch.randint(0, vocabulary, (rows, prompt), generator=numbers).tolist()
+            for case in found:
+                forget_peak(engine.device)
+                began = time.perf_counter()
+                run = timed(engine, prompts, case.method, WARM_UP if repeat < 0 else new, room=new)
+                if repeat < 0:
+                    case.warm_up += time.perf_counter() - began
+                else:
+                    case.runs.append(run)
+                    case.peak = max(case.peak, peak_memory(engine.device))
+    finally:
+        engine.unload()
+        if compiled:
+            torch.compiler.reset()  # graphs of other sizes keep their memory otherwise
 
 
 def _lines(
@@ -224,13 +233,7 @@ def _model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _print_table(lines: Sequence[Sequence[str]]) -> None:
-    _progress("")
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -255,8 +258,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is a GPU, else cpu")
     add("--compile", choices=["auto", "true", "false"], default="auto", help="auto: on CUDA; default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.draft_tokens > 16:
-        parser.error(f"argument --draft-tokens: {options.draft_tokens}: expected 1 to 16")
+    if options.draft_tokens > MOST_DRAFTED:
+        parser.error(f"argument --draft-tokens: {options.draft_tokens}: expected 1 to {MOST_DRAFTED}")
     if options.device.startswith("cuda") and not cuda:
         parser.error(f"argument --device: {options.device}: no GPU on this machine")
     longest = max(options.prompt) + max(options.new)

@@ -18,12 +18,14 @@ VARIANTS = 64
 
 
 def compiled_call(model: nn.Module) -> Callable[..., Any]:
-    """The model's compiled call, for `griffin.Engine`.
-
-    A graph break or one variant too many raises torch's own error, instead of being slow in silence.
+    """The model's compiled call, for `griffin.Engine`. Two settings of torch's compiler change for the process.
 
     Args:
         model: on the device that it will run on.
+
+    Returns:
+        A function with the arguments of the model's own call. A graph break, or one variant too many, raises torch's
+        error (of `torch._dynamo.exc`) instead of being slow in silence.
     """
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)

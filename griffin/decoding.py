@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from griffin.activations import ActivationStatistic, PrefillChunk, Recorded, newest
+from griffin.activations import ActivationStatistic, PrefillChunk, Recorded, listed
 from griffin.compensation import COMPENSATIONS
 from griffin.drift import Drift
 from griffin.engine import Engine
@@ -177,7 +177,7 @@ def _fresh_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     return scale * chunk.relative_BSD
 
 
-_fresh = ActivationStatistic(_fresh_activations, join=newest)
+_fresh = ActivationStatistic(_fresh_activations, join=listed)
 
 
 def _renewed(engine: Engine, read: dict[Row, Recorded]) -> Experts | None:

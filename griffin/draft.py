@@ -176,6 +176,7 @@ class Draft:
                 best = logits_TV.topk(min(BEST, logits_TV.shape[1]), dim=-1).indices.flatten()
                 self._engine.vocabulary.add(torch.cat([best, torch.tensor(tokens, device=best.device)]))
             if any(self._fits):
+                # Copies: a captured graph writes to the same memory again.
                 self._unlearned.append([(z[:accepted].clone(), output[:accepted].clone()) for z, output in seen])
                 if sum(len(check[0][0]) for check in self._unlearned) >= LEARN_EVERY:
                     for layer, fit in enumerate(self._fits):

@@ -169,7 +169,8 @@ class Engine:
         call = self.model
         if self.compiled is not None and cache.whole:
             call = self.compiled
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # earlier logits may go
+            # From here on a CUDA graph may overwrite what the call before returned.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         logits: Tensor = call(ids_BS, past_key_values=cache, use_cache=True, **options).logits
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
 

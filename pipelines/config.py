@@ -281,20 +281,22 @@ class RunConfig:
         if self.task.kind == "latency" and (self.mode == "masked" or (self._several and not self.shared_experts)):
             raise UserError("task=latency times mode=compact: above batch_size=1 it needs shared_experts=true")
         if isinstance(self.task, LatencyTask):
-            gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
-            self.task.fill_in(gpu)
+            self.task.fill_in(self._on_cuda)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
 
     def _settle_compile(self) -> None:
         """Whether decoding is compiled; `auto` is true on CUDA, where all that is asked for can be compiled."""
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise UserError(f"compile={self.compile}: expected true, false or auto")
         if self.compile == "auto":
-            cuda = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
             alone = self.batch_size == 1 or self.shared_experts
             other = self.mode == "masked" or self.offload_dense or self.assistance != "none"
             drifts = "drift" in (self.grid.refresh or [self.refresh])
             by_token = any(name in griffin.TOKEN_STATISTICS for name in self.grid.statistic or [self.statistic])
-            self.compile = cuda and self.task.kind in COMPILED and alone and not (other or drifts or by_token)
+            self.compile = self._on_cuda and self.task.kind in COMPILED and alone and not (other or drifts or by_token)
 
     def _check_compile_and_mode(self) -> None:
         """Whether decoding can be compiled, and which mode `auto` stands for."""

@@ -45,11 +45,11 @@ def test_make_bench_gpu_ends_in_its_table() -> None:
 def test_verified_decoding_is_worth_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     limits = []
     for acceptance in ("0", "1"):
-        main([*TINY.split(), "--rows", "1", "--repeats", "1", "--acceptance", acceptance])
+        main([*TINY.split(), "--rows", "1", "--new", "24", "--repeats", "1", "--acceptance", acceptance])
         (line,) = [cells(one) for one in capsys.readouterr().out.splitlines() if "verified" in one and "tiny" in one]
         limits.append(float(line[6]))
     # Of two drafts and a check come one token, or three.
-    assert limits[1] == pytest.approx(3 * limits[0], abs=0.02)
+    assert limits[1] == pytest.approx(3 * limits[0], abs=0.03)  # of two printed digits
     assert limits[0] < 1
 
 
