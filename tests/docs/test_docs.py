@@ -23,6 +23,7 @@ from analysis.drawing import Styles
 from analysis.flocking_figures import flocking
 from analysis.frame import frame
 from analysis.runs import Runs
+from griffin import benchmark
 from pipelines import composition
 from pipelines.config_keys import typed
 
@@ -139,6 +140,13 @@ def test_commands_are_understood(call: str, tmp_path: Path) -> None:
         there = [re.sub(rf"^({'|'.join(FILES)})=.*", rf"\1={rows}", word) for word in words]
         for overrides in points(there):
             understood(overrides)
+
+
+def test_arguments_of_the_benchmark_are_understood() -> None:
+    found = [words for page in PAGES for words in re.findall(r'BENCH="([^"]*)"', page.read_text(encoding="utf-8"))]
+    assert found
+    for words in found:
+        benchmark._parse(words.split())
 
 
 def test_what_the_report_suggests_is_understood() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calling import command, process, read_record, run_folders
+import pytest
+from calling import command, composed, process, read_record, run_folders
+
+from griffin.benchmark import PAPER, SHAPES
 
 
 def test_the_preset_of_the_papers_latency_runs(tmp_path: Path) -> None:
@@ -15,3 +18,8 @@ def test_the_preset_of_the_papers_latency_runs(tmp_path: Path) -> None:
     records = [read_record(folder) for folder in run_folders(tmp_path / "out")]
     assert len(records) == 2 * 4
     assert all(record["metrics"]["decode_speedup"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("shape", PAPER)
+def test_the_benchmark_times_the_same_shapes(shape: str) -> None:
+    assert composed(f"model=random_{shape}").model.architecture == SHAPES[shape]
