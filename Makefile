@@ -28,7 +28,7 @@ test-gpu:
 	$(PYTHON) -m pytest tests/gpu
 
 bench-gpu:
-	$(PYTHON) -m griffin.benchmark $(BENCH)
+	PYTHONPATH=. $(PYTHON) tests/gpu/benchmark.py $(BENCH)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,86 +2,33 @@
 
 The method is GRIFFIN (Dong, Chen and Chi, COLM 2024, arXiv 2404.01365). Three lines prune a model:
 
-    with griffin.prune(model, sparsity=0.5, statistic="griffin"):
+    with griffin.prune(model, "griffin", sparsity=0.5):
         model.generate(**inputs)
 
 Evaluations use the engine beneath: `prefill` runs a prompt dense, `begin` chooses a method's experts for it, `decode`
 and `score` continue any number of such rows together.
 """
 
-from griffin.activations import Recorded, record_activations, relative_activations
+from griffin.activations import ActivationStatistic, Recorded, record_activations, relative_activations
+from griffin.checkpoint import compact_model
+from griffin.choosing import choose
 from griffin.compensation import COMPENSATIONS, Compensation
-from griffin.compiling import compiled_call
 from griffin.correction import Correction
 from griffin.decoding import decode, score
-from griffin.draft_vocabulary import DRAFT_VOCABULARIES
-from griffin.engine import Engine, refuse_uncroppable
-from griffin.executors import MODES, Experts
+from griffin.draft_vocabulary import DRAFT_VOCABULARIES, output_embedding
+from griffin.engine import MODES, Engine, refuse_uncroppable
+from griffin.experts import Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
-from griffin.method import LEARNING, MOST_DRAFTED, VERIFICATIONS, Method
-from griffin.offloading import Offload, move_without_dense
-from griffin.onednn import onednn_linear
-from griffin.prompt import PromptState, choose, prefill, wanted
+from griffin.method import DENSE, EXACT, LEARNING, METHODS, MOST_DRAFTED, RECIPE, VERIFICATIONS, Method, as_method
+from griffin.offloading import move_without_dense
+from griffin.onednn import with_onednn
+from griffin.prompt import PromptState, prefill, wanted
 from griffin.pruner import Pruner, prune
 from griffin.refresh import REFRESHES
-from griffin.rows import Drafting, Generation, Row, begin, greedy
+from griffin.rows import DraftStatistics, Generation, Row, RowStatistics, begin
 from griffin.selection import BUDGETS, SELECTIONS, kept_neurons, kept_per_layer, select
-from griffin.self_generated import prepare
-from griffin.statistics import STATISTICS, Statistic, aggregate
-from griffin.token_statistics import TOKEN_STATISTICS, TokenStatistic
+from griffin.statistics import STATISTICS, TOKEN_STATISTICS, Evidence, Statistic, TokenStatistic, aggregate
 from griffin.traffic import Traffic, neuron_bytes, traffic
+from griffin.views import compiled_call, compiler_for, view_of
 
-__version__ = "0.2.0"
-
-__all__ = [
-    "BUDGETS",
-    "COMPENSATIONS",
-    "DRAFT_VOCABULARIES",
-    "LEARNING",
-    "MODES",
-    "MOST_DRAFTED",
-    "REFRESHES",
-    "SELECTIONS",
-    "STATISTICS",
-    "TOKEN_STATISTICS",
-    "VERIFICATIONS",
-    "Compensation",
-    "Correction",
-    "Drafting",
-    "Engine",
-    "Experts",
-    "FeedForwardBlock",
-    "Generation",
-    "Method",
-    "Offload",
-    "PromptState",
-    "Pruner",
-    "Recorded",
-    "Row",
-    "Statistic",
-    "TokenStatistic",
-    "Traffic",
-    "UnsupportedModelError",
-    "aggregate",
-    "begin",
-    "choose",
-    "compiled_call",
-    "decode",
-    "find_feedforward_blocks",
-    "greedy",
-    "kept_neurons",
-    "kept_per_layer",
-    "move_without_dense",
-    "neuron_bytes",
-    "onednn_linear",
-    "prefill",
-    "prepare",
-    "prune",
-    "record_activations",
-    "refuse_uncroppable",
-    "relative_activations",
-    "score",
-    "select",
-    "traffic",
-    "wanted",
-]
+__version__ = "0.3.0"

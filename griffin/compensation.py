@@ -5,22 +5,35 @@ active parameters and the same speed of decoding. Like a statistic it needs no t
 compensation records something of the prompt, and turns it, with the experts, into a correction of each FF block.
 Adding one is writing one function, or two, and one line of `COMPENSATIONS`.
 
-Dimensions: B = rows of a batch, S = positions, D = FF width, K = kept neurons, H = hidden size, T = directions,
-N = rows that are learned later.
+Dimensions: B = rows of a batch, D = FF width, K = kept neurons, H = hidden size, X = D + H, T = rows of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from griffin.activations import ActivationStatistic, PrefillChunk
 from griffin.correction import Correction
-from griffin.feedforward import FeedForwardBlock, weight_out_in
-from griffin.ridge import joined_rows, latest_rows, learn, ridge
+from griffin.feedforward import FeedForwardBlock
+from griffin.ridge import RidgeFit, joined_rows, latest_rows
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedLayer:
+    """What a compensation makes a correction of one layer from."""
+
+    layer: int
+    total: Tensor  # what was recorded, [1, ..], on the block's device
+    block: FeedForwardBlock  # its weights are there until the next layer's are asked for
+    neurons_K: Tensor  # the kept ones
+
+
+Corrected = tuple[dict[int, Correction], tuple[RidgeFit, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,37 +43,64 @@ class Compensation:
     Attributes:
         activations: what is recorded of the prompt.
         share: what was recorded of several prompts -> the same of one prompt, [1, ..], made of all of their tokens.
-        correct: (what was recorded of one prompt [1, ..], block, experts_K) -> the block's correction, float32.
-        learn: (corrections so far, relative activations of later tokens [N, D], block, experts_K) -> the correction
-            that comes on top of them; None: it cannot go on learning.
+        correct: the pruned layers, one after the other -> by layer, its correction, float32; and the fits that they
+            were made by, where they can go on learning.
+        learns: whether they can.
     """
 
     activations: ActivationStatistic
-    share: Callable[[Tensor], Tensor]
-    correct: Callable[[Tensor, FeedForwardBlock, Tensor], Correction]
-    learn: Callable[[tuple[Correction, ...], Tensor, FeedForwardBlock, Tensor], Correction] | None = None
+    share: Callable[[Sequence[Tensor]], Tensor]
+    correct: Callable[[Iterable[PrunedLayer]], Corrected]
+    learns: bool = False
 
 
 def sums_and_count(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
-    """[B, D + 1]: sum_t z[b, t, j], and the number of tokens."""
+    """[B, D + H + 1]: sum_t z[b, t, j], the sum of what was written, and the number of tokens."""
     count_B1 = chunk.positions.count_B.to(chunk.z_BSD).unsqueeze(1)
-    return torch.cat([chunk.sum(chunk.z_BSD), chunk.positions.weight * count_B1], dim=1)
+    sums = chunk.sum(chunk.z_BSD), chunk.sum(chunk.written_BSH(block)), chunk.positions.weight * count_B1
+    return torch.cat(sums, dim=1)
 
 
-def mean(total: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Correction:
+def mean(layers: Iterable[PrunedLayer]) -> Corrected:
     """A bias: what the dropped neurons write when each has its mean activation of the prompt, Wd[:, R] mean(z_R)."""
-    mean_D = total[0, :-1] / total[0, -1].clamp(min=1)
-    dropped_D = mean_D.scatter(0, experts_K, 0.0)
-    return Correction(bias_H=weight_out_in(block.output).detach().float() @ dropped_D)
+    found: dict[int, Correction] = {}
+    for pruned in layers:
+        width, neurons_K = pruned.block.width, pruned.neurons_K
+        mean_X = pruned.total[0, :-1] / pruned.total[0, -1].clamp(min=1)
+        kept_1H = pruned.block.written(mean_X[:width].index_select(0, neurons_K).unsqueeze(0), neurons_K)
+        found[pruned.layer] = Correction(bias_H=mean_X[width:] - kept_1H[0])
+    return found, ()
+
+
+def ridge(layers: Iterable[PrunedLayer]) -> Corrected:
+    """The least-squares prediction, from the kept activations, of what the dropped neurons wrote during the prompt:
+    (Z_K^T Z_K + c I)^-1 Z_K^T Y for Y = Z_R Wd[:, R]^T and c = RIDGE * mean(diag(Z_K^T Z_K)); see `griffin.ridge`."""
+    devices: dict[torch.device, list[tuple[int, Tensor, Tensor, Tensor]]] = {}
+    for pruned in layers:
+        rows_TX, width, neurons_K = pruned.total[0], pruned.block.width, pruned.neurons_K
+        kept_TK = rows_TX[:, :width].index_select(1, neurons_K)
+        error_TH = rows_TX[:, width:] - pruned.block.written(kept_TK, neurons_K)
+        devices.setdefault(kept_TK.device, []).append((pruned.layer, neurons_K, kept_TK, error_TH))
+    found: dict[int, Correction] = {}
+    fits: list[RidgeFit] = []
+    for group in devices.values():
+        numbers, neurons, kept, errors = zip(*group, strict=True)
+        padded = [functional.pad(kept_TK, (0, max(map(len, neurons)) - kept_TK.shape[1])) for kept_TK in kept]
+        corrections, fit = RidgeFit(numbers, neurons).learn(torch.stack(padded), torch.stack(errors))
+        found |= corrections
+        fits.append(fit)
+    return found, tuple(fits)
+
+
+def prompts_together(totals: Sequence[Tensor]) -> Tensor:
+    """Rows of several prompts [1, T, X], the last ones of each, as the rows of one."""
+    return torch.cat(list(totals), dim=1)
 
 
 COMPENSATIONS: dict[str, Compensation | None] = {
     "none": None,
-    "mean": Compensation(ActivationStatistic(sums_and_count), lambda total: total.sum(dim=0, keepdim=True), mean),
-    "ridge": Compensation(
-        ActivationStatistic(latest_rows, join=joined_rows),
-        lambda total_BTD: total_BTD.flatten(0, 1).unsqueeze(0),
-        ridge,
-        learn,
+    "mean": Compensation(
+        ActivationStatistic(sums_and_count), lambda totals: torch.stack(list(totals)).sum(dim=0), mean
     ),
+    "ridge": Compensation(ActivationStatistic(latest_rows, join=joined_rows), prompts_together, ridge, learns=True),
 }

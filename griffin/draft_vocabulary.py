@@ -5,7 +5,7 @@ own tokens, and those that the dense model finds most likely at positions of the
 token outside of them costs a rejected draft and nothing else. Not in the paper; FR-Spec (arXiv 2502.14856) and
 VocabTrim (arXiv 2506.22694) use lists that are the same for all prompts.
 
-Dimensions: S = positions, H = hidden size, V = vocabulary, N = tokens of the draft's vocabulary.
+Dimensions: S = positions, H = hidden size, V = vocabulary, C = rows that there is room for, M = candidates.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin.executors import CompactProjection
+from griffin.compact import CompactView
 from griffin.feedforward import UnsupportedModelError
+from griffin.views import Compiler, View
 
-DRAFT_VOCABULARIES = {
-    "full": "all of the model's",
-    "prompt": "what the prompt and the text so far make likely",
-}
+DRAFT_VOCABULARIES = {"full": "all of the model's", "prompt": "what the prompt and the text so far make likely"}
 
 # So many tokens are likely at a position, of at most so many positions of the prompt, evenly spread: logits of all of
 # them would cost as much as several layers.
 BEST = 32
 POSITIONS = 128
+
+# Rows that there is room for; tokens that come when it is full are not drafted.
+CAPACITY = 8192
 
 _PIECE = 32  # positions whose logits are in memory at a time
 
@@ -47,54 +48,84 @@ def output_embedding(model: nn.Module) -> nn.Linear:
 
 
 def find_likely(head: nn.Linear, hidden_SH: Tensor) -> Tensor:
-    """Tokens that are likely somewhere: the best `BEST` at up to `POSITIONS` of these positions, some more than once.
+    """Tokens that are likely somewhere: the best `BEST` at up to `POSITIONS` of these positions, some more than once,
+    on the device of the positions.
 
     What models do to logits after the embedding, such as soft-capping and scaling, leaves their order as it is.
     """
-    sampled_SH = hidden_SH[:: max(1, -(-len(hidden_SH) // POSITIONS))]
+    sampled_SH = hidden_SH[:: max(1, -(-len(hidden_SH) // POSITIONS))].to(head.weight.device)
     pieces = [sampled_SH[first : first + _PIECE] for first in range(0, max(1, len(sampled_SH)), _PIECE)]
     best = [head(piece_SH).topk(min(BEST, head.out_features), dim=-1).indices for piece_SH in pieces]
-    return torch.cat(best).flatten()
+    return torch.cat(best).flatten().to(hidden_SH.device)
 
 
-class DraftVocabulary:
-    """An output embedding that can be switched to a part of its rows.
+class DraftView(View):
+    """The compact view with a part of the output embedding: the same FF projections, rows in a buffer that stays."""
 
-    Args:
-        head: the output embedding; its parameters are never written to.
-        padded: whether the last token stands there more than once, so that N is a power of two: a compiled graph is for
-            one N.
+    @torch.inference_mode(False)
+    def __init__(self, compact: CompactView, compiler: Compiler | None = None) -> None:
+        super().__init__(compact.module, compiler, compact.projections)
+        head = output_embedding(self.module)
+        self._head, self._whole_VH = head, head.weight.detach()
+        self.size, hidden = self._whole_VH.shape
+        self._capacity = min(self.size, CAPACITY)
+        device = self._whole_VH.device
+        # One row more takes what there is no room for.
+        self._rows_CH = self._whole_VH.new_zeros(self._capacity + 1, hidden)
+        self._bias_C = None if head.bias is None else head.bias.detach().new_zeros(self._capacity + 1)
+        self._whole_bias_V = None if head.bias is None else head.bias.detach()
+        self._tokens_C = torch.full((self._capacity + 1,), self.size, device=device)
+        self._known_V = torch.zeros(self.size, dtype=torch.bool, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self._static = compiler is not None
+        self.used = 0
+        self.tokens_C = self._tokens_C[:0]
 
-    Attributes:
-        tokens_N: the tokens of the rows, int64, ascending.
-    """
-
-    def __init__(self, head: nn.Linear, *, padded: bool = False) -> None:
-        self._padded = padded
-        self._projection = CompactProjection(head, neurons_out=True, parts=1)
-        self._in_V = torch.zeros(head.out_features, dtype=torch.bool, device=head.weight.device)
-        self.tokens_N = torch.empty(0, dtype=torch.int64, device=head.weight.device)
-
-    def begin(self, tokens: Tensor) -> None:
+    @torch.no_grad()
+    def begin(self, tokens_M: Tensor) -> None:
         """Have these tokens, and no others."""
-        self._in_V.fill_(False)
-        self.add(tokens)
+        self._known_V.zero_()
+        self.count.zero_()
+        self._tokens_C.fill_(self.size)
+        self.add(tokens_M)
+        self.use(self._capacity if self._static else int(self.count))
 
-    def add(self, tokens: Tensor) -> None:
-        """Have these tokens too. The host waits for the device, to know how many are new."""
-        self._in_V[tokens] = True
-        found_N = self._in_V.nonzero().squeeze(1)
-        if self._padded:
-            more = 2 ** (len(found_N) - 1).bit_length() - len(found_N)
-            found_N = torch.cat([found_N, found_N[-1:].expand(more)])
-        if len(found_N) != len(self.tokens_N) or not torch.equal(found_N, self.tokens_N):
-            self._projection.gather(found_N)
-            self.tokens_N = found_N
+    @torch.no_grad()
+    def add(self, tokens_M: Tensor) -> None:
+        """Have these tokens too, from the next `use` on. Nothing here waits for the device."""
+        tokens_M = tokens_M.to(self._known_V.device)
+        order_M = torch.arange(len(tokens_M), device=tokens_M.device)
+        first_V = torch.full_like(self._known_V, len(tokens_M), dtype=torch.int64)
+        first_V.scatter_reduce_(0, tokens_M, order_M, "amin")
+        new_M = (first_V[tokens_M] == order_M) & ~self._known_V[tokens_M]
+        place_M = self.count + new_M.cumsum(0) - 1
+        fits_M = new_M & (place_M < self._capacity)
+        place_M = place_M.where(fits_M, self._capacity)
+        self._rows_CH.index_copy_(0, place_M, self._whole_VH[tokens_M])
+        if self._bias_C is not None and self._whole_bias_V is not None:
+            self._bias_C.index_copy_(0, place_M, self._whole_bias_V[tokens_M])
+        self._tokens_C.index_copy_(0, place_M, tokens_M.where(fits_M, self.size))
+        self._known_V.index_fill_(0, tokens_M, True)
+        self.count += fits_M.sum()
 
-    def on(self) -> None:
-        """Compute logits of these tokens only, from the next forward call on."""
-        self._projection.install()
+    def use(self, rows: int) -> None:
+        """Compute the logits of the first rows: of all that there is room for where calls are compiled, so that their
+        shape stays."""
+        rows = self._capacity if self._static else rows
+        if rows == self.used:
+            return
+        self.used = rows
+        parameters: Any = self._head._parameters
+        parameters["weight"] = nn.Parameter(self._rows_CH[: self.used], requires_grad=False)
+        if self._bias_C is not None:
+            parameters["bias"] = nn.Parameter(self._bias_C[: self.used], requires_grad=False)
+        self.tokens_C = self._tokens_C[: self.used]
 
-    def off(self) -> None:
-        """Compute all logits, with the module's own parameters."""
-        self._projection.uninstall()
+    def allowed(self, logits_C: Tensor) -> Tensor:
+        """The logits of a call, minus infinity where the buffer has no token."""
+        return logits_C.masked_fill(self.tokens_C == self.size, -torch.inf) if self._static else logits_C
+
+    def spread(self, logits_C: Tensor) -> Tensor:
+        """Logits [V] of all tokens; minus infinity of those that it does not have."""
+        logits_V = logits_C.new_full((self.size + 1,), -torch.inf)
+        return logits_V.index_copy_(0, self.tokens_C, logits_C)[: self.size]

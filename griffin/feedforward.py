@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from griffin.onednn import OneDNNLinear
 
 
 class UnsupportedModelError(ValueError):
     """The model has a feedforward block that cannot be pruned; the message names the module."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The attribute names under which a family of architectures keeps an FF block.
 
     `parts` is how many D-wide matrices one input projection stacks: 2 where gate and up are fused, else 1.
@@ -48,12 +50,23 @@ _ROUTED = ("experts", "router")
 _COUPLED = ("activation_sparsity", "slow_but_exact")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (nn.Linear.forward, Conv1D.forward, OneDNNLinear.forward)
+
+# On a CPU, columns of a matrix with more numbers than this are gathered by `torch.gather`, which uses all threads.
+LARGE = 2**22
 
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight of a projection as a view [out, in], whichever way round the module stores it."""
     weight: Tensor = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def gather(weight: Tensor, dim: int, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """`index_select` of a matrix, by all threads of a CPU where that is slow otherwise."""
+    if dim == 1 and weight.device.type == "cpu" and weight.numel() > LARGE and weight.is_contiguous():
+        return torch.gather(weight, 1, rows.expand(len(weight), -1), out=out)
+    return torch.index_select(weight, dim, rows, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,35 +86,47 @@ class FeedForwardBlock:
     parts: int
 
     @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """All projections, the output's last."""
+        return (*self.inputs, self.output)
+
+    @property
     def weights(self) -> list[nn.Parameter]:
-        """The matrices of all projections, the output's last, as the modules hold them now."""
-        return [module.get_parameter("weight") for module in (*self.inputs, self.output)]
+        """The matrices of all projections, the output's last."""
+        return [module.get_parameter("weight") for module in self.projections]
 
     @cached_property
     def width(self) -> int:
         """D, the number of neurons of the dense block."""
         return weight_out_in(self.output).shape[1]
 
+    def written(self, kept_NK: Tensor, neurons_K: Tensor) -> Tensor:
+        """What these neurons write [N, H] at their activations, without the output's bias; float32."""
+        weight = self.output.get_parameter("weight").detach()
+        columns = gather(weight, 1 - isinstance(self.output, Conv1D), neurons_K.to(weight.device))
+        columns = columns.T if isinstance(self.output, Conv1D) else columns
+        return nn.functional.linear(kept_NK.to(columns.dtype), columns).float()
+
     @cached_property
     def input_norms(self) -> Tensor:
         """[D] float32: per neuron, the product over the input matrices of its weight row's L2 norm."""
         rows = [part for module in self.inputs for part in weight_out_in(module).detach().chunk(self.parts, dim=0)]
-        norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
-        return torch.stack(norms).prod(dim=0)
+        return torch.stack([_norms(part, 1) for part in rows]).prod(dim=0)
 
     @cached_property
     def output_norms(self) -> Tensor:
         """[D] float32: per neuron, the L1 norm of its column of the output projection."""
-        columns = weight_out_in(self.output).detach()
-        norms: Tensor = torch.linalg.vector_norm(columns, ord=1, dim=0, dtype=torch.float32)
-        return norms
+        return _norms(weight_out_in(self.output).detach(), 0, order=1)
 
     @cached_property
     def output_lengths(self) -> Tensor:
         """[D] float32: per neuron, the L2 norm of its column of the output projection."""
-        columns = weight_out_in(self.output).detach()
-        lengths: Tensor = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float32)
-        return lengths
+        return _norms(weight_out_in(self.output).detach(), 0)
+
+
+def _norms(matrix: Tensor, dim: int, order: int = 2) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(matrix, ord=order, dim=dim, dtype=torch.float32)
+    return norms
 
 
 def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
@@ -110,31 +135,32 @@ def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
     Args:
         model: a `transformers` model; only its decoder is searched, so vision towers are left alone.
 
-    Returns:
-        One block per decoder layer.
-
     Raises:
         UnsupportedModelError: a decoder layer is a mixture of experts, has no block of a known layout or more
-            than one, or a projection is not a plain floating-point matrix in memory (quantised, offloaded).
+            than one, or a projection is not a plain floating-point matrix in memory (quantised, adapted, offloaded).
     """
     names = {module: name for name, module in model.named_modules()}
     blocks = []
     for layer in _decoder_layers(model):
-        layer_name = names[layer]
-        _refuse_attributes(layer, layer_name)
+        for module in layer.modules():
+            _refuse_attributes(module, names[module])
         found = [block for module in layer.modules() if (block := _block_at(module, names[module])) is not None]
         if not found:
-            wanted = "; ".join(f"{' + '.join(layout.inputs)} -> {layout.output}" for layout in LAYOUTS)
+            known = "; ".join(f"{' + '.join(layout.inputs)} -> {layout.output}" for layout in LAYOUTS)
             raise UnsupportedModelError(
-                f"no feedforward block of a known layout in {layer_name!r} ({type(layer).__name__}); known: {wanted}"
+                f"no feedforward block of a known layout in {names[layer]!r} ({type(layer).__name__}); known: {known}"
             )
         if len(found) > 1:
             raise UnsupportedModelError(
-                f"{layer_name!r} holds {len(found)} feedforward blocks "
+                f"{names[layer]!r} holds {len(found)} feedforward blocks "
                 f"({', '.join(repr(block.name) for block in found)}); one per layer is supported"
             )
         blocks.append(found[0])
     return blocks
+
+
+def _refuse(module: nn.Module, name: str, why: str) -> NoReturn:
+    raise UnsupportedModelError(f"{name!r} ({type(module).__name__}) {why}")
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -150,19 +176,12 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
-def _refuse_attributes(layer: nn.Module, layer_name: str) -> None:
-    for name, module in layer.named_modules():
-        where = f"{layer_name}.{name}" if name else layer_name
-        if any(hasattr(module, attribute) for attribute in _ROUTED):
-            raise UnsupportedModelError(
-                f"{where!r} ({type(module).__name__}) is a mixture of experts; only dense feedforward blocks are pruned"
-            )
-        for attribute in _COUPLED:
-            if getattr(module, attribute, None):
-                raise UnsupportedModelError(
-                    f"{where!r} ({type(module).__name__}) has {attribute}={getattr(module, attribute)}: "
-                    "its neurons do not act on their own"
-                )
+def _refuse_attributes(module: nn.Module, name: str) -> None:
+    if any(hasattr(module, attribute) for attribute in _ROUTED):
+        _refuse(module, name, "is a mixture of experts; only dense feedforward blocks are pruned")
+    for attribute in _COUPLED:
+        if value := getattr(module, attribute, None):
+            _refuse(module, name, f"has {attribute}={value}: its neurons do not act on their own")
 
 
 def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
@@ -170,17 +189,14 @@ def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
     children = dict(module.named_children())
     for layout in LAYOUTS:
         if all(attribute in children for attribute in (*layout.inputs, layout.output)):
-            block = FeedForwardBlock(
-                name, tuple(children[attribute] for attribute in layout.inputs), children[layout.output], layout.parts
-            )
+            inputs = tuple(children[attribute] for attribute in layout.inputs)
+            block = FeedForwardBlock(name, inputs, children[layout.output], layout.parts)
             for attribute in (*layout.inputs, layout.output):
                 _refuse_unplain(children[attribute], f"{name}.{attribute}")
-            for attribute, projection in zip(layout.inputs, block.inputs, strict=True):
+            for attribute, projection in zip(layout.inputs, inputs, strict=True):
                 rows, wanted = weight_out_in(projection).shape[0], block.width * layout.parts
                 if rows != wanted:
-                    raise UnsupportedModelError(
-                        f"'{name}.{attribute}' has {rows} outputs where {layout.output!r} needs {wanted}"
-                    )
+                    _refuse(projection, f"{name}.{attribute}", f"has {rows} outputs; {layout.output!r} needs {wanted}")
             _refuse_between(block, children)
             return block
     return None
@@ -188,22 +204,14 @@ def _block_at(module: nn.Module, name: str) -> FeedForwardBlock | None:
 
 def _refuse_unplain(projection: nn.Module, name: str) -> None:
     weight = getattr(projection, "weight", None)
-    if (
-        not isinstance(projection, (nn.Linear, Conv1D))
-        or not isinstance(weight, nn.Parameter)
-        or weight.dtype not in _DTYPES
-        or weight.dim() != 2
-        or weight.is_meta
-    ):
+    known = isinstance(projection, nn.Linear | Conv1D)
+    plain = isinstance(weight, nn.Parameter) and weight.dtype in _DTYPES and weight.dim() == 2 and not weight.is_meta
+    if not known or not plain:
         state = f"{weight.dtype}, {weight.device.type}" if isinstance(weight, Tensor) else "no weight"
-        raise UnsupportedModelError(
-            f"{name!r} ({type(projection).__name__}, {state}) is not a plain floating-point projection in memory; "
-            "quantised, adapted or offloaded projections cannot be pruned"
-        )
-    if type(projection).forward not in (nn.Linear.forward, Conv1D.forward) and not _is_linear(projection):
-        raise UnsupportedModelError(
-            f"{name!r} ({type(projection).__name__}) does not compute x W^T + b; it cannot be pruned"
-        )
+        why = "is not a plain floating-point projection in memory"
+        _refuse(projection, name, f"[{state}] {why}; quantised, adapted or offloaded projections cannot be pruned")
+    if type(projection).forward not in _PLAIN and not _is_linear(projection):
+        _refuse(projection, name, "does not compute x W^T + b; it cannot be pruned")
 
 
 @torch.no_grad()
@@ -218,13 +226,8 @@ def _is_linear(projection: nn.Module) -> bool:
 
 def _refuse_between(block: FeedForwardBlock, children: dict[str, nn.Module]) -> None:
     """Refuse a block with something as wide as its neurons between them and the output projection (a norm)."""
-    projections = {*block.inputs, block.output}
     for attribute, child in children.items():
-        if child in projections:
-            continue
-        for parameter in child.parameters(recurse=False):
-            if parameter.shape == (block.width,) and block.width != weight_out_in(block.output).shape[0]:
-                raise UnsupportedModelError(
-                    f"'{block.name}.{attribute}' ({type(child).__name__}) acts on all neurons at once; "
-                    "a block with it cannot be pruned"
-                )
+        shapes = [parameter.shape for parameter in child.parameters(recurse=False)]
+        between = child not in block.projections and (block.width,) in shapes
+        if between and block.width != weight_out_in(block.output).shape[0]:
+            _refuse(child, f"{block.name}.{attribute}", "acts on all neurons at once; the block cannot be pruned")

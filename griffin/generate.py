@@ -2,28 +2,27 @@
 
 `generate` prepares everything and then calls the decoding method that it is given (`custom_generate`).
 
-Dimensions: B = prompts, S = their tokens, padding included, V = vocabulary.
+Dimensions: B = prompts, S = their tokens, padding included, P = columns of the batch, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    GenerationMode,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, StoppingCriteriaList, StopStringCriteria
 
+from griffin.activations import Recorded
 from griffin.decoding import decode
 from griffin.engine import Engine
+from griffin.experts import Experts
+from griffin.kv_cache import append_rows, row_of
 from griffin.method import Method
-from griffin.prompt import prefill, wanted
+from griffin.prompt import PromptState, prefill, wanted
 from griffin.rows import Generation, Row, begin
 
 # The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
@@ -35,66 +34,115 @@ _DECODINGS = {
     GenerationMode.BEAM_SAMPLE,
 }
 
+# What our loop understands of what `generate` prepares for the model; it makes positions of its own.
+_UNDERSTOOD = {"attention_mask", "past_key_values", "use_cache", "cache_position", "position_ids", "logits_to_keep"}
 
-def generate_on_engine(
-    generate: Callable[..., Any],
-    engine: Engine,
-    method: Method,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    seed: int,
-    shared: bool,
-) -> tuple[Any, list[Row]]:
-    """Call `generate` so that prompts run dense and their texts go on under a method, row by row as the engine does it.
 
-    Args:
-        generate: the model's own.
-        engine: of the model.
-        method: how prompts are continued.
-        args: of `generate`.
-        kwargs: of `generate`.
-        seed: of random selections.
-        shared: whether all prompts share one set of experts.
+class Loop:
+    """A decoding method for `generate`: prompts run dense, and their texts go on under a method."""
 
-    Returns:
-        What `generate` returns, and the rows that ran.
-    """
-    rows: list[Row] = []
-    streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
-    if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
-        # `generate` keeps the tokenizer from decoding methods that are not its own.
-        stop = StopStringCriteria(kwargs["tokenizer"], kwargs["stop_strings"])
-        criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
-        kwargs = {**kwargs, "stopping_criteria": criteria, "tokenizer": None, "stop_strings": None}
+    def __init__(
+        self,
+        engine: Engine,
+        method: Method,
+        turns: MutableMapping[Any, list[PromptState]],
+        *,
+        seed: int = 0,
+        shared: bool = False,
+        experts: Experts | None = None,
+        streamer: Any = None,
+    ) -> None:
+        self._engine, self._method, self._turns, self._streamer = engine, method, turns, streamer
+        self._seed, self._shared, self._experts = seed, shared, experts
+        self.rows: list[Row] = []
 
-    def loop(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"a streamer and {len(input_ids)} prompts: expected one prompt")
-        mask = model_kwargs.get("attention_mask")
-        prompts = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
-        likely = method.prunes_vocabulary
-        states = [prefill(engine, [ids.tolist()], wanted([method]), likely_tokens=likely)[0] for ids in prompts]
-        # Each row's label is its place in the batch.
-        groups = (
-            [(states, range(len(states)))] if shared else [([state], [place]) for place, state in enumerate(states)]
-        )
-        rows.extend(row for group, places in groups for row in begin(engine, group, method, seed, places))
-        texts = _Texts(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        limit = generation_config.max_length - input_ids.shape[1]
-        generation = Generation(limit, texts.pick, texts.ended, texts.scores, texts.draw)
-        for _ in decode(engine, rows, len(rows), len(rows), max(map(len, prompts)), generation):
+    def run(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `generate` with this decoding method; returns what it returns."""
+        if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+            # `generate` keeps the tokenizer from decoding methods that are not its own.
+            stop = StopStringCriteria(kwargs["tokenizer"], kwargs["stop_strings"])
+            criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
+            kwargs = {**kwargs, "stopping_criteria": criteria, "tokenizer": None, "stop_strings": None}
+
+        def loop(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **model_kwargs: Any,
+        ) -> Any:
+            return self._decode(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+        return generate(*args, **kwargs, custom_generate=loop)
+
+    def _decode(self, ids_BS: Tensor, processor: Any, criteria: Any, config: Any, model_kwargs: dict[str, Any]) -> Any:
+        for name, value in model_kwargs.items():
+            if name not in _UNDERSTOOD and value is not None:
+                raise ValueError(f"{name}: expected none of it, since our own decoding loop would not hand it on")
+        if self._streamer is not None and len(ids_BS) > 1:
+            raise ValueError(f"a streamer and {len(ids_BS)} prompts: expected one prompt")
+        engine, method, cache = self._engine, self._method, model_kwargs.get("past_key_values")
+        mask_BP = model_kwargs.get("attention_mask")
+        columns = getattr(config, "_mask_length", ids_BS.shape[1]) if mask_BP is None else mask_BP.shape[1]
+        begins = [0] * len(ids_BS) if mask_BP is None else mask_BP.int().argmax(dim=1).tolist()
+        states = [self._prefilled(cache, ids_BS, place, begin, columns) for place, begin in enumerate(begins)]
+        keep = bool(config.return_dict_in_generate and config.use_cache and cache is not None)
+        places = range(len(states))
+        groups = [(states, places)] if self._shared else [([state], [place]) for place, state in enumerate(states)]
+        for group, labels in groups:
+            self.rows += begin(engine, group, method, self._seed, labels, experts=self._experts, keep_cache=keep)
+        lengths = [state.length for state in states]
+        del states, groups, group  # the memory of prompts goes as rows begin
+        texts = _Texts(ids_BS, processor, criteria, config, self._streamer)
+        limit = config.max_length - ids_BS.shape[1]
+        process = texts.process if processor or config.return_dict_in_generate else None
+        generation = Generation(limit, texts.ended, process, _draw if config.do_sample else None)
+        for _ in decode(engine, self.rows, generation, batch_size=len(self.rows), max_prompt_tokens=max(lengths)):
             pass
-        return texts.result(rows)
+        result = texts.result(self.rows)
+        if keep:
+            counts = [length + len(row.tokens) - 1 for length, row in zip(lengths, self.rows, strict=True)]
+            held = [row.state.cache for row in self.rows if row.state.cache is not None]
+            width = columns + max(len(row.tokens) for row in self.rows) - 1
+            append_rows(cache, held, list(zip(begins, counts, strict=True)), width)
+            self._turns[cache] = [_turn(row) for row in self.rows]
+            result["past_key_values"] = cache
+        for row in self.rows:
+            row.state = row.state.without_cache()
+        return result
 
-    return generate(*args, **kwargs, custom_generate=loop), rows
+    def _prefilled(self, cache: Any, ids_BS: Tensor, place: int, begin: int, columns: int) -> PromptState:
+        """The state of one prompt, which goes on from what the cache holds."""
+        method, record = self._method, wanted([self._method])
+        given = ids_BS[place].tolist()
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        first = max(begin - (columns - len(given)), 0)  # of the given tokens that are no padding
+        if not cached:
+            prefix, ids = None, given[first:]
+        else:
+            device, nothing = self._engine.device, torch.zeros(1, dtype=torch.int64, device=self._engine.device)
+            turns = self._turns.get(cache)
+            new = given[cached - (columns - len(given)) :]
+            before = given[first : len(given) - len(new)] if len(given) == columns else None
+            if turns is not None:
+                prefix = replace(turns[place], length=cached - begin)
+                before = before or list(prefix.ids)
+            else:  # filled elsewhere: what is seen of the prompt is recorded
+                likely = torch.empty(0, dtype=torch.int64, device=device)
+                prefix = PromptState((), cached - begin, None, torch.empty(0), Recorded(nothing), likely=likely)
+            ids = [*(before or [0] * (cached - begin)), *new]
+            prefix = replace(prefix, cache=row_of(cache, place, begin))
+        return prefill(self._engine, [ids], record, prefix=prefix, likely_tokens=method.prunes_vocabulary)[0]
+
+
+def _turn(row: Row) -> PromptState:
+    """A text as the beginning of a conversation's next turn."""
+    return replace(row.state.without_cache(), ids=(*row.state.ids, *row.tokens[:-1]))
+
+
+def _draw(row: Row, probabilities_N: Tensor) -> Tensor:
+    return torch.multinomial(probabilities_N, num_samples=1)
 
 
 class _Texts:
@@ -103,34 +151,31 @@ class _Texts:
     def __init__(self, ids_BS: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self._ids_BS, self._processor, self._criteria, self._config = ids_BS, processor, criteria, config
         self._streamer = streamer
-        self._steps: dict[str, list[Tensor]] = {"logits": [], "scores": []}
-        self.scores = self._scores if processor else None
-        self.draw = self._draw if config.do_sample else None
+        self._steps: dict[str, list[Tensor]] = {
+            name: []
+            for name in ("logits", "scores")
+            if config.return_dict_in_generate and getattr(config, f"output_{name}")
+        }
+        padding = config._pad_token_tensor  # None where neither it nor an end token is named
+        self._padding = 0 if padding is None else int(padding)
 
-    def _text(self, row: Row, drafted: Sequence[int] = ()) -> Tensor:
+    def _text(self, row: Row, drafted_N: Tensor | None = None) -> Tensor:
         """[S + N]: its prompt with its padding, its tokens so far, and those drafted behind them."""
-        return torch.cat([self._ids_BS[row.label], self._ids_BS.new_tensor([*row.tokens, *drafted])])
+        ids_S = torch.cat([self._ids_BS[row.label], self._ids_BS.new_tensor(row.tokens)])
+        return ids_S if drafted_N is None else torch.cat([ids_S, drafted_N.to(ids_S.device)])
 
-    def pick(self, rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-        """The next token of each row [B], by the logits processors, greedily or by sampling."""
+    def process(self, rows: Sequence[Row], drafted: Sequence[Tensor | None], logits_BV: Tensor) -> Tensor:
+        """The processed logits of some rows, each in its own place of the whole batch: processors may ask for it."""
+        texts = [self._text(row, drafted_N) for row, drafted_N in zip(rows, drafted, strict=True)]
         places_B = torch.tensor([row.label for row in rows], device=logits_BV.device)
-        scores_BV = self._processor(torch.stack([self._text(row) for row in rows]), logits_BV.clone())
-        for name, of_rows_BV in (("logits", logits_BV), ("scores", scores_BV)):
-            if self._config.return_dict_in_generate and getattr(self._config, f"output_{name}"):
-                all_BV = of_rows_BV.new_zeros(len(self._ids_BS), of_rows_BV.shape[1])  # ended rows have none
-                self._steps[name].append(all_BV.index_copy(0, places_B, of_rows_BV))
-        if self._config.do_sample:
-            tokens_B: Tensor = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens_B = scores_BV.argmax(dim=-1)
-        return tokens_B
-
-    def _scores(self, row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
-        scores_1V: Tensor = self._processor(self._text(row, drafted).unsqueeze(0), logits_V.unsqueeze(0).clone())
-        return scores_1V[0]
-
-    def _draw(self, row: Row, chances_N: Tensor) -> Tensor:
-        return torch.multinomial(chances_N, num_samples=1)
+        ids_BP = self._ids_BS.new_full((len(self._ids_BS), len(texts[0])), self._padding)
+        ids_BP.index_copy_(0, places_B.to(ids_BP.device), torch.stack(texts))
+        all_BV = logits_BV.new_zeros(len(ids_BP), logits_BV.shape[1]).index_copy_(0, places_B, logits_BV)
+        scores_BV = self._processor(ids_BP, all_BV.clone())
+        for name, values_BV in (("logits", all_BV), ("scores", scores_BV)):
+            if name in self._steps:
+                self._steps[name].append(values_BV)
+        return torch.index_select(scores_BV, 0, places_B)
 
     def ended(self, row: Row) -> bool:
         """Whether a stopping criterion ends the row with its newest token, which the streamer gets to hear."""
@@ -142,32 +187,20 @@ class _Texts:
         """What `generate` returns: rows that have ended before others are padded."""
         if self._streamer is not None:
             self._streamer.end()
-        padding = self._config._pad_token_tensor  # None where neither it nor an end token is named
-        new_BN = self._ids_BS.new_full(
-            (len(rows), max(len(row.tokens) for row in rows)), 0 if padding is None else int(padding)
-        )
+        new_BN = self._ids_BS.new_full((len(rows), max(len(row.tokens) for row in rows)), self._padding)
         for row in rows:
             new_BN[row.label, : len(row.tokens)] = new_BN.new_tensor(row.tokens)
         sequences_BS = torch.cat([self._ids_BS, new_BN], dim=1)
         if not self._config.return_dict_in_generate:
             return sequences_BS
-        given = {name: tuple(values) for name, values in self._steps.items() if values}
+        given = {name: tuple(values) for name, values in self._steps.items()}
         return GenerateDecoderOnlyOutput(sequences=sequences_BS, **given)
 
 
-def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], axis: str | None = None) -> None:
+def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], own_loop: str | None = None) -> None:
     """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
 
     `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
-
-    Args:
-        default: the model's generation config.
-        given: the one passed to `generate`, or None.
-        kwargs: the other arguments of `generate`.
-        axis: what has our own loop decode, `refresh` or `verification`: one text a prompt, that grows at its end.
-
-    Raises:
-        ValueError: names the option.
     """
     merged = copy.deepcopy(default)
     for options in (vars(given) if given is not None else {}, kwargs):
@@ -181,13 +214,18 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], axis: str 
         raise ValueError(f"guidance_scale={merged.guidance_scale}: a second, unconditional prompt is not supported")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate is not supported: its forward calls are unknown")
-    if axis is not None:
+    if own_loop is not None:
         for name in ("num_beams", "num_return_sequences"):
             if (getattr(merged, name) or 1) > 1:
-                raise ValueError(f"{name}={getattr(merged, name)}: {axis} follows one text a prompt; expected 1")
-        for name in ("output_scores", "output_logits"):
-            if axis == "verification" and merged.return_dict_in_generate and getattr(merged, name):
-                raise ValueError(f"{name}=True: a verified token has a draft's and a check's; expected False")
+                raise ValueError(f"{name}={getattr(merged, name)}: {own_loop} follows one text a prompt; expected 1")
+        for name in ("inputs_embeds", "position_ids", "token_type_ids"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: {own_loop} needs input_ids and makes positions of its own; expected none")
+        refused = ["output_attentions", "output_hidden_states"]
+        refused += ["output_scores", "output_logits"] if own_loop == "verification" else []
+        for name in refused:
+            if merged.return_dict_in_generate and getattr(merged, name):
+                raise ValueError(f"{name}=True: {own_loop} runs tokens as drafts, checks or again; expected False")
     decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
     if decoding not in _DECODINGS:
         allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))

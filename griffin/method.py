@@ -1,19 +1,20 @@
 """A method: everything that says how a model is pruned.
 
-The library, the configuration, the records and the tables all name methods by this one class.
+The library, the configuration, the records and the tables all name methods by this one class. A field says what it may
+be, what it means, and how tables name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from griffin.compensation import COMPENSATIONS
 from griffin.draft_vocabulary import DRAFT_VOCABULARIES
 from griffin.refresh import REFRESHES
 from griffin.selection import BUDGETS, SELECTIONS, kept_per_layer
-from griffin.statistics import STATISTICS
-from griffin.token_statistics import TOKEN_STATISTICS
+from griffin.statistics import STATISTICS, TOKEN_STATISTICS, Statistic, TokenStatistic
 
 # name: which drafted tokens are kept (see `griffin.verification`).
 VERIFICATIONS = {
@@ -24,58 +25,64 @@ VERIFICATIONS = {
 
 MOST_DRAFTED = 16  # tokens before a check
 
+# Compensations that go on learning.
+LEARNING = tuple(name for name, compensation in COMPENSATIONS.items() if compensation and compensation.learns)
+
+
+def axis(default: Any, values: Sequence[str], help: str, word: str = "{}") -> Any:
+    """A field of `Method`.
+
+    Args:
+        default: its value where nothing is said.
+        values: what it may be; none where `Method` checks it otherwise.
+        help: what it means, for people.
+        word: how a label says a value that is not the default.
+    """
+    return field(default=default, metadata={"values": tuple(values), "help": help, "word": word})
+
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune.
-
-    Attributes:
-        statistic: what scores the neurons, one of `STATISTICS`; or, for each token by itself, one of
-            `TOKEN_STATISTICS`, which choose by `topk`, are not compensated or refreshed, and run masked.
-        selection: how scores become experts, one of `SELECTIONS`.
-        sparsity: share of FF neurons dropped, 0 <= sparsity < 1, of all layers or one number per layer; 0 is the dense
-            model, for which nothing else here means anything.
-        compensation: how the kept neurons make up for the dropped ones, one of `COMPENSATIONS`.
-        budget: how the layers share what is kept, one of `BUDGETS`.
-        refresh: what follows the generated text, one of `REFRESHES`.
-        verification: how the dense model checks what the experts draft, one of `VERIFICATIONS`. The others mean
-            nothing where it is `none`.
-        draft_tokens: how many tokens are drafted before each check, at most `MOST_DRAFTED`; `auto` drafts until the
-            draft is unsure.
-        draft_vocabulary: of which tokens drafts are made, one of `DRAFT_VOCABULARIES`.
-        prompt_lookup: whether the draft is what followed the last tokens where they stood before, and the experts'
-            where they did not.
-        verification_threshold: the least dense probability of a token that is kept, of `threshold` only.
+    """One way to prune. Sparsity 0 is the dense model, for which nothing else here means anything.
 
     Raises:
-        ValueError: a value that is not allowed; the message names the key, the value and what is allowed.
+        ValueError: a value that is not allowed, or two that do not go together; the message names the key, the value
+            and what is allowed.
         TypeError: a sparsity that is no number.
     """
 
-    statistic: str = "griffin"
-    selection: str = "topk"
-    sparsity: float | tuple[float, ...] = 0.5
-    compensation: str = "none"
-    budget: str = "uniform"
-    refresh: str = "none"
-    verification: str = "none"
-    draft_tokens: int | str = "auto"
-    draft_vocabulary: str = "prompt"
-    prompt_lookup: bool = False
-    verification_threshold: float = 0.1
+    statistic: str | Statistic | TokenStatistic = axis(
+        "griffin",
+        (*STATISTICS, *TOKEN_STATISTICS),
+        f"what scores the FF neurons on the prompt: {', '.join(STATISTICS)}; or for each token by itself, masked, for "
+        f"quality only: {', '.join(TOKEN_STATISTICS)}; in the library also a statistic of one's own",
+    )
+    selection: str = axis("topk", SELECTIONS, "how scores become experts")
+    sparsity: float | tuple[float, ...] = axis(
+        0.5, (), "share of FF neurons dropped, 0 <= sparsity < 1, of all layers or one number per layer; 0: dense"
+    )
+    compensation: str = axis("none", tuple(COMPENSATIONS), "how the kept neurons make up for the dropped ones")
+    budget: str = axis("uniform", tuple(BUDGETS), "how the layers share what is kept")
+    refresh: str = axis("none", tuple(REFRESHES), "what follows the generated text", "refresh={}")
+    verification: str = axis("none", tuple(VERIFICATIONS), "how the dense model checks what the experts draft")
+    draft_tokens: int | str = axis(
+        "auto", (), f"tokens drafted before each check: 1 to {MOST_DRAFTED}; auto: until the draft is unsure", "k={}"
+    )
+    draft_vocabulary: str = axis(
+        "prompt", tuple(DRAFT_VOCABULARIES), "of which tokens drafts are made", "{} vocabulary"
+    )
+    prompt_lookup: bool = axis(
+        False, (), "draft what followed the last tokens where they stood before, if they did", "prompt lookup"
+    )
+    verification_threshold: float = axis(
+        0.1, (), "least dense probability of a drafted token that is kept, of verification=threshold only", ""
+    )
 
     def __post_init__(self) -> None:
-        for key, value, allowed in (
-            ("statistic", self.statistic, (*STATISTICS, *TOKEN_STATISTICS)),
-            ("selection", self.selection, SELECTIONS),
-            ("compensation", self.compensation, COMPENSATIONS),
-            ("budget", self.budget, BUDGETS),
-            ("refresh", self.refresh, REFRESHES),
-            ("verification", self.verification, VERIFICATIONS),
-            ("draft_vocabulary", self.draft_vocabulary, DRAFT_VOCABULARIES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
+        for one in fields(self):
+            value, allowed = getattr(self, one.name), one.metadata["values"]
+            if allowed and not isinstance(value, Statistic | TokenStatistic) and value not in allowed:
+                raise ValueError(f"{one.name}={value!r}: expected one of {', '.join(allowed)}")
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
             if isinstance(share, bool) or not isinstance(share, int | float):
                 raise TypeError(f"sparsity={share!r}: expected a number, 0 <= sparsity < 1, or one for each layer")
@@ -88,32 +95,21 @@ class Method:
                 f"refresh={self.refresh!r} with compensation={self.compensation!r}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
             )
-        if self.refresh == "drift" and self.verification != "none":
-            raise ValueError(
-                f"refresh='drift' with verification={self.verification!r}, whose checks see all activations: expected "
-                "refresh='none', 'experts' or 'compensation'"
-            )
         if self.by_token and not self.dense:
-            for key, value, only in (
-                ("selection", self.selection, "topk"),
-                ("compensation", self.compensation, "none"),
-                ("refresh", self.refresh, "none"),
-                ("verification", self.verification, "none"),
-            ):
-                if value != only:
+            plain = Method(sparsity=0.0)
+            for key in ("selection", "compensation", "refresh", "verification"):
+                if getattr(self, key) != getattr(plain, key):
                     raise ValueError(
-                        f"{key}={value!r} with statistic={self.statistic!r}, by which each token chooses for itself: "
-                        f"expected {key}={only!r}"
+                        f"{key}={getattr(self, key)!r} with statistic={self.scorer.name!r}, by which each token "
+                        f"chooses for itself: expected {key}={getattr(plain, key)!r}"
                     )
         self._check_verification()
 
     def _check_verification(self) -> None:
-        if self.draft_tokens != "auto" and not (
-            isinstance(self.draft_tokens, int)
-            and not isinstance(self.draft_tokens, bool)
-            and 1 <= self.draft_tokens <= MOST_DRAFTED
-        ):
-            raise ValueError(f"draft_tokens={self.draft_tokens!r}: expected auto, or 1 to {MOST_DRAFTED}")
+        number = self.draft_tokens
+        counted = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MOST_DRAFTED
+        if number != "auto" and not counted:
+            raise ValueError(f"draft_tokens={number!r}: expected auto, or 1 to {MOST_DRAFTED}")
         if not 0 < self.verification_threshold < 1:
             raise ValueError(
                 f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
@@ -127,9 +123,26 @@ class Method:
             )
 
     @property
+    def scorer(self) -> Statistic | TokenStatistic:
+        """The statistic itself."""
+        if isinstance(self.statistic, str):
+            return STATISTICS.get(self.statistic) or TOKEN_STATISTICS[self.statistic]
+        return self.statistic
+
+    @property
     def by_token(self) -> bool:
         """Whether each token chooses its neurons."""
-        return self.statistic in TOKEN_STATISTICS
+        return isinstance(self.scorer, TokenStatistic)
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it knows what comes after the prompt: a bound for analysis, and not a method."""
+        return isinstance(self.scorer, Statistic) and self.scorer.oracle
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs random numbers."""
+        return isinstance(self.scorer, Statistic) and (self.scorer.random or self.selection != "topk")
 
     @property
     def verified(self) -> bool:
@@ -151,17 +164,18 @@ class Method:
         """The method without its sparsity, in words."""
         if self.dense:
             return "dense"
-        words = [self.statistic if self.compensation == "none" else f"{self.statistic}+{self.compensation}"]
-        words += ["(by token, masked)"] if self.by_token else []
-        words += [] if self.selection == "topk" else [self.selection]
-        words += [] if self.budget == "uniform" else [self.budget]
-        words += [] if self.refresh == "none" else [f"refresh={self.refresh}"]
-        if self.verified:
-            words += ["verified" if self.verification == "exact" else f"p>={self.verification_threshold:g} (not exact)"]
-            words += [] if self.draft_tokens == "auto" else [f"k={self.draft_tokens}"]
-            words += [] if self.draft_vocabulary == "prompt" else ["full vocabulary"]
-            words += ["prompt lookup"] if self.prompt_lookup else []
-        return " ".join(words)
+        name = self.scorer.name if self.compensation == "none" else f"{self.scorer.name}+{self.compensation}"
+        words = [name, "(by token, masked)"] if self.by_token else [name]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("statistic", "compensation", "sparsity") or value == one.default:
+                continue
+            if one.name == "verification":
+                exact = value == "exact"
+                words.append("verified" if exact else f"p>={self.verification_threshold:g} (not exact)")
+            elif self.verified or one.name not in DRAFTING:
+                words.append(one.metadata["word"].format(value))
+        return " ".join(filter(None, words))
 
     @property
     def label(self) -> str:
@@ -182,5 +196,36 @@ class Method:
         return kept_per_layer(widths, self.sparsity, self.budget)
 
 
-# Compensations that `refresh=compensation` can go on with.
-LEARNING = tuple(name for name, one in COMPENSATIONS.items() if one is not None and one.learn is not None)
+# Fields that mean nothing without verification.
+DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")
+
+DENSE = Method(sparsity=0.0)
+RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")
+EXACT = replace(RECIPE, verification="exact")
+
+# Methods that have a name.
+METHODS: Mapping[str, Method] = {
+    "dense": DENSE,
+    "griffin": Method(),
+    "magnitude": Method("magnitude"),
+    "recipe": RECIPE,
+    "exact": EXACT,
+}
+
+
+def as_method(method: Method | str | float | Sequence[float] = "griffin", **options: Any) -> Method:
+    """A method from one, the name of one, or its sparsity; with some of its fields said anew.
+
+    Raises:
+        ValueError: no method has this name, or the fields do not go together.
+        TypeError: no such field.
+    """
+    if not isinstance(method, str | Method):
+        method, options = "griffin", {"sparsity": method, **options}
+    if isinstance(options.get("sparsity"), Sequence) and not isinstance(options["sparsity"], str):
+        options["sparsity"] = tuple(options["sparsity"])
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}, or a griffin.Method")
+        method = METHODS[method]
+    return replace(method, **options)

@@ -8,46 +8,52 @@ to oneDNN, for dense and pruned alike. On other devices and in other types nothi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from griffin.views import view_of
 
-@contextlib.contextmanager
-def onednn_linear(model: nn.Module) -> Iterator[None]:
-    """The model's linear layers run by oneDNN while the context lasts: in float32 on a CPU, without gradients.
 
-    Layers with a forward of their own are left alone, and so are other devices and types.
+class OneDNNLinear(nn.Linear):
+    """A linear layer that runs by oneDNN: in float32 on a CPU, without gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not input.numel():
+            return functional.linear(input, self.weight, self.bias)
+        # An input in oneDNN's layout has the product taken by oneDNN, with the weights where they lie.
+        rows = input.reshape(-1, input.shape[-1]).to_mkldnn()
+        product: Tensor = functional.linear(rows, self.weight, self.bias).to_dense()
+        return product.view(*input.shape[:-1], -1)
+
+
+def with_onednn(model: nn.Module) -> nn.Module:
+    """A view of the model whose linear layers run by oneDNN; the model itself where that is not possible.
+
+    Layers with a forward of their own are left alone, and so are other devices and types. Results change by rounding.
 
     Args:
-        model: any module; results change by rounding only.
+        model: a `transformers` model.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _applies(module)]
-    for module in layers:
-        vars(module)["forward"] = _forward(module)
-    try:
-        yield
-    finally:
-        for module in layers:
-            vars(module).pop("forward", None)  # uncovers the class's own
+    whole: Any = model
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if (
+        not available
+        or getattr(whole, "device", torch.device("cpu")).type != "cpu"
+        or not any(_applies(module) for module in model.modules())
+    ):
+        return model
+    view = view_of(model)
+    for module in view.modules():
+        if _applies(module):
+            module.__class__ = OneDNNLinear
+    return view
 
 
-def _applies(module: nn.Linear) -> bool:
-    if "forward" in vars(module) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def _applies(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-
-
-def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not x.numel():
-            return functional.linear(x, module.weight, module.bias)
-        # An input in oneDNN's layout has the product taken by oneDNN, with the weights where they lie.
-        rows = x.reshape(-1, x.shape[-1]).to_mkldnn()
-        product: Tensor = functional.linear(rows, module.weight, module.bias).to_dense()
-        return product.view(*x.shape[:-1], -1)
-
-    return forward

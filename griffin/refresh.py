@@ -1,25 +1,39 @@
 """Refresh: what was chosen from the prompt follows the text that is being generated.
 
-A prompt tells which neurons matter for the prompt; what is generated moves away from it. So a few steps of the
-generation, after 8, 16, 32, .. tokens, run dense and read again what has been generated since the last of them: the KV
-cache then holds the dense model's entries of it, and its activations join the prompt's. Such a step costs little more
-than a dense one where decoding is bound by memory, and there are few: four in the first 128 tokens, eight in 2,048.
+A prompt tells which neurons matter for the prompt; what is generated moves away from it. So what is generated is read
+by the dense model too, and its activations join the prompt's. Without verification a few steps, after 8, 16, 32, ..
+tokens, run dense over all tokens since the last of them: such a step costs little more than a dense one where decoding
+is bound by memory, and there are few, four in the first 128 tokens. With verification every check is such a pass.
 
-Not in the paper, whose experts are the prompt's until the end. The step itself is `griffin.decoding.Batch`'s.
+Not in the paper, whose experts are the prompt's until the end.
+
+Dimensions: L = layers, N = tokens, D = FF width, K = kept neurons, H = hidden size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from griffin.activations import Recorder, row_lengths
+from griffin.correction import Correction
+from griffin.feedforward import FeedForwardBlock
+from griffin.ridge import RidgeFit
 
 # name: what is refreshed.
 REFRESHES = {
     "none": "nothing, as in the paper",
     "experts": "the experts, and the compensation that goes with them",
-    "drift": "the same, when the activations have drifted instead of on a schedule (see `griffin.drift`)",
     "compensation": "the compensation, which goes on learning with the experts that it has",
 }
 
 # A token that was generated counts as so many of the prompt: it says more of what comes next (docs/selection.md).
 WEIGHT = 4.0
+
+# Tokens of one forward call of a refresh: what it keeps of all layers is bounded.
+PIECE = 128
 
 _FIRST, _FACTOR = 8, 2
 
@@ -42,3 +56,53 @@ def call_ends(tokens: int) -> list[int]:
         ends += [refresh_at, refresh_at + 1]
         refresh_at = next_refresh(refresh_at)
     return sorted({*ends, tokens})
+
+
+class Seen:
+    """What blocks on one device saw and made of it, in one call of one row: buffers that last from call to call."""
+
+    @torch.inference_mode(False)
+    def __init__(self, layers: Sequence[int], blocks: Sequence[FeedForwardBlock], tokens: int) -> None:
+        mine, like = [blocks[layer] for layer in layers], blocks[layers[0]].output.get_parameter("weight").detach()
+        hidden = like.numel() // blocks[layers[0]].width
+        self.layers, self.tokens = tuple(layers), tokens
+        self.biases = [getattr(block.output, "bias", None) for block in mine]
+        self.z_LTD = like.new_zeros(len(layers), tokens, max(block.width for block in mine))
+        self.output_LTH = like.new_zeros(len(layers), tokens, hidden)
+        self.by_layer = {
+            layer: (self.z_LTD[place, :, : block.width], self.output_LTH[place])
+            for place, (layer, block) in enumerate(zip(layers, mine, strict=True))
+        }
+
+    def take(self, layer: int, z: Tensor, output: Tensor) -> None:
+        """Keep what a layer saw, and what it made of it."""
+        z_TD, output_TH = self.by_layer[layer]
+        count = z.numel() // z.shape[-1]
+        z_TD[:count] = z.detach().reshape(count, -1)
+        output_TH[:count] = output.detach().reshape(count, -1)
+
+    def record(self, recorder: Recorder, count: int) -> None:
+        """Have a recorder, which expects them, take in the first tokens."""
+        for layer, (z_TD, output_TH) in self.by_layer.items():
+            recorder.record(layer, z_TD[:count], output_TH[:count])
+
+
+def to_learn(fit: RidgeFit, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
+    """What a fit learns of the first tokens that were seen, on the scale of its rows."""
+    z_LND, output_LNH = seen.z_LTD[:, :count], seen.output_LTH[:, :count].float()
+    if any(bias is not None for bias in seen.biases):
+        biases = [output_LNH.new_zeros(()) if bias is None else bias.detach() for bias in seen.biases]
+        output_LNH = output_LNH - torch.stack([bias.expand(output_LNH.shape[2]) for bias in biases]).unsqueeze(1)
+    if fit.layers != seen.layers:
+        places = [seen.layers.index(layer) for layer in fit.layers]
+        z_LND, output_LNH = z_LND[places], output_LNH[places]
+    scale_LN1 = WEIGHT**0.5 / row_lengths(z_LND)
+    return scale_LN1 * fit.kept(z_LND).float(), scale_LN1 * output_LNH
+
+
+def learn(
+    fit: RidgeFit, kept_LNK: Tensor, target_LNH: Tensor, written: Callable[[int, Tensor], Tensor]
+) -> tuple[dict[int, Correction], RidgeFit]:
+    """One step of recursive least squares."""
+    wrote = [written(layer, fit.of_layer(place, kept_LNK)) for place, layer in enumerate(fit.layers)]
+    return fit.learn(kept_LNK, target_LNH - torch.stack(wrote).float())

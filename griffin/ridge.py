@@ -1,23 +1,28 @@
-"""Ridge compensation: the kept neurons learn, by least squares, what the dropped ones wrote.
+"""Ridge compensation: the kept neurons learn, by recursive least squares, what the dropped ones wrote.
 
 The rows that it learns from are the last tokens of the prompt, each two neighbours added to one row: memory and the
 cost of solving are bounded, whatever the length of the prompt, and neighbours are so alike that a row for two of them
-says nearly as much as two rows (measured in docs/selection.md). Nothing here waits for the device.
+says nearly as much as two rows (measured in docs/selection.md). What is generated later is learned by the same step.
+Nothing here waits for the device.
 
-Dimensions: B = rows of a batch, S = positions, D = FF width, K = kept neurons, R = dropped neurons, H = hidden size,
-T = rows kept of the prompt, N = rows that are learned later.
+Dimensions: L = layers, B = rows of a batch, S = positions, D = FF width, K = kept neurons, the most of any layer (rows
+of zeros stand for those that others have less), H = hidden size, X = D + H, T = rows of the prompt, N = rows that are
+learned at a time, M = rows that were learned.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from griffin.activations import PrefillChunk, TokenPositions, unit_rows
+from griffin.activations import PrefillChunk, TokenPositions, row_lengths
 from griffin.correction import Correction
-from griffin.feedforward import FeedForwardBlock, weight_out_in
+from griffin.feedforward import FeedForwardBlock
 
 # The ridge penalty relative to the mean energy of a kept neuron; smaller ones overfit (docs/selection.md).
 RIDGE = 1.0
@@ -25,7 +30,7 @@ RIDGE = 1.0
 ROWS = 512
 TOKENS_PER_ROW = 2
 
-# Rows that were learned later and that a fit remembers; what it forgets can be learned anew.
+# Rows that were learned behind the prompt and that a fit remembers; what it forgets can be learned anew.
 LEARNED = 512
 
 
@@ -38,33 +43,36 @@ def latest_rows(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     Rows go by token positions in the prompt, so that a prompt in chunks gives what it gives whole.
 
     Returns:
-        [B, T, D] sums of z / ||z|| over the tokens of a row, times the root of what a token counts as; the last row
-        last. T is what the longest prompt may have, but at most `ROWS`. What is not in the chunk is zero.
+        [B, T, D + H] sums of z / ||z|| over the tokens of a row, and of what the block wrote over ||z||, times the root
+        of what a token counts as; the last row last. T is what the longest prompt may have, but at most `ROWS`.
+        What is not in the chunk is zero.
     """
-    positions, z_BSD = chunk.positions, chunk.z_BSD
+    positions = chunk.positions
     length = _length(positions)
     row_BS = positions.positions_BS // TOKENS_PER_ROW + length - 1 - _last_row(positions).unsqueeze(1)
+    scale_BS1 = positions.weight**0.5 / row_lengths(chunk.z_BSD)
+    scaled_BSX = torch.cat([scale_BS1 * chunk.z_BSD, scale_BS1 * chunk.written_BSH(block)], dim=-1)
     if positions.counted_BS is None and positions.columns > length * TOKENS_PER_ROW:  # earlier tokens are in no row
-        row_BS, z_BSD = row_BS[:, -length * TOKENS_PER_ROW :], z_BSD[:, -length * TOKENS_PER_ROW :]
+        row_BS, scaled_BSX = row_BS[:, -length * TOKENS_PER_ROW :], scaled_BSX[:, -length * TOKENS_PER_ROW :]
     counted_BS = row_BS >= 0 if positions.counted_BS is None else (row_BS >= 0) & positions.counted_BS
-    rows, _, width = z_BSD.shape
-    prompt_B1 = torch.arange(rows, device=z_BSD.device).unsqueeze(1)
+    rows, _, width = scaled_BSX.shape
+    prompt_B1 = torch.arange(rows, device=scaled_BSX.device).unsqueeze(1)
     # What counts in no row goes into one more, which is cut off: selecting tokens would wait for the device.
     target_BS = torch.where(counted_BS, prompt_B1 * length + row_BS, rows * length)
-    sums = z_BSD.new_zeros(rows * length + 1, width)
-    sums.index_add_(0, target_BS.flatten(), (positions.weight**0.5 * unit_rows(z_BSD)).flatten(0, 1))
+    sums = scaled_BSX.new_zeros(rows * length + 1, width)
+    sums.index_add_(0, target_BS.flatten(), scaled_BSX.flatten(0, 1))
     return sums[:-1].view(rows, length, width)
 
 
-def joined_rows(before_BTD: Tensor, part_BTD: Tensor, positions: TokenPositions) -> Tensor:
+def joined_rows(before_BTX: Tensor, part_BTX: Tensor, positions: TokenPositions) -> Tensor:
     """The last rows of the prompts, from those of their beginning and those of the chunk that follows."""
     before = replace(positions, columns=0, counted_BS=None)
     come_B = _last_row(positions) - _last_row(before)  # rows begun since, by which the earlier ones move up
-    earlier, length = before_BTD.shape[1], part_BTD.shape[1]
+    earlier, length = before_BTX.shape[1], part_BTX.shape[1]
     source_BT = torch.arange(length, device=come_B.device) + come_B.unsqueeze(1) + earlier - length
     there_BT1 = ((source_BT >= 0) & (source_BT < earlier)).unsqueeze(-1)
-    index_BTD = source_BT.clamp(0, earlier - 1).unsqueeze(-1).expand(-1, -1, before_BTD.shape[2])
-    return torch.where(there_BT1, before_BTD.gather(1, index_BTD), 0.0) + part_BTD
+    index_BTX = source_BT.clamp(0, earlier - 1).unsqueeze(-1).expand(-1, -1, before_BTX.shape[2])
+    return torch.where(there_BT1, before_BTX.gather(1, index_BTX), 0.0) + part_BTX
 
 
 def _last_row(positions: TokenPositions) -> Tensor:
@@ -80,114 +88,96 @@ def _length(positions: TokenPositions) -> int:
 # -- solving ----------------------------------------------------------------------------------------------------------
 
 
-def ridge(total_1TD: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Correction:
-    """The least-squares prediction, from the kept activations, of what the dropped neurons wrote during the prompt.
+@dataclass(eq=False)
+class _Memory:
+    """Rows that were learned, and how many of them there are: fits that follow each other append to the same ones."""
 
-    With Z the rows of the prompt and Y = Z_R Wd[:, R]^T what the dropped neurons wrote, the kept output weights change
-    by
-
-        (Z_K^T Z_K + c I)^-1 Z_K^T Y  =  Z_K^T (Z_K Z_K^T + c I)^-1 Y,   c = RIDGE * mean(diag(Z_K^T Z_K)).
-
-    The right side is solved where there are fewer rows than kept neurons, else the left. All in float32: the
-    regularised matrix is positive definite with a condition of at most 1 + K / RIDGE, so an inverse from its Cholesky
-    factor does, and is faster than solving for H right sides. Where that fails all the same (no token, activations
-    that are not finite), the answer is no change.
-    """
-    Z_TD, weights_HD = total_1TD[0], weight_out_in(block.output).detach()
-    dropped_R = _dropped(experts_K, weights_HD.shape[1])
-    kept_TK = Z_TD.index_select(1, experts_K)
-    wrote_TH = Z_TD.index_select(1, dropped_R) @ weights_HD.index_select(1, dropped_R).float().T
-    dual = kept_TK.shape[0] < kept_TK.shape[1]
-    gram = kept_TK @ kept_TK.T if dual else kept_TK.T @ kept_TK
-    penalty = RIDGE * gram.diagonal().sum() / len(experts_K)  # both forms have the same trace
-    gram.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    eye = torch.eye(len(gram), device=gram.device)
-    inverse = torch.cholesky_inverse(torch.where(failed == 0, factor, eye))
-    solution = inverse @ (wrote_TH if dual else kept_TK.T @ wrote_TH)
-    usable = (failed == 0) & solution.isfinite().all()
-    solution = torch.where(usable, solution, 0.0)
-    nothing_MK = kept_TK[:0]
-    if not dual:
-        return Correction(eye, solution, fit=RidgeFit(None, inverse, penalty, nothing_MK))
-    rows_TK = torch.where(usable, kept_TK, 0.0)
-    return Correction(rows_TK, solution, fit=RidgeFit(rows_TK, inverse, penalty, nothing_MK))
+    rows_LMK: Tensor
+    filled: int = 0
 
 
-def learn(before: tuple[Correction, ...], rows_ND: Tensor, block: FeedForwardBlock, experts_K: Tensor) -> Correction:
-    """What comes on top of earlier corrections when more rows are learned with the same penalty and experts.
-
-    The sum is the ridge solution of all rows together, at the cost of the new ones (recursive least squares).
-
-    Args:
-        before: the corrections so far. The first has the fit; the bases of the others are what it has learned since.
-        rows_ND: the new rows; a zero row teaches nothing.
-        block: the block.
-        experts_K: its experts, as they were.
-    """
-    kept_NK = rows_ND.index_select(1, experts_K)
-    error_NH = rows_ND.index_fill(1, experts_K, 0.0) @ weight_out_in(block.output).detach().float().T
-    for correction in before:
-        if (predicted_NH := correction.output(kept_NK)) is not None:
-            error_NH = error_NH - predicted_NH
-    fit = before[0].fit
-    assert isinstance(fit, RidgeFit)
-    learned = [correction.basis_TK for correction in before[1:] if correction.basis_TK is not None]
-    fit = replace(fit, learned_MK=torch.cat([fit.learned_MK, *learned])[-LEARNED:])
-    basis_NK, weights_NH, _ = fit.step(kept_NK, error_NH)
-    return Correction(basis_NK, weights_NH)
-
-
-@dataclass(frozen=True, eq=False)
 class RidgeFit:
-    """The inverse P = (Z_K^T Z_K + c I)^-1 of a fit, in the form that it was solved in.
+    """A fit of some layers at once that can go on learning: P = (sum of z_K z_K^T + c I)^-1 = I / c - basis^T basis."""
 
-    Attributes:
-        rows_TK: Z_K, where the inverse is of Z_K Z_K^T + c I [T, T]; None where it is P itself [K, K].
-        inverse: either.
-        penalty: c, a scalar.
-        learned_MK: what later rows took from P, which is P - learned^T learned now; the newest `LEARNED` of them.
-    """
+    def __init__(self, layers: Sequence[int], neurons: Sequence[Tensor]) -> None:
+        self.layers, self._sizes = tuple(layers), [len(neurons_K) for neurons_K in neurons]
+        self._neurons_LK = pad_sequence(list(neurons), batch_first=True)
+        places_K = torch.arange(max(self._sizes), device=neurons[0].device)
+        self._size_L = torch.stack([places_K.new_full((), size) for size in self._sizes])
+        self._absent_L1K = (places_K >= self._size_L.unsqueeze(1)).unsqueeze(1)
+        self._penalty_L11: Tensor | None = None
+        self._prompt_LTK: Tensor | None = None
+        self._memory = _Memory(torch.empty(len(self.layers), 0, len(places_K), device=places_K.device))
+        self._count = 0
 
-    rows_TK: Tensor | None
-    inverse: Tensor
-    penalty: Tensor
-    learned_MK: Tensor
+    def kept(self, z_LND: Tensor) -> Tensor:
+        """The kept ones [L, N, K] of these activations."""
+        index_LNK = self._neurons_LK.unsqueeze(1).expand(-1, z_LND.shape[1], -1)
+        return z_LND.gather(2, index_LNK).masked_fill_(self._absent_L1K, 0.0)
 
-    def step(self, kept_NK: Tensor, error_NH: Tensor) -> tuple[Tensor, Tensor, RidgeFit]:
-        """Learn N more rows (recursive least squares).
+    def of_layer(self, place: int, kept_LNK: Tensor) -> Tensor:
+        """The kept activations [N, K] of one of the layers, without the zeros."""
+        return kept_LNK[place, :, : self._sizes[place]]
 
-        With U = Z_new P and S = I + Z_new P Z_new^T, the solution gains U^T S^-1 error and P loses U^T S^-1 U.
+    def learn(self, kept_LNK: Tensor, error_LNH: Tensor) -> tuple[dict[int, Correction], RidgeFit]:
+        """Learn N more rows. The first time, of a prompt, this is the ridge solution of them all.
+
+        With U = Z_new P and S = I + Z_new P Z_new^T = F F^T, the solution gains U^T S^-1 error = basis^T weights, and P
+        loses basis^T basis, for basis = F^-1 U and weights = F^-1 error. All in float32: S is positive definite with a
+        condition of at most 1 + K / RIDGE. Where a layer's step is not finite all the same (no token, activations that
+        are not finite), it learns nothing.
 
         Args:
-            kept_NK: the kept neurons' activations.
-            error_NH: what the correction so far leaves of what the dropped neurons wrote.
+            kept_LNK: the kept activations, each row over the length of all activations of its token.
+            error_LNH: what the block wrote there and the kept neurons do not, on the same scale.
 
         Returns:
-            The step of the solution as basis [N, K] and weights [N, H], zeros where it is not finite; the fit after it.
+            By layer, what is to be added to what the kept neurons write; and the fit that has learned it, since this
+            one stays as it is.
         """
-        through_NK = self._through(kept_NK)
-        gain_NN = kept_NK @ through_NK.T
-        gain_NN.diagonal().add_(1.0)
-        factor_NN, _ = torch.linalg.cholesky_ex(gain_NN)
-        basis_NK = torch.linalg.solve_triangular(factor_NN, through_NK, upper=False)
-        weights_NH = torch.linalg.solve_triangular(factor_NN, error_NH, upper=False)
-        usable = basis_NK.isfinite().all() & weights_NH.isfinite().all()
-        basis_NK, weights_NH = torch.where(usable, basis_NK, 0.0), torch.where(usable, weights_NH, 0.0)
-        learned_MK = torch.cat([self.learned_MK, basis_NK])[-LEARNED:]
-        return basis_NK, weights_NH, replace(self, learned_MK=learned_MK)
+        penalty_L11 = self._penalty_L11
+        if penalty_L11 is None:
+            penalty_L11 = (RIDGE * kept_LNK.square().sum(dim=(1, 2)) / self._size_L).view(-1, 1, 1)
+        if self._prompt_LTK is None and kept_LNK.shape[1] > kept_LNK.shape[2]:
+            # As many rows as kept neurons say the same: Z = Q R, and Z^T Z = R^T R.
+            turn_LNK, kept_LNK = torch.linalg.qr(kept_LNK)
+            error_LNH = turn_LNK.mT @ error_LNH
+        through_LNK = kept_LNK / penalty_L11
+        for known_LMK in (self._prompt_LTK, self._learned_LMK):
+            if known_LMK is not None and known_LMK.shape[1]:
+                through_LNK = torch.baddbmm(through_LNK, kept_LNK @ known_LMK.mT, known_LMK, alpha=-1)
+        gain_LNN = kept_LNK @ through_LNK.mT
+        gain_LNN.diagonal(dim1=1, dim2=2).add_(1.0)
+        factor_LNN, _ = torch.linalg.cholesky_ex(gain_LNN)
+        basis_LNK = torch.linalg.solve_triangular(factor_LNN, through_LNK, upper=False)
+        weights_LNH = torch.linalg.solve_triangular(factor_LNN, error_LNH, upper=False)
+        finite_L11 = (basis_LNK.isfinite().all((1, 2)) & weights_LNH.isfinite().all((1, 2))).view(-1, 1, 1)
+        basis_LNK, weights_LNH = torch.where(finite_L11, basis_LNK, 0.0), torch.where(finite_L11, weights_LNH, 0.0)
+        learned = copy.copy(self)
+        learned._penalty_L11 = penalty_L11
+        learned._remember(basis_LNK)
+        corrections = {
+            layer: Correction(basis_LNK[place, :, :size], weights_LNH[place])
+            for place, (layer, size) in enumerate(zip(self.layers, self._sizes, strict=True))
+        }
+        return corrections, learned
 
-    def _through(self, kept_NK: Tensor) -> Tensor:
-        """Z_new P [N, K], with all that was learned so far (Woodbury's identity)."""
-        if self.rows_TK is None:
-            through_NK = kept_NK @ self.inverse
-        else:
-            along_NT = (kept_NK @ self.rows_TK.T) @ self.inverse
-            through_NK = (kept_NK - along_NT @ self.rows_TK) / self.penalty
-        return through_NK - (kept_NK @ self.learned_MK.T) @ self.learned_MK
+    @property
+    def _learned_LMK(self) -> Tensor:
+        """The newest `LEARNED` rows behind the prompt's."""
+        return self._memory.rows_LMK[:, max(self._count - LEARNED, 0) : self._count]
 
-
-def _dropped(experts_K: Tensor, width: int) -> Tensor:
-    """[R] int64, ascending: the neurons that are not kept. Their number is known, so nothing waits for the device."""
-    kept_D = torch.zeros(width, dtype=torch.int8, device=experts_K.device).index_fill_(0, experts_K, 1)
-    return kept_D.argsort(stable=True)[: width - len(experts_K)]
+    def _remember(self, basis_LNK: Tensor) -> None:
+        """Append rows to what is remembered: in place, where no other fit has appended to the same memory."""
+        if self._prompt_LTK is None:
+            self._prompt_LTK = basis_LNK
+            return
+        basis_LNK, before_LMK = basis_LNK[:, -LEARNED:], self._learned_LMK
+        layers, more, width = basis_LNK.shape
+        if self._memory.filled != self._count or self._count + more > self._memory.rows_LMK.shape[1]:
+            self._count = before_LMK.shape[1]
+            room = min(2 * LEARNED, 2 * (self._count + more))
+            self._memory = _Memory(basis_LNK.new_empty(layers, room, width))
+            self._memory.rows_LMK[:, : self._count] = before_LMK
+        self._memory.rows_LMK[:, self._count : self._count + more] = basis_LNK
+        self._count = self._memory.filled = self._count + more

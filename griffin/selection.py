@@ -19,11 +19,7 @@ def kept_neurons(width: int, sparsity: float) -> int:
 
 
 def sparsity_per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
-    """One sparsity for each layer.
-
-    Raises:
-        ValueError: the number of values is wrong, or one is not 0 <= sparsity < 1.
-    """
+    """One sparsity for each layer."""
     values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
     if len(values) != layers:
         raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")

@@ -2,15 +2,16 @@
 
 A statistic is made of pure functions: `activations` says what is recorded of a prompt while it runs dense (see
 `griffin.activations`), and `score` turns that into one number per neuron. Static statistics record nothing. Adding one
-is writing one function, or two, and one line of `STATISTICS`.
+is one entry of `STATISTICS`, or of `TOKEN_STATISTICS`.
 
-Dimensions: B = rows of a batch, S = positions, D = FF width.
+Dimensions: B = rows of a batch, S = positions, D = FF width, K = kept neurons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,14 +31,22 @@ class Evidence:
         block: the block, with its weights.
         total: what the statistic's activations came to over the prompt, B first; None where it records none.
         draw_BD: uniform numbers that depend on the prompt and the layer only; None unless the statistic is random.
-        self_generated: what the same activations came to over text that the model wrote by itself, [1, ..]; None
-            unless the statistic asks for it.
     """
 
     block: FeedForwardBlock
     total: Tensor | None = None
     draw_BD: Tensor | None = None
-    self_generated: Tensor | None = None
+
+    @property
+    def root(self) -> Tensor:
+        """The square root of what was recorded: an L2 norm over the prompt."""
+        return self.recorded.sqrt()
+
+    @property
+    def recorded(self) -> Tensor:
+        """What was recorded."""
+        assert self.total is not None
+        return self.total
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,6 @@ class Statistic:
         score: evidence -> scores_BD, float32, larger means kept first; [1, D] where it is static.
         activations: what is recorded of the prompt; None for a statistic that does not read activations.
         random: whether `score` needs `draw_BD`.
-        self_generated: whether `score` needs the same of the model's own text (see `griffin.self_generated`).
         oracle: whether it reads the tokens after the prompt instead. Such a statistic is a bound for analysis and not a
             method, since it must know the dense continuation before the experts that generate it.
     """
@@ -56,34 +64,12 @@ class Statistic:
     score: Callable[[Evidence], Tensor]
     activations: ActivationStatistic | None = None
     random: bool = False
-    self_generated: bool = False
     oracle: bool = False
 
-    def __call__(
-        self,
-        z_BSD: Tensor,
-        block: FeedForwardBlock,
-        counted_BS: Tensor | None = None,
-        draw_BD: Tensor | None = None,
-        self_generated: Tensor | None = None,
-    ) -> Tensor:
-        """Scores [B, D] float32, or [1, D] where static, of whole prompts.
-
-        Args:
-            z_BSD: activations, any floating type.
-            block: the block that they come from.
-            counted_BS: bool, False at padding; None: there is none.
-            draw_BD: uniform numbers, for random statistics.
-            self_generated: see `Evidence`.
-        """
-        z_BSD = z_BSD.float()
-        if counted_BS is not None:
-            z_BSD = z_BSD.masked_fill(~counted_BS.unsqueeze(-1), 0.0)
-        rows, columns = z_BSD.shape[:2]
-        before_B = torch.zeros(rows, dtype=torch.int64, device=z_BSD.device)
-        chunk = PrefillChunk(z_BSD, TokenPositions(rows, columns, counted_BS, before_B))
-        total = None if self.activations is None else self.activations.part(chunk, block)
-        return self.score(Evidence(block, total, draw_BD, self_generated))
+    @property
+    def name(self) -> str:
+        """As in `STATISTICS`; of a statistic of one's own, the name of its function."""
+        return next((name for name, statistic in STATISTICS.items() if statistic is self), self.score.__name__)
 
 
 # -- what is recorded of a chunk: [B, D] float32 each ------------------------------------------------------------------
@@ -99,21 +85,6 @@ def squared_relative_contributions(chunk: PrefillChunk, block: FeedForwardBlock)
     return chunk.sum(unit_rows(chunk.z_BSD * block.output_lengths.to(chunk.z_BSD.device)).square())
 
 
-def squares(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
-    """sum_t z[b, t, j]^2."""
-    return chunk.sum(chunk.z_BSD.square())
-
-
-def magnitudes(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
-    """sum_t |z[b, t, j]|."""
-    return chunk.sum(chunk.z_BSD.abs())
-
-
-def largest(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
-    """max_t |z[b, t, j]|."""
-    return chunk.z_BSD.abs().amax(dim=1)
-
-
 def recent_squared_relative_activations(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
     """As `squared_relative_activations`, token t times 2^(-a / 128), a the number of tokens after it."""
     positions = chunk.positions
@@ -122,98 +93,51 @@ def recent_squared_relative_activations(chunk: PrefillChunk, block: FeedForwardB
     return chunk.sum(chunk.relative_BSD.square() * weights_BS.unsqueeze(-1))
 
 
-# -- how chunks join, where they do not just add up --------------------------------------------------------------------
-
-
-def larger(before_BD: Tensor, part_BD: Tensor, positions: TokenPositions) -> Tensor:
-    """The largest over all chunks."""
-    return torch.maximum(before_BD, part_BD)
-
-
 def aged(before_BD: Tensor, part_BD: Tensor, positions: TokenPositions) -> Tensor:
-    """What came before has aged by as many tokens as have come since."""
-    ages_B1 = torch.exp2(-positions.count_B.to(before_BD) / _HALF_LIFE).unsqueeze(1)
-    return before_BD * ages_B1 + part_BD
+    """Joins parts of `recency`: what came before has aged by as many tokens as have come since."""
+    return before_BD * torch.exp2(-positions.count_B.to(before_BD) / _HALF_LIFE).unsqueeze(1) + part_BD
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
-def root(evidence: Evidence) -> Tensor:
-    """The square root of what was recorded: an L2 norm over the prompt. With relative activations this is GRIFFIN's
-    own statistic, s[b, j] = || z[b, :, j] / ||z[b, t, :]|| ||_2 (arXiv 2404.01365)."""
-    assert evidence.total is not None
-    return evidence.total.sqrt()
-
-
-def recorded(evidence: Evidence) -> Tensor:
-    """What was recorded, as it is."""
-    assert evidence.total is not None
-    return evidence.total
-
-
-def impact(evidence: Evidence) -> Tensor:
-    """GRIFFIN's statistic times the length of what a neuron writes: s[b, j] = griffin[b, j] * ||Wd[:, j]||_2."""
-    return root(evidence) * evidence.block.output_lengths.to(_device(evidence))
-
-
-def joint(evidence: Evidence) -> Tensor:
-    """The geometric mean of GRIFFIN's statistic and impact: s[b, j] = griffin[b, j] * ||Wd[:, j]||_2^0.5."""
-    return root(evidence) * evidence.block.output_lengths.to(_device(evidence)).sqrt()
-
-
-def wanda(evidence: Evidence) -> Tensor:
-    """Wanda's metric |W| * ||x|| (arXiv 2306.11695) summed over a neuron's output column, on this prompt.
-
-    s[b, j] = ||Wd[:, j]||_1 * ||z[b, :, j]||_2.
-    """
-    return root(evidence) * evidence.block.output_norms.to(_device(evidence))
-
-
-def glass(evidence: Evidence) -> Tensor:
-    """The sum of two ranks: of GRIFFIN's statistic on the prompt, and on text that the model wrote by itself.
-
-    A reconstruction from the description of GLASS (arXiv 2508.14302), not its code: equal weights, ranks from 1.
-    """
-    assert evidence.self_generated is not None
-    return _ranks(root(evidence)) + _ranks(evidence.self_generated.to(_device(evidence)))
-
-
-def magnitude(evidence: Evidence) -> Tensor:
-    """The static baseline: s[j] = ||Wg[j]|| * ||Wu[j]||, or ||W1[j]|| in a plain block, as [1, D]."""
-    return evidence.block.input_norms.unsqueeze(0)
-
-
-def random(evidence: Evidence) -> Tensor:
-    """Uniform scores: the floor that any statistic must beat."""
-    assert evidence.draw_BD is not None
-    return evidence.draw_BD
-
-
-def _ranks(scores_BD: Tensor) -> Tensor:
-    """[B, D] float32: 1 for the smallest to D for the largest of each row."""
-    return scores_BD.argsort(dim=-1, stable=True).argsort(dim=-1).float() + 1
-
-
-def _device(evidence: Evidence) -> torch.device:
-    assert evidence.total is not None
-    return evidence.total.device
+def _lengths(evidence: Evidence) -> Tensor:
+    """[D]: ||Wd[:, j]||_2."""
+    return evidence.block.output_lengths.to(evidence.recorded.device)
 
 
 RELATIVE = ActivationStatistic(squared_relative_activations)
 
 STATISTICS: dict[str, Statistic] = {
-    "griffin": Statistic(root, RELATIVE),
-    "magnitude": Statistic(magnitude),
-    "wanda": Statistic(wanda, ActivationStatistic(squares)),
-    "random": Statistic(random, random=True),
-    "impact": Statistic(impact, RELATIVE),
-    "joint": Statistic(joint, RELATIVE),
-    "max": Statistic(recorded, ActivationStatistic(largest, join=larger)),
-    "mean_abs": Statistic(recorded, ActivationStatistic(magnitudes)),  # the sum ranks as the mean does
-    "recency": Statistic(root, ActivationStatistic(recent_squared_relative_activations, join=aged)),
-    "glass": Statistic(glass, RELATIVE, self_generated=True),
-    "oracle": Statistic(root, ActivationStatistic(squared_relative_contributions), oracle=True),
+    # s[b, j] = || z[b, :, j] / ||z[b, t, :]|| ||_2 over t (arXiv 2404.01365).
+    "griffin": Statistic(lambda evidence: evidence.root, RELATIVE),
+    # Static, as [1, D]: ||Wg[j]|| * ||Wu[j]||, or ||W1[j]|| in a plain block.
+    "magnitude": Statistic(lambda evidence: evidence.block.input_norms.unsqueeze(0)),
+    # |W| * ||x|| (arXiv 2306.11695) summed over a neuron's output column: ||Wd[:, j]||_1 * ||z[b, :, j]||_2.
+    "wanda": Statistic(
+        lambda evidence: evidence.root * evidence.block.output_norms.to(evidence.recorded.device),
+        ActivationStatistic(lambda chunk, block: chunk.sum(chunk.z_BSD.square())),
+    ),
+    # The floor that any statistic must beat.
+    "random": Statistic(lambda evidence: cast(Tensor, evidence.draw_BD), random=True),
+    # griffin[b, j] * ||Wd[:, j]||_2: the length of what a neuron writes.
+    "impact": Statistic(lambda evidence: evidence.root * _lengths(evidence), RELATIVE),
+    # The geometric mean of griffin and impact.
+    "joint": Statistic(lambda evidence: evidence.root * _lengths(evidence).sqrt(), RELATIVE),
+    # max_t |z[b, t, j]|.
+    "max": Statistic(
+        lambda evidence: evidence.recorded,
+        ActivationStatistic(
+            lambda chunk, block: chunk.z_BSD.abs().amax(dim=1), lambda before, part, _: torch.maximum(before, part)
+        ),
+    ),
+    # sum_t |z[b, t, j]|, which ranks as the mean does.
+    "mean_abs": Statistic(
+        lambda evidence: evidence.recorded, ActivationStatistic(lambda chunk, block: chunk.sum(chunk.z_BSD.abs()))
+    ),
+    "recency": Statistic(
+        lambda evidence: evidence.root, ActivationStatistic(recent_squared_relative_activations, aged)
+    ),
+    "oracle": Statistic(
+        lambda evidence: evidence.root, ActivationStatistic(squared_relative_contributions), oracle=True
+    ),
 }
 
 
@@ -229,3 +153,70 @@ def aggregate(scores_BD: Tensor, lengths_B: Tensor) -> Tensor:
     """
     weights_B1 = lengths_B.clamp(min=1).to(scores_BD).rsqrt().unsqueeze(1)
     return (scores_BD * weights_B1).sum(dim=0, keepdim=True)
+
+
+# -- statistics of single tokens ---------------------------------------------------------------------------------------
+#
+# Every generated token keeps its own neurons, as published methods do that need a kernel for it. Here they run masked,
+# for quality only: they show what one choice for the whole prompt gives away.
+
+
+@dataclass(frozen=True)
+class TokenStatistic:
+    """What scores the neurons of each token by itself.
+
+    Attributes:
+        score: (z_SD, |act(gate)|_SD, block) -> scores_SD, float32; the K largest of each token are kept. The gate is
+            None unless it is asked for.
+        gate: whether `score` reads |act(gate)|. Such a statistic knows what it keeps before the up projection runs, so
+            that only the gate is read whole; the others know it before the output projection runs.
+    """
+
+    score: Callable[[Tensor, Tensor | None, FeedForwardBlock], Tensor]
+    gate: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in `TOKEN_STATISTICS`; of a statistic of one's own, the name of its function."""
+        return next((name for name, statistic in TOKEN_STATISTICS.items() if statistic is self), self.score.__name__)
+
+    def skippable(self, block: FeedForwardBlock) -> float:
+        """The share of a dropped neuron's weights that need not be read: those behind what it is known from."""
+        matrices = len(block.inputs) * block.parts + 1
+        return (2 if self.gate and matrices > 2 else 1) / matrices
+
+
+TOKEN_STATISTICS: dict[str, TokenStatistic] = {
+    # |z|: TEAL (arXiv 2408.14690), the largest instead of those above a threshold.
+    "teal": TokenStatistic(lambda z_SD, gate_SD, block: z_SD.abs()),
+    # |z| * ||Wd[:, j]||_2, the length of what a neuron writes (WINA, arXiv 2505.19427).
+    "wina": TokenStatistic(lambda z_SD, gate_SD, block: z_SD.abs() * block.output_lengths.to(z_SD.device)),
+    # |act(gate)| (CATS, arXiv 2404.08763; Sirius's fine-grained sparsity, arXiv 2409.03856).
+    "cats": TokenStatistic(lambda z_SD, gate_SD, block: cast(Tensor, gate_SD), gate=True),
+}
+
+
+def gate_activations(z_SD: Tensor, up_SD: Tensor | None) -> Tensor:
+    """|act(gate)| [S, D] float32, from z = act(gate) * up, whatever the activation function; 0 where up is 0, since z
+    is. In a plain block, which has no up projection, it is |z|.
+    """
+    if up_SD is None:
+        return z_SD.abs().float()
+    size_SD = up_SD.abs().float()
+    return (z_SD.abs().float() / size_SD).masked_fill(size_SD == 0, 0.0)
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How each token of a row chooses its neurons."""
+
+    statistic: TokenStatistic
+    kept: tuple[int, ...]
+
+    def dropped(self, layer: int, block: FeedForwardBlock, z_SD: Tensor, up_SD: Tensor | None) -> Tensor:
+        """Which neurons each token drops [S, D], bool."""
+        gate_SD = gate_activations(z_SD, up_SD) if self.statistic.gate else None
+        scores_SD = self.statistic.score(z_SD.float(), gate_SD, block)
+        best_SK = scores_SD.topk(self.kept[layer], dim=-1).indices
+        dropped_SD = torch.ones_like(z_SD, dtype=torch.bool)
+        return dropped_SD.scatter_(1, best_SK, False)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks, weight_out_in
-from griffin.token_statistics import TokenStatistic
+from griffin.statistics import TokenStatistic
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Traffic:
         return self.pruned if tokens is None else self.pruned - (self.vocabulary - tokens) * self.output_row
 
 
-def traffic(model: nn.Module, kept: Sequence[int], by_token: TokenStatistic | None = None) -> Traffic:
+def traffic(model: nn.Module, kept: Sequence[int], statistic: object = None) -> Traffic:
     """What a step of a model reads.
 
     An embedding table counts only where it is the output layer too: decoding looks up one row of it.
@@ -41,7 +41,7 @@ def traffic(model: nn.Module, kept: Sequence[int], by_token: TokenStatistic | No
     Args:
         model: a `transformers` causal language model.
         kept: neurons that each layer keeps.
-        by_token: the statistic by which each token chooses them, if any: some weights are read to know them.
+        statistic: what chooses them; where that is a `TokenStatistic`, some weights are read to know them.
     """
     whole: Any = model
     blocks = find_feedforward_blocks(model)
@@ -51,7 +51,8 @@ def traffic(model: nn.Module, kept: Sequence[int], by_token: TokenStatistic | No
         weights.pop(id(embedding))
     dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
     dropped = sum(
-        round(neuron * (1.0 if by_token is None else by_token.skippable(block))) * (block.width - left)
+        round(neuron * (statistic.skippable(block) if isinstance(statistic, TokenStatistic) else 1.0))
+        * (block.width - left)
         for block, left, neuron in zip(blocks, kept, neuron_bytes(blocks), strict=True)
     )
     rows = 0 if output is None else len(output.weight)

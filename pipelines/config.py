@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 import griffin
+from griffin import LEARNING, MOST_DRAFTED
 from pipelines.config_fields import at_least, count_or_auto, described, one_of
 from pipelines.description import is_dense
 from pipelines.errors import UserError
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import LatencyTask
 
-STATISTICS = (*griffin.STATISTICS, *griffin.TOKEN_STATISTICS)
-SELECTIONS = griffin.SELECTIONS
-COMPENSATIONS = tuple(griffin.COMPENSATIONS)
-BUDGETS = tuple(griffin.BUDGETS)
-REFRESHES = tuple(griffin.REFRESHES)
-VERIFICATIONS = tuple(griffin.VERIFICATIONS)
-DRAFT_VOCABULARIES = tuple(griffin.DRAFT_VOCABULARIES)
-LEARNING = griffin.LEARNING
+# Of a method's fields, what they may be.
+VALUES = {one.name: one.metadata["values"] for one in fields(griffin.Method) if one.metadata["values"]}
 ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 # The kinds of task whose rows, prompts times methods, run together.
@@ -37,6 +32,13 @@ BATCHED = ("generation", "code", "classification", "question_answering", "fideli
 GENERATING = ("generation", "code", "question_answering", "latency")
 COMPILED = ("generation", "latency")  # the kinds of task whose decoding can be compiled
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
+
+
+def _of_method(name: str) -> Any:
+    """A field of `griffin.Method` as a key: what it means, what it may be, and its default."""
+    one = griffin.Method.__dataclass_fields__[name]
+    values = f": {', '.join(VALUES[name])}" if name in VALUES else ""
+    return described(one.metadata["help"] + values, one.default)
 
 
 def _sparsity(key: str, value: Any) -> float | list[float]:
@@ -89,27 +91,15 @@ class RunConfig:
         f"masked, for quality only: {', '.join(griffin.TOKEN_STATISTICS)}",
         "griffin",
     )
-    selection: str = described(f"how scores become experts: {', '.join(SELECTIONS)}", "topk")
-    compensation: str = described(
-        f"how the kept neurons make up for the dropped ones, beyond the paper: {', '.join(COMPENSATIONS)}", "none"
-    )
-    budget: str = described(f"how the layers share what is kept, beyond the paper: {', '.join(BUDGETS)}", "uniform")
-    refresh: str = described(f"what follows the generated text, beyond the paper: {', '.join(REFRESHES)}", "none")
-    verification: str = described(
-        f"how the dense model checks what the experts draft, beyond the paper: {', '.join(VERIFICATIONS)}", "none"
-    )
-    draft_tokens: Any = described(
-        f"tokens drafted before each check: 1 to {griffin.MOST_DRAFTED}; auto: until the draft is unsure", "auto"
-    )
-    draft_vocabulary: str = described(
-        f"of which tokens drafts are made: {', '.join(DRAFT_VOCABULARIES)} (what the text makes likely)", "prompt"
-    )
-    prompt_lookup: bool = described(
-        "draft what followed the last tokens where they stood before, by the experts where they did not", False
-    )
-    verification_threshold: float = described(
-        "of verification=threshold: the least dense probability of a drafted token that is kept", 0.1
-    )
+    selection: str = _of_method("selection")
+    compensation: str = _of_method("compensation")
+    budget: str = _of_method("budget")
+    refresh: str = _of_method("refresh")
+    verification: str = _of_method("verification")
+    draft_tokens: Any = _of_method("draft_tokens")
+    draft_vocabulary: str = _of_method("draft_vocabulary")
+    prompt_lookup: bool = _of_method("prompt_lookup")
+    verification_threshold: float = _of_method("verification_threshold")
     assistance: str = described(
         f"with sparsity=0: transformers' assisted generation, to compare with: {', '.join(ASSISTANCE)}", "none"
     )
@@ -149,27 +139,15 @@ class RunConfig:
 
     def _check_methods(self) -> None:
         """What prunes: the values of a method and of the grid, and which of them go together."""
-        one_of("statistic", self.statistic, STATISTICS)
-        one_of("selection", self.selection, SELECTIONS)
-        one_of("compensation", self.compensation, COMPENSATIONS)
-        one_of("budget", self.budget, BUDGETS)
-        one_of("refresh", self.refresh, REFRESHES)
-        one_of("verification", self.verification, VERIFICATIONS)
-        one_of("draft_vocabulary", self.draft_vocabulary, DRAFT_VOCABULARIES)
+        for name, allowed in VALUES.items():
+            one_of(name, getattr(self, name), allowed)
+            for value in getattr(self.grid, name, ()):
+                one_of(f"grid.{name}", value, allowed)
         one_of("mode", self.mode, MODES)
+        for key, statistics in (("statistic", [self.statistic]), ("grid.statistic", self.grid.statistic)):
+            for statistic in statistics:
+                self._realisable(key, statistic)
         self.sparsity = _sparsity("sparsity", self.sparsity)
-        for value in self.grid.statistic:
-            one_of("grid.statistic", value, STATISTICS)
-            self._realisable("grid.statistic", value)
-        self._realisable("statistic", self.statistic)
-        for value in self.grid.compensation:
-            one_of("grid.compensation", value, COMPENSATIONS)
-        for value in self.grid.budget:
-            one_of("grid.budget", value, BUDGETS)
-        for value in self.grid.refresh:
-            one_of("grid.refresh", value, REFRESHES)
-        for value in self.grid.verification:
-            one_of("grid.verification", value, VERIFICATIONS)
         self._can_refresh()
         self._can_choose_by_token()
         for value in self.grid.sparsity:
@@ -205,11 +183,12 @@ class RunConfig:
 
     def _check_verification(self) -> None:
         """What verified decoding is told, and what it goes with: its rows run one at a time, with compact weights."""
-        most = griffin.MOST_DRAFTED
         count = self.draft_tokens
-        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most):
+        if count != "auto" and (
+            isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_DRAFTED
+        ):
             shown = "null" if count is None else count
-            raise UserError(f"draft_tokens={shown}: expected a whole number, 1 to {most}, or auto")
+            raise UserError(f"draft_tokens={shown}: expected a whole number, 1 to {MOST_DRAFTED}, or auto")
         if not 0 < self.verification_threshold < 1:
             raise UserError(
                 f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
@@ -221,8 +200,6 @@ class RunConfig:
         if all(map(is_dense, self.grid.sparsity or [self.sparsity])):
             key = "grid.sparsity" if self.grid.sparsity else "sparsity"
             raise UserError(f"{setting} with {key} 0 only: a dense draft is the model itself; expected sparsity > 0")
-        if {*(self.grid.refresh or [self.refresh])} == {"drift"}:
-            raise UserError(f"{setting} with refresh=drift: expected refresh=none, experts or compensation")
         if self.task.kind not in GENERATING:
             raise UserError(f"{setting} with task={self.task.name}: expected a task that generates, or latency")
         if self.batch_size != "auto" and self.batch_size != 1:
@@ -294,9 +271,8 @@ class RunConfig:
         if self.compile == "auto":
             alone = self.batch_size == 1 or self.shared_experts
             other = self.mode == "masked" or self.offload_dense or self.assistance != "none"
-            drifts = "drift" in (self.grid.refresh or [self.refresh])
             by_token = any(name in griffin.TOKEN_STATISTICS for name in self.grid.statistic or [self.statistic])
-            self.compile = self._on_cuda and self.task.kind in COMPILED and alone and not (other or drifts or by_token)
+            self.compile = self._on_cuda and self.task.kind in COMPILED and alone and not (other or by_token)
 
     def _check_compile_and_mode(self) -> None:
         """Whether decoding can be compiled, and which mode `auto` stands for."""
@@ -322,17 +298,13 @@ class RunConfig:
             raise UserError("offload_dense=true with compile=true: expected one of the two")
 
     def _can_refresh(self) -> None:
-        """Something can be refreshed: a compensation that goes on learning, or by what steps have shown."""
+        """What is refreshed can be: a compensation only if it goes on learning."""
         key, refreshes = ("grid.refresh", self.grid.refresh) if self.grid.refresh else ("refresh", [self.refresh])
         compensations = self.grid.compensation or [self.compensation]
         if "compensation" in refreshes and not {*LEARNING} & {*compensations}:
             raise UserError(
                 f"{key}=compensation with compensation={', '.join(compensations)}, which cannot go on learning: "
                 f"expected compensation={', '.join(LEARNING)}"
-            )
-        if self.compile and "drift" in refreshes:
-            raise UserError(
-                f"compile=true with {key}={', '.join(refreshes)}: drift looks at every step; expected others"
             )
 
     def _can_choose_by_token(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-import griffin
+from griffin.offloading import dense_in_host_memory
 from pipelines.batch_size import batch_size, evaluated
 from pipelines.composition import Call
 from pipelines.config import RunConfig
@@ -58,7 +58,8 @@ def evaluate(
     seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
     offloaded = config.offload_dense and config.task.kind != "latency"  # which times dense on the device
     by_onednn = config.cpu_onednn and not config.compile and config.task.kind != "latency"  # which times both ways
-    loaded = kept_model(OmegaConf.to_yaml(OmegaConf.structured(config.model)), config.device, seed, offloaded)
+    yaml = OmegaConf.to_yaml(OmegaConf.structured(config.model))
+    loaded = kept_model(yaml, config.device, seed, offloaded, by_onednn)
     load_seconds = time.perf_counter() - began
 
     records: dict[Method, Record] = {}
@@ -119,9 +120,7 @@ def evaluate(
         )
         refusals = {method: refusal for method in together if (refusal := _refusal(loaded, config, method))}
         possible = [method for method in together if method not in refusals]
-        stack.enter_context(griffin.Offload(loaded.model) if offloaded else nullcontext())
-        stack.enter_context(griffin.onednn_linear(loaded.model) if by_onednn else nullcontext())
-        # Closed whatever happens here: the model may be pruned in between.
+        stack.enter_context(dense_in_host_memory(loaded.model) if offloaded else nullcontext())
         batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
         for method, batch in batches if possible else ():
             folders[method].append(batch)
@@ -158,10 +157,10 @@ def _headline(metrics: dict[str, float]) -> str:
 
 
 @lru_cache(maxsize=1)
-def kept_model(model_yaml: str, device: str, seed: int, offload_dense: bool) -> LoadedModel:
+def kept_model(model_yaml: str, device: str, seed: int, offload_dense: bool, onednn: bool) -> LoadedModel:
     """The model, kept from one job of a sweep to the next that uses it too."""
     from pipelines.models import load
 
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(model_yaml)))
     assert isinstance(config, ModelConfig)
-    return load(config, device, seed, offload_dense)
+    return load(config, device, seed, offload_dense=offload_dense, onednn=onednn)

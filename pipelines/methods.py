@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import griffin
 from griffin import LEARNING, Method
-from griffin.draft_vocabulary import output_embedding
+from griffin.method import DRAFTING
 from pipelines import description
 from pipelines.config import RunConfig
 from pipelines.data import EMBEDDED, digest
@@ -47,21 +47,13 @@ def methods(config: RunConfig) -> list[Method]:
     ):
         if refresh == "compensation" and compensation not in LEARNING:
             continue
-        if refresh == "drift" and verification != "none":
-            continue
         if statistic in griffin.TOKEN_STATISTICS and (compensation, refresh, verification) != ("none",) * 3:
             continue
         amount = tuple(sparsity) if isinstance(sparsity, list) else sparsity
         method = Method(statistic, config.selection, amount, compensation, budget, refresh)
         if verification != "none" and not method.dense:
-            method = replace(
-                method,
-                verification=verification,
-                draft_tokens=config.draft_tokens,
-                draft_vocabulary=config.draft_vocabulary,
-                prompt_lookup=config.prompt_lookup,
-                verification_threshold=config.verification_threshold,
-            )
+            drafting = {name: getattr(config, name) for name in DRAFTING}
+            method = replace(method, verification=verification, **drafting)
         if method not in points and not (method.dense and any(point.dense for point in points)):
             points.append(method)
     return sorted(points, key=lambda point: not point.dense)  # dense first: the others are read against it
@@ -71,24 +63,8 @@ def run_config(config: RunConfig, method: Method) -> dict[str, Any]:
     """The configuration of one method's run, as plain nested values: what a call for it alone would have."""
     plain = asdict(config)
     del plain["grid"]
-    sparsity = list(method.sparsity) if isinstance(method.sparsity, tuple) else method.sparsity
-    return (
-        plain
-        | {
-            "statistic": method.statistic,
-            "selection": method.selection,
-            "sparsity": sparsity,
-            "compensation": method.compensation,
-            "budget": method.budget,
-            "refresh": method.refresh,
-            "verification": method.verification,
-            "draft_tokens": method.draft_tokens,
-            "draft_vocabulary": method.draft_vocabulary,
-            "prompt_lookup": method.prompt_lookup,
-            "verification_threshold": method.verification_threshold,
-        }
-        | ({"mode": "masked"} if method.by_token and not method.dense else {})
-    )
+    pruning: dict[str, Any] = vars(method) | ({"mode": "masked"} if method.by_token and not method.dense else {})
+    return plain | {key: list(value) if isinstance(value, tuple) else value for key, value in pruning.items()}
 
 
 def described(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -147,11 +123,12 @@ def engine_for(model: nn.Module, methods: Sequence[Method], config: RunConfig) -
         UnsupportedModelError: the model cannot be evaluated, or not be pruned where a method does.
     """
     griffin.refuse_uncroppable(model)
-    loaded: Any = model
-    compiled = griffin.compiled_call(loaded) if config.compile else None
-    pruning = any(not method.dense for method in methods)
     if any(method.prunes_vocabulary for method in methods):
-        output_embedding(model)  # refuses what has none
-    engine = griffin.Engine(model, pruning=pruning, mode=config.mode, compiled=compiled)
-    griffin.prepare(engine, methods)
-    return engine
+        griffin.output_embedding(model)  # refuses what has none
+    return griffin.Engine(
+        model,
+        pruning=config.offload_dense or any(not method.dense for method in methods),
+        mode=config.mode,
+        compiler=griffin.compiled_call if config.compile else None,
+        offload_dense=config.offload_dense,
+    )

@@ -91,14 +91,17 @@ def device_kind(device: str) -> str:
     return kind
 
 
-def load(config: ModelConfig, device: str, seed: int, offload_dense: bool = False) -> LoadedModel:
+def load(
+    config: ModelConfig, device: str, seed: int, *, offload_dense: bool = False, onednn: bool = False
+) -> LoadedModel:
     """Load a model for evaluation.
 
     Args:
         config: which model.
         device: as `RunConfig.device`; `auto` with GPUs spreads the layers over them.
         seed: of random weights.
-        offload_dense: leave the FF weights in host memory; the model then runs within `griffin.Offload`, on one GPU.
+        offload_dense: leave the FF weights in host memory; the model then runs by an engine that knows, on one GPU.
+        onednn: run linear layers by oneDNN, on a CPU.
 
     Raises:
         UserError: the model cannot be had: no connection, no licence, no package, no such device; or not offloaded.
@@ -118,8 +121,7 @@ def load(config: ModelConfig, device: str, seed: int, offload_dense: bool = Fals
     model.eval().requires_grad_(False)
     # Nothing of how a checkpoint likes to be sampled may leak into an evaluation; only its end tokens stay.
     model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
     )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -127,7 +129,7 @@ def load(config: ModelConfig, device: str, seed: int, offload_dense: bool = Fals
     if config.add_bos_token and tokenizer.bos_token_id is None:
         raise UserError(f"model.add_bos_token=true: the tokenizer of {config.name} has no BOS token")
     return LoadedModel(
-        model,
+        griffin.with_onednn(model) if onednn and kind == "cpu" else model,
         tokenizer,
         config.add_bos_token,
         model.config.get_text_config().max_position_embeddings,

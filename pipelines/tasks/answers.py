@@ -13,7 +13,7 @@ class DecodingCost:
     """What decoding takes under each method.
 
     Args:
-        engine: the model, which must be dense now: the bytes of its weights are counted.
+        engine: the model.
         methods: all that will be asked for.
 
     Attributes:
@@ -22,9 +22,7 @@ class DecodingCost:
 
     def __init__(self, engine: griffin.Engine, methods: Sequence[griffin.Method]) -> None:
         self.traffic = {
-            method: griffin.traffic(
-                engine.model, method.kept(engine.widths), griffin.TOKEN_STATISTICS.get(method.statistic)
-            )
+            method: griffin.traffic(engine.model, method.kept(engine.widths), method.scorer)
             for method in methods
             if not method.dense
         }
@@ -39,16 +37,14 @@ class DecodingCost:
         """
         if not rows:
             return {}
-        tokens = sum(len(row.tokens) for row in rows)
-        part: Sample = {"generated_tokens": tokens}
+        part: Sample = {"generated_tokens": sum(len(row.tokens) for row in rows)}
         if method.dense:
             return part
-        found = self.traffic[method]
         if method.verified:
-            return part | drafting.sample_part([row.drafting for row in rows], found.dense)
-        steps, refreshed = tokens - len(rows), sum(row.refreshed for row in rows)
-        read = refreshed * found.dense + (steps - refreshed) * found.pruned
-        return part | {"weight_bytes": {"read": read, "dense": steps * found.dense}}
+            return part | drafting.sample_part([row.drafts for row in rows], self.traffic[method].dense)
+        found = [row.statistics(self.traffic[method]) for row in rows]
+        read, dense = sum(one.bytes_read for one in found), sum(one.dense_bytes for one in found)
+        return part | {"weight_bytes": {"read": read, "dense": dense}}
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:

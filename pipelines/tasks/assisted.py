@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ class Text:
 
     tokens: list[int]
     seconds: float
-    drafting: griffin.Drafting
+    drafts: griffin.DraftStatistics
 
 
 class Assisted:
@@ -47,22 +46,23 @@ class Assisted:
     """
 
     def __init__(self, loaded: LoadedModel, config: RunConfig) -> None:
-        self._model: Any = loaded.model
+        self._model: Any = griffin.view_of(loaded.model)
+        self._checked, self._drafted = _counted(self._model), list[int]()
         self._config = config
         self._options: dict[str, Any] = {}
-        self._assistant: Any = None
         self._assistant_bytes = 0
         if config.assistant is None:
             number = LOOKED_UP if config.draft_tokens == "auto" else config.draft_tokens
             self._options["prompt_lookup_num_tokens"] = number
         else:
-            small = load(replace(config.model, name="assistant", repo=config.assistant), config.device, config.seed)
+            model = replace(config.model, name="assistant", repo=config.assistant)
+            small = load(model, config.device, config.seed, onednn=config.cpu_onednn)
             if small.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
                 raise UserError(
                     f"assistant={config.assistant}: expected a model with the tokens of {config.model.name}"
                 )
-            self._assistant = self._options["assistant_model"] = small.model
-            self._assistant_bytes = _step_bytes(small.model)
+            self._options["assistant_model"] = small.model
+            self._drafted, self._assistant_bytes = _counted(small.model), _step_bytes(small.model)
             if config.draft_tokens != "auto":
                 small.model.generation_config.num_assistant_tokens = config.draft_tokens
                 small.model.generation_config.assistant_confidence_threshold = 0.0
@@ -75,37 +75,34 @@ class Assisted:
             ids: of the prompt.
             ended: whether new tokens are a whole text.
         """
-        drafting = griffin.Drafting()
         ids_1S = torch.tensor([list(ids)], device=self._model.device)
-        checked: list[int] = []  # positions of each forward call
-        drafted: list[int] = []
+        self._checked.clear()
+        self._drafted.clear()
         began = time.perf_counter()
-        with ExitStack() as stack:
-            if self._assistant is not None and self._config.cpu_onednn:  # the model itself has it already
-                stack.enter_context(griffin.onednn_linear(self._assistant))
-            for model, calls in ((self._model, checked), (self._assistant, drafted)):
-                if model is not None:
-                    stack.callback(_count(model, calls).remove)
-            sequences_1S = self._model.generate(
-                ids_1S,
-                attention_mask=torch.ones_like(ids_1S),
-                max_new_tokens=self._config.task.max_new_tokens,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([_Ended(len(ids), ended)]),
-                **self._options,
-            )
+        sequences_1S = self._model.generate(
+            ids_1S,
+            attention_mask=torch.ones_like(ids_1S),
+            max_new_tokens=self._config.task.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([_Ended(len(ids), ended)]),
+            **self._options,
+        )
         seconds = time.perf_counter() - began
         tokens = sequences_1S[0, len(ids) :].tolist()
         while len(tokens) > 1 and ended(tokens[:-1]):  # the last round may have gone on behind the text's end
             del tokens[-1]
         # The prompt runs with the first drafts: its step is no more a check than that of an unassisted prompt, so
         # the first round counts by its drafts alone, and the first token not at all.
-        rounds = [checked[0] - len(ids), *(count - 1 for count in checked[1:])]
-        drafting.checks, drafting.drafted = len(rounds) - (rounds[0] == 0), sum(rounds)
-        drafting.emitted = len(tokens) - 1 + (rounds[0] > 0)
-        drafting.accepted = drafting.emitted - drafting.checks
-        drafting.draft_bytes = len(drafted) * self._assistant_bytes
-        return Text(tokens, seconds, drafting)
+        rounds = [self._checked[0] - len(ids), *(count - 1 for count in self._checked[1:])]
+        checks, emitted = len(rounds) - (rounds[0] == 0), len(tokens) - 1 + (rounds[0] > 0)
+        drafts = griffin.DraftStatistics(
+            checks=checks,
+            drafted=sum(rounds),
+            accepted=emitted - checks,
+            emitted=emitted,
+            draft_bytes=len(self._drafted) * self._assistant_bytes,
+        )
+        return Text(tokens, seconds, drafts)
 
 
 class _Ended(StoppingCriteria):
@@ -121,13 +118,15 @@ class _Ended(StoppingCriteria):
         return torch.tensor([done], device=input_ids.device)
 
 
-def _count(model: nn.Module, calls: list[int]) -> Any:
-    """Have each forward call of a model tell its positions."""
+def _counted(model: nn.Module) -> list[int]:
+    """A list that grows by the positions of each forward call of a model."""
+    calls: list[int] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         calls.append(options["input_ids"].shape[1])
 
-    return model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    return calls
 
 
 def _step_bytes(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,15 +176,14 @@ def _texts(
             for method in methods:
                 yield from griffin.begin(engine, [state], method, config.seed, [one])
 
-    if not config.shared_experts:
-        batches = [(rows(), len(wanted) * len(methods), config.batch_size)]
-    else:
+    batches: list[tuple[Iterable[Row], int]] = [(rows(), config.batch_size)]
+    if config.shared_experts:
         states = [griffin.prefill(engine, [one.request.ids], record)[0] for one in wanted]
-        shared = [griffin.begin(engine, states, method, config.seed, wanted) for method in methods]
-        batches = [(iter(batch), len(batch), len(batch)) for batch in shared]
+        batches = [(griffin.begin(engine, states, method, config.seed, wanted), len(wanted)) for method in methods]
     longest = max(len(one.request.ids) for one in wanted)
-    for batch, count, most in batches:
-        for row in griffin.decode(engine, batch, count, most, longest, _generation(lm, loaded, wanted, config)):
+    generation = _generation(lm, loaded, wanted, config)
+    for batch, size in batches:
+        for row in griffin.decode(engine, batch, generation, batch_size=size, max_prompt_tokens=longest):
             text = finished_text(lm, row.tokens, row.label.request.stop)
             texts[row.method][row.label.instance] = _Text(text, row)
     return texts
@@ -203,7 +202,7 @@ def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], c
     limit = max(one.request.limit for one in wanted)
     if temperature:
         return sampled(config.seed, limit, ended, temperature)
-    return griffin.Generation(limit, griffin.greedy, ended)
+    return griffin.Generation(limit, ended)
 
 
 def _sample(document: Document, answers: list[Any], task: HarnessTask, seconds: float) -> Sample:

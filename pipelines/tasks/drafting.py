@@ -15,18 +15,18 @@ ERRORS = frozenset(("acceptance_rate", "tokens_per_check", "effective_density", 
 _COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
 
 
-def sample_part(draftings: Sequence[griffin.Drafting], step_bytes: int) -> Sample:
+def sample_part(drafts: Sequence[griffin.DraftStatistics], step_bytes: int) -> Sample:
     """What a sample says of drafts that the dense model checked, in sum.
 
     Another run of the same call has other seconds, and nothing else.
 
     Args:
-        draftings: of its rows.
+        drafts: of its rows.
         step_bytes: what one dense step reads.
     """
-    drafting: Sample = {name: sum(getattr(one, name) for one in draftings) for name in _COUNTS}
+    drafting: Sample = {name: sum(getattr(one, name) for one in drafts) for name in _COUNTS}
     drafting["step_bytes"] = step_bytes
-    drafting["seconds"] = {part: round(sum(one.seconds[part] for one in draftings), 6) for part in draftings[0].seconds}
+    drafting["seconds"] = {part: round(sum(one.seconds[part] for one in drafts), 6) for part in drafts[0].seconds}
     return {"drafting": drafting}
 
 

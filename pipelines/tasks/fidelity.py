@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import Method, Row
+from griffin import DENSE, Method, Row
 from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
@@ -137,25 +137,25 @@ def _dense(
 
     Statistics that are oracles record the activations of these tokens.
     """
-    dense, ends = Method(sparsity=0.0), end_tokens(loaded)
-    statistics = [griffin.STATISTICS[one.statistic] for one in methods if not one.dense and not one.by_token]
-    oracles = [one.activations for one in statistics if one.oracle and one.activations]
+    ends = end_tokens(loaded)
+    scorers = [method.scorer for method in methods if method.oracle and not method.dense]
+    oracles = [scorer.activations for scorer in scorers if isinstance(scorer, griffin.Statistic) and scorer.activations]
     states = [griffin.prefill(engine, [ids], griffin.wanted(methods))[0] for _, ids in group]
-    rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], dense, 0, [number])]
-    longest = max(state.length for state in states)
-    generation = griffin.Generation(config.task.max_new_tokens, griffin.greedy, lambda row: row.tokens[-1] in ends)
-    texts = {
-        row.label: row.tokens for row in griffin.decode(engine, rows, len(rows), config.batch_size, longest, generation)
-    }
+    rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], DENSE, 0, [number])]
+    generation = griffin.Generation(config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
+    texts = {row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=config.batch_size)}
     found = []
     for number, (prompt, _) in enumerate(group):
         state, tokens = states[number], texts[number]
+        cache = engine.decoding_cache(1, state.length + len(tokens))
+        cache.put(0, state.cache, state.length)
+        cache.set_window(1, 0, state.length)
         nothing = griffin.Recorded(torch.zeros(1, dtype=torch.int64, device=engine.device))
-        with engine.recording(oracles, nothing, 1, len(tokens), None) as recorder:
-            ((_, logits_CV),) = griffin.score(engine, [(griffin.begin(engine, [state], dense)[0], tokens)], 1)
-        if oracles:
-            state = replace(state, continuation=recorder.recorded)
-        found.append(_Dense(prompt, state, tokens, logits_CV.float().log_softmax(dim=-1)))
+        recorder = engine.dense.recorder(oracles, nothing)
+        recorder.expect(1, len(tokens), None)
+        (logits_CV,), _ = engine.dense.recording(torch.tensor([tokens], device=engine.device), cache, recorder)
+        logprobs_CV = logits_CV.float().log_softmax(dim=-1)
+        found.append(_Dense(prompt, replace(state, continuation=recorder.recorded), tokens, logprobs_CV))
     return found
 
 

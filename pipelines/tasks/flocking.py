@@ -22,6 +22,7 @@ from torch import Tensor
 
 import griffin
 from griffin import (
+    DENSE,
     Method,
     Row,
     UnsupportedModelError,
@@ -212,16 +213,16 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
 
     ends = sorted(end_tokens(loaded))
 
-    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+    def without_ends(rows: Sequence[Row], drafted: Sequence[Tensor | None], logits_BV: Tensor) -> Tensor:
         logits_BV[:, ends] = -torch.inf
-        return logits_BV.argmax(dim=-1)
+        return logits_BV
 
-    with record_activations(loaded.model, look) as seen:
+    with record_activations(engine.dense.module, look) as seen:
         (state,) = griffin.prefill(engine, [ids], [])
         if steps:
-            rows = griffin.begin(engine, [state], Method(sparsity=0.0))
+            rows = griffin.begin(engine, [state], DENSE)
             # The last token that is picked does not run.
-            list(griffin.decode(engine, rows, 1, 1, len(ids), griffin.Generation(steps + 1, pick, lambda row: False)))
+            list(griffin.decode(engine, rows, griffin.Generation(steps + 1, process_logits=without_ends)))
     return seen
 
 

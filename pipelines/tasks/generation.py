@@ -32,6 +32,10 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 # Of `task.decoding=reference_sampling`: the reference implementation's scripts sample from the whole vocabulary.
 TEMPERATURE = 0.3
 
+# A prompt goes on from a prefix where it is less than so many times as long. Attention to a chunk and what comes before
+# it has no shortcut for its causal mask, and in the end that costs what the prefix saves (measured on a CPU).
+WORTH = 8
+
 # rouge-score with its defaults, no stemming: F-scores, printed times 100 as the field does.
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
 
@@ -112,7 +116,7 @@ def generate(
         for prompt in fitting:
             if prompt.index not in done[method]:
                 text = model.generate(encoded[prompt.index], ended)
-                part = drafting.sample_part([text.drafting], model.step_bytes)
+                part = drafting.sample_part([text.drafts], model.step_bytes)
                 yield method, [sample(prompt, len(encoded[prompt.index]), text.tokens, text.seconds) | part]
         return
     engine = engine_for(loaded.model, methods, config)
@@ -123,11 +127,8 @@ def generate(
         needed = [method for method in methods if any(prompt.index not in done[method] for prompt in group)]
         if not needed:
             continue
-        if shared:
-            rows = texts.shared(group, needed)
-        else:
-            rows = texts.each(group, needed if config.batch_size == 1 else methods)
-        with closing(rows):
+        run = needed if shared or config.batch_size == 1 else methods
+        with closing(texts.shared(group, run) if shared else texts.each(group, run)) as rows:
             for row in rows:
                 if row.label.index not in done[row.method]:
                     seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
@@ -195,34 +196,39 @@ class _Texts:
                 for method in methods:
                     yield from griffin.begin(self._engine, [state], method, self._config.seed, [prompt])
 
-        if self._engine.compiled is None:
-            return self._decoded(rows(), len(group) * len(methods), self._config.batch_size)
-        return (ended for row in rows() for ended in self._decoded([row], 1, 1))
+        return self._decoded(rows(), self._config.batch_size)
 
     def shared(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[Row]:
         """As `each`, with one set of experts for all prompts of the group."""
         states = [self._prefilled(prompt) for prompt in group]
         for method in methods:
             rows = griffin.begin(self._engine, states, method, self._config.seed, group)
-            yield from self._decoded(rows, len(rows), len(rows))
+            yield from self._decoded(rows, len(rows))
 
     def _prefilled(self, prompt: Prompt) -> griffin.PromptState:
         began = time.perf_counter()
         if self._prefix is None and self._beginning:
             (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record, likely_tokens=self._likely)
+        ids = self._encoded[prompt.index]
         (state,) = griffin.prefill(
-            self._engine,
-            [self._encoded[prompt.index]],
-            self._record,
-            prefix=self._prefix,
-            likely_tokens=self._likely,
+            self._engine, [ids], self._record, prefix=self._shared_prefix(ids), likely_tokens=self._likely
         )
         self.prefill_seconds[prompt.index] = time.perf_counter() - began
         return state
 
-    def _decoded(self, rows: Iterable[Row], count: int, most: int) -> Iterator[Row]:
+    def _shared_prefix(self, ids: Sequence[int]) -> griffin.PromptState | None:
+        """What a prompt goes on from, where that pays."""
+        if self._prefix is None:
+            return None
+        length = self._prefix.length
+        pays = length < len(ids) < length * WORTH and tuple(ids[:length]) == self._prefix.ids
+        return self._prefix if pays else None
+
+    def _decoded(self, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
         # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
-        return griffin.decode(self._engine, rows, count, most, self._longest, self._generation())
+        return griffin.decode(
+            self._engine, rows, self._generation(), batch_size=batch_size, max_prompt_tokens=self._longest
+        )
 
     def _generation(self) -> griffin.Generation:
         """The task's way to pick tokens. An end token counts as one."""
@@ -233,7 +239,7 @@ class _Texts:
 
         if task.decoding == "reference_sampling":
             return sampled(self._config.seed, task.max_new_tokens, ended)
-        return griffin.Generation(task.max_new_tokens, griffin.greedy, ended)
+        return griffin.Generation(task.max_new_tokens, ended)
 
 
 def _ended(loaded: LoadedModel, whole: Callable[[str], bool]) -> Callable[[Sequence[int]], bool]:
@@ -270,14 +276,10 @@ def sampled(
             numbers[row] = torch.Generator(chances_V.device).manual_seed(own)
         return chances_V.multinomial(1, generator=numbers[row])
 
-    def pick(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-        chances_BV = (logits_BV / temperature).softmax(dim=-1)
-        return torch.cat([draw(row, chances_V) for row, chances_V in zip(rows, chances_BV, strict=True)])
+    def colder(rows: Sequence[Row], drafted: Sequence[Tensor | None], logits_BV: Tensor) -> Tensor:
+        return logits_BV / temperature
 
-    def scores(row: Row, drafted: Sequence[int], logits_V: Tensor) -> Tensor:
-        return logits_V / temperature
-
-    return griffin.Generation(limit, pick, ended, scores, draw)
+    return griffin.Generation(limit, ended, colder, draw)
 
 
 def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:

@@ -1,6 +1,6 @@
 """Latency: dense and pruned generation in one process, in turn, and how near decoding comes to its limit.
 
-Ratios of times taken in turn are the metrics (`griffin.timing` says why).
+Ratios of times taken in turn are the metrics (`pipelines.timing` says why).
 
 A verified method is timed beside the same method without verification. Its limit is what its drafts and checks read.
 
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import griffin
-from griffin import Method
-from griffin.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
+from griffin import DENSE, Method
+from griffin.offloading import dense_in_host_memory
 from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
@@ -27,6 +27,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks import drafting
+from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 
 Seconds = dict[str, float]
 
@@ -77,29 +78,36 @@ def evaluate(
                 f"task.prompt_lengths={repeat.prompt_length} with task.generation_lengths={repeat.generation_length}: "
                 f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
             )
+    model, device = loaded.model, loaded.model.device
+    fast = griffin.with_onednn(model) if config.cpu_onednn and not config.compile else model
+    dense_settings = replace(config, offload_dense=False)
+    plain_engine = engine_for(model, [DENSE], dense_settings)
     for method in methods:
-        engine = engine_for(loaded.model, methods, config)
-        kept = method.kept([block.width for block in griffin.find_feedforward_blocks(loaded.model)])
-        traffic = griffin.traffic(loaded.model, kept)
+        engine = engine_for(fast, [method], dense_settings)
+        kept = method.kept([block.width for block in griffin.find_feedforward_blocks(model)])
+        traffic = griffin.traffic(model, kept)
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue
-            timing = _Timing(loaded, engine, repeat, config)
-            dense_method = Method(sparsity=0.0)
-            plain = timing.plain() if _onednn_applies(loaded, config) else None
-            with _fast(loaded, config):
-                if config.compile:
-                    timing.run(dense_method, WARM_UP)  # compiles
-                    timing.run(method, WARM_UP)
-                forget_peak(loaded.model.device)
-                dense, _ = timing.run(dense_method)
-                dense_peak = peak_memory(loaded.model.device)
-                unverified = timing.pruned(_unverified(method)) if method.verified else None
-                with griffin.Offload(loaded.model) if config.offload_dense else nullcontext():
-                    forget_peak(loaded.model.device)
-                    pruned, drafts = timing.pruned(method)
-                    peak = peak_memory(loaded.model.device)
-                engine.unload()
+            timing = _Timing(loaded, repeat, config)
+            plain = timing.run(plain_engine, DENSE)[0] if fast is not model else None
+            if engine.compiled:
+                timing.run(engine, DENSE, WARM_UP)  # compiles
+                timing.run(engine, method, WARM_UP)
+            else:
+                engine.unload()  # what the repeat before has left
+            forget_peak(device)
+            dense, _ = timing.run(engine, DENSE)
+            dense_peak = peak_memory(device)
+            unverified = timing.pruned(engine, replace(method, verification="none")) if method.verified else None
+            with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
+                pruning = engine
+                if config.offload_dense:
+                    engine.unload()
+                    pruning = engine_for(fast, [method], config)
+                forget_peak(device)
+                pruned, drafts = timing.pruned(pruning, method)
+                peak = peak_memory(device)
             sample: Sample = {
                 "index": repeat.index,
                 "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
@@ -107,7 +115,7 @@ def evaluate(
                 "generation_length": repeat.generation_length,
                 "dense": dense,
                 "pruned": pruned,
-                "memcpy": copy_seconds(loaded.model, kept, loaded.model.device),
+                "memcpy": copy_seconds(model, kept, device),
                 "bytes": {"dense": traffic.dense, "pruned": traffic.pruned},
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
@@ -176,51 +184,35 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
+@dataclass(frozen=True)
 class _Timing:
-    """Times one repeat, see `griffin.timing`."""
+    """Times one repeat, see `pipelines.timing`."""
 
-    def __init__(self, loaded: LoadedModel, engine: griffin.Engine, repeat: Repeat, config: RunConfig) -> None:
-        self._loaded, self._engine, self._repeat, self._config = loaded, engine, repeat, config
+    loaded: LoadedModel
+    repeat: Repeat
+    config: RunConfig
 
-    def run(self, method: Method, tokens: int | None = None, shift: int = 0) -> tuple[Seconds, list[griffin.Drafting]]:
+    def run(
+        self, engine: griffin.Engine, method: Method, tokens: int | None = None, shift: int = 0
+    ) -> tuple[Seconds, list[griffin.DraftStatistics]]:
         """Seconds by part, and of each row what became of its drafts.
 
         Args:
+            engine: the model.
             method: how the prompts are continued.
             tokens: how many tokens are decoded; None: as many as the repeat says.
             shift: another prompt.
         """
-        prompts = _prompt(self._loaded, self._repeat, self._config, shift).tolist()
-        room = self._repeat.generation_length
-        run = timed(self._engine, prompts, method, tokens or room, room=room, seed=self._config.seed)
-        return run.seconds, [row.drafting for row in run.rows]
+        prompts = _prompt(self.loaded, self.repeat, self.config, shift).tolist()
+        room = self.repeat.generation_length
+        run = timed(engine, prompts, method, tokens or room, room=room, seed=self.config.seed)
+        return run.seconds, [row.drafts for row in run.rows]
 
-    def pruned(self, method: Method) -> tuple[Seconds, list[griffin.Drafting]]:
+    def pruned(self, engine: griffin.Engine, method: Method) -> tuple[Seconds, list[griffin.DraftStatistics]]:
         """The same of a pruned method: another prompt first, so that buffers exist and the timed one finds the experts
         of another text."""
-        self.run(method, 2, shift=1)
-        return self.run(method)
-
-    def plain(self) -> Seconds:
-        """The same of the dense model with torch's own products, as everybody has it."""
-        return self.run(Method(sparsity=0.0))[0]
-
-
-def _unverified(method: Method) -> Method:
-    """The same method without drafts and checks."""
-    return Method(
-        method.statistic, method.selection, method.sparsity, method.compensation, method.budget, method.refresh
-    )
-
-
-def _onednn_applies(loaded: LoadedModel, config: RunConfig) -> bool:
-    """Whether the model's linear layers run by oneDNN here."""
-    model = loaded.model
-    return config.cpu_onednn and not config.compile and model.device.type == "cpu" and model.dtype == torch.float32
-
-
-def _fast(loaded: LoadedModel, config: RunConfig) -> AbstractContextManager[None]:
-    return griffin.onednn_linear(loaded.model) if _onednn_applies(loaded, config) else nullcontext()
+        self.run(engine, method, 2, shift=1)
+        return self.run(engine, method)
 
 
 def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int = 0) -> Tensor:

@@ -230,7 +230,6 @@ class GriffinLM(HFLM):
         tokens = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         batch_size = override_bs or (1 if self.batch_size == "auto" else self.batch_size)
         engine = griffin.Engine(self.model)
-        griffin.prepare(engine, [self.method])
         scores = score(loaded, tokens, [self.method], engine, self.protocol, batch_size, self.seed)[self.method]
         return [(one.loglikelihood, one.greedy) for one in scores]
 
@@ -239,17 +238,7 @@ class GriffinLM(HFLM):
         method = self.method
         if method.dense:
             return super()._model_generate(context, max_length, stop, **options)
-        with griffin.prune(
-            self.model,
-            method.sparsity,
-            method.statistic,
-            method.selection,
-            mode="masked" if len(context) > 1 else "compact",
-            seed=self.seed,
-            compensation=method.compensation,
-            budget=method.budget,
-            refresh=method.refresh,
-        ):
+        with griffin.prune(self.model, method, mode="masked" if len(context) > 1 else "compact", seed=self.seed):
             return super()._model_generate(context, max_length, stop, **options)
 
 

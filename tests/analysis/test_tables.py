@@ -96,10 +96,7 @@ def test_the_best_method_of_a_sparsity_is_bold(name: str, kind: str, winner: str
 
 
 def test_of_what_is_equal_as_printed_none_is_best() -> None:
-    table = made(
-        record("a", metrics=score(15.001)),
-        record("b", statistic="magnitude", metrics=score(15.002)),
-    )
+    table = made(record("a", metrics=score(15.001)), record("b", statistic="magnitude", metrics=score(15.002)))
     assert not number(table, "griffin 50%").best
     assert not number(table, "magnitude 50%").best
 

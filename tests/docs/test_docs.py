@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import benchmark
 import hydra
 import pytest
 import yaml
@@ -23,7 +24,6 @@ from analysis.drawing import Styles
 from analysis.flocking_figures import flocking
 from analysis.frame import frame
 from analysis.runs import Runs
-from griffin import benchmark
 from pipelines import composition
 from pipelines.config_keys import typed
 

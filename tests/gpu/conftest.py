@@ -1,8 +1,9 @@
 """Tests that need a GPU. torch, transformers and pytest are all that they import, so that a bare machine can run them:
 
-    python -m pytest tests/gpu
+    make test-gpu
 
-Without a GPU they are skipped. `GRIFFIN_TEST_DEVICE=cpu` runs those there whose content a CPU allows.
+Without a GPU they are skipped, but for those of the benchmark. `GRIFFIN_TEST_DEVICE=cpu` runs those there whose content
+a CPU allows.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ DEVICE = os.environ.get("GRIFFIN_TEST_DEVICE", "cuda" if torch.cuda.is_available
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
     for item in items:
-        if "tests/gpu/" not in item.path.as_posix():
-            continue
-        if DEVICE == "none":
+        if DEVICE == "none" and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; GRIFFIN_TEST_DEVICE=cpu runs what a CPU allows"))
         elif item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

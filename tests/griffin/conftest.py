@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+from families import fresh
+from transformers import PreTrainedModel
+
+import griffin
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,3 +20,37 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """For tests that call models by hand."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only reference counting frees memory: what is no longer used must go at once."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refreshes after 2, 4, 8, .. tokens, and a small vocabulary of drafts."""
+    monkeypatch.setattr(griffin.refresh, "_FIRST", 2)
+    for module in (griffin.draft_vocabulary, griffin.draft):
+        monkeypatch.setattr(module, "BEST", 3)
+
+
+@pytest.fixture(scope="session")
+def half_idle() -> PreTrainedModel:
+    """A model in which half of the neurons write nothing, so that Wanda's experts at 50% are the whole model."""
+    model = fresh("llama")
+    with torch.no_grad():
+        for block in griffin.find_feedforward_blocks(model):
+            block.output.weight[:, ::2] = 0.0
+    return model

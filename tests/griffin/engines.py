@@ -5,86 +5,82 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import reference
 import torch
-from prompts import prompt
-from running import difference
+from families import tiny
+from running import TOLERANCE, difference
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from griffin import Engine, Generation, Method, PromptState, Row, begin, decode, greedy, prefill, wanted
+import griffin
+from griffin import Engine, Experts, Generation, Method, PromptState, Row, refresh, ridge, wanted
+from griffin.rows import never
 
-TOLERANCE = 1e-5
-
-
-def tokens(length: int, seed: int = 0) -> list[int]:
-    """Token ids of a prompt."""
-    return prompt(length, seed)[0].tolist()
+Text = tuple[list[int], Tensor]
 
 
 def prefilled(engine: Engine, ids: Sequence[int], *methods: Method, **options: Any) -> PromptState:
     """The state of one prompt, from which these methods can choose."""
-    (state,) = prefill(engine, [ids], wanted(methods), **options)
+    likely = {"likely_tokens": any(method.prunes_vocabulary for method in methods)}
+    (state,) = griffin.prefill(engine, [ids], wanted(methods), **(likely | options))
     return state
 
 
 def begun(engine: Engine, ids: Sequence[int], method: Method, label: Any = None) -> Row:
     """The row of a prompt and a method."""
-    (row,) = begin(engine, [prefilled(engine, ids, method)], method, labels=[label])
+    (row,) = griffin.begin(engine, [prefilled(engine, ids, method)], method, labels=[label])
     return row
 
 
-def never(row: Row) -> bool:
-    """No text ends by itself."""
-    return False
+def chosen(engine: Engine, states: PromptState | Sequence[PromptState], method: Method, seed: int = 0) -> Experts:
+    """The experts of a prompt, or those that several share."""
+    experts = griffin.choose(engine, [states] if isinstance(states, PromptState) else states, method, seed)
+    assert experts is not None
+    return experts
 
 
-class Recorder:
-    """Picks greedily, and keeps the logits that each token was picked from."""
+def scored(engine: Engine, row: Row, ids: Sequence[int]) -> Tensor:
+    """The logits [C, V] of one row along a text."""
+    ((_, logits_CV),) = griffin.score(engine, [(row, ids)])
+    return logits_CV
+
+
+def uncompiled(module: Any) -> Any:
+    """Has an engine decode as it does where it compiles: on caches of static shapes, reading tokens ahead."""
+    return module
+
+
+class Picked:
+    """Keeps the logits that each token was picked from."""
 
     def __init__(self) -> None:
         self.logits: dict[Row, list[Tensor]] = {}
 
-    def __call__(self, rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+    def __call__(self, rows: Sequence[Row], drafted: Any, logits_BV: Tensor) -> Tensor:
         for row, logits_V in zip(rows, logits_BV, strict=True):
             self.logits.setdefault(row, []).append(logits_V.clone())
-        return greedy(rows, logits_BV)
+        return logits_BV
 
 
 def generated(
     engine: Engine,
     rows: Iterable[Row],
-    count: int,
     limit: int,
     *,
     most: int = 1,
-    longest: int = 32,
+    longest: int = 0,
     ended: Callable[[Row], bool] = never,
-) -> dict[Any, tuple[list[int], Tensor]]:
+) -> dict[Any, Text]:
     """By label, the tokens of each row, and the logits [N, V] that they were picked from."""
-    picked = Recorder()
-    texts = decode(engine, rows, count, most, longest, Generation(limit, picked, ended))
-    return {row.label: (row.tokens, torch.stack(picked.logits[row])) for row in texts}
+    picked = Picked()
+    texts = griffin.decode(engine, rows, Generation(limit, ended, picked), batch_size=most, max_prompt_tokens=longest)
+    return {row.label: (row.tokens, torch.stack(picked.logits[row][: len(row.tokens)])) for row in texts}
 
 
-def refuse_parting(
-    found: tuple[list[int], Tensor], expected: tuple[list[int], Tensor], tolerance: float = TOLERANCE
-) -> int:
-    """Refuse texts, and their logits, that differ by more than rounding.
-
-    Returns:
-        1 where the texts part at a tie, behind which nothing is compared; else 0.
-    """
-    (ours, our_logits), (theirs, their_logits) = found, expected
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    same = next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
-    if same == len(ours) == len(theirs):
-        assert difference(our_logits, their_logits) < tolerance
-        return 0
-    compared = slice(0, same + 1)
-    assert difference(our_logits[compared], their_logits[compared]) < tolerance
-    best = their_logits[same].topk(2).values
-    assert best[0] - best[1] < 2 * tolerance * their_logits.abs().max(), "no tie"
-    return 1
+def refuse_parting(found: Text, expected: Text) -> None:
+    """Refuse texts that differ, or logits that differ by more than rounding. There are no ties of random weights."""
+    assert found[0] == expected[0]
+    assert difference(found[1], expected[1]) < TOLERANCE
 
 
 @torch.no_grad()
@@ -96,3 +92,43 @@ def plain_logits(model: PreTrainedModel, *calls: Sequence[int], keep: int = 0) -
         cache = output.past_key_values
         found.append(output.logits[0])
     return found
+
+
+@torch.no_grad()
+def refuse_inexact(model: PreTrainedModel, ids: Sequence[int], text: Sequence[int]) -> None:
+    """Refuse a text with a token that is not the dense model's best one there, but for rounding."""
+    logits_TV = model(torch.tensor([[*ids, *text]]), use_cache=False).logits[0, len(ids) - 1 : -1]
+    chosen_T = logits_TV.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
+    assert bool((chosen_T >= logits_TV.max(dim=-1).values - 1e-5 * logits_TV.abs().max()).all())
+
+
+def ridge_solution(family: str, text: list[int], length: int, kept_K: Tensor, layer: int) -> Tensor:
+    """[K, H], by the formula: what the kept neurons are to write too, of a prompt and what was generated behind it."""
+    _, z = reference.run(tiny(family), family, torch.tensor([text]))
+    weights_HD = reference.output_matrix(tiny(family), family, layer)
+    unit_SD = z[layer] / z[layer].norm(dim=-1, keepdim=True)
+    prompt_rows = torch.stack([unit_SD[i : min(i + 2, length)].sum(dim=0) for i in range(0, length, 2)])
+    rows_TD = torch.cat([prompt_rows, refresh.WEIGHT**0.5 * unit_SD[length:]])
+    dropped_D = torch.ones(rows_TD.shape[1], dtype=torch.bool).index_fill_(0, kept_K, False)
+    penalty = ridge.RIDGE * prompt_rows[:, kept_K].square().sum() / len(kept_K)
+    gram_KK = rows_TD[:, kept_K].T @ rows_TD[:, kept_K] + penalty * torch.eye(len(kept_K)).double()
+    return torch.linalg.solve(gram_KK, rows_TD[:, kept_K].T @ (rows_TD[:, dropped_D] @ weights_HD[:, dropped_D].T))
+
+
+LIMIT = 14
+LEARNING = [
+    *(("none", "none"), ("none", "experts"), ("mean", "none"), ("mean", "experts")),
+    *(("ridge", "none"), ("ridge", "compensation"), ("ridge", "experts")),
+]
+PERFECT = {"statistic": "wanda", "draft_vocabulary": "full"}  # in a model of which half is idle
+
+
+def verified(learning: tuple[str, str] = ("none", "none"), **options: Any) -> Method:
+    """A method whose draft learns so."""
+    return Method(compensation=learning[0], refresh=learning[1], **({"verification": "exact"} | options))
+
+
+def decoded(engine: Engine, row: Row, limit: int = LIMIT, **options: Any) -> list[int]:
+    """The tokens of one row."""
+    assert list(griffin.decode(engine, [row], Generation(limit, **options))) == [row]
+    return row.tokens

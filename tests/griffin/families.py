@@ -13,23 +13,10 @@ VOCABULARY = 97
 
 # Generation never stops early: there is no end token. Prompts never hold the padding token.
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-_LLAMA = _COMMON | {
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 256}
+_LLAMA = _COMMON | _SIZES | {"intermediate_size": 80, "num_key_value_heads": 2}
 _HEADS_OF_8 = _LLAMA | {"head_dim": 8}
-_OPT = _COMMON | {
-    "hidden_size": 32,
-    "ffn_dim": 80,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "word_embed_proj_dim": 32,
-}
+_OPT = _COMMON | _SIZES | {"ffn_dim": 80, "word_embed_proj_dim": 32}
 
 # family: (model type, config). The biases of qwen2, phi, opt, gpt2 and others are on by default.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,23 +39,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_350m": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
     "phi": ("phi", _LLAMA),
     "gpt_neox": ("gpt_neox", _LLAMA),
-    "falcon": (
-        "falcon",
-        _COMMON
-        | {
-            "hidden_size": 32,
-            "ffn_hidden_size": 80,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "alibi": False,
-            "bias": True,
-        },
-    ),
+    "falcon": ("falcon", _COMMON | _SIZES | {"ffn_hidden_size": 80, "alibi": False, "bias": True}),
     "bloom": ("bloom", _COMMON | {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4}),
-    "gpt2": (
-        "gpt2",
-        _COMMON | {"n_embd": 32, "n_inner": 80, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
-    ),
+    "gpt2": ("gpt2", _COMMON | {"n_embd": 32, "n_inner": 80, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}),
     "starcoder2": ("starcoder2", _LLAMA),
 }
 FAMILIES = list(_CONFIGS)

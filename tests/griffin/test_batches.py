@@ -1,37 +1,45 @@
-"""Masked mode: every sequence of a padded batch has its own experts, the same as it has alone."""
+"""Batches, whose rows have experts of their own or share one set; and prompts in chunks and in pieces."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
+import reference
 import torch
-from families import VARIED, tiny
-from prompts import pad, prompt
-from running import as_lists, difference, generate, new_tokens, step_logits
+from families import LAYERS, WIDTHS, tiny
+from running import TOKENS, as_lists, difference, generate, new_tokens, pad, prompt, step_logits, text
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 import griffin
+from griffin import Pruner, activations
 
 ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2), prompt(1, 3)]
 SHORT_ROWS = [prompt(7, 0), prompt(3, 1), prompt(5, 2), prompt(1, 3)]  # with one token more, within every window
+UNEVEN = [prompt(11, 0), prompt(3, 1)]  # in chunks of five, the second row's first one is padding only
+LAYOUTS = ["llama", "opt", "bloom", "gemma2"]  # rotary and learned positions, ALiBi, and sliding windows
+ALL = [name for name, one in griffin.STATISTICS.items() if not one.oracle]
+each_mode = pytest.mark.parametrize("mode", griffin.MODES)
 
 
-@pytest.mark.parametrize("family", VARIED)
-def test_rows_of_a_left_padded_batch_generate_what_they_do_alone(family: str) -> None:
-    model = tiny(family)
-    ids_BS, mask_BS = pad(ROWS, "left")
-    with griffin.prune(model, mode="masked") as pruner:
-        batch = generate(model, ids_BS, mask_BS)
-        experts = pruner.experts
+@pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"statistic": "griffin", "compensation": "ridge"}])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_rows_of_a_left_padded_batch_generate_what_they_do_alone(family: str, options: dict[str, str]) -> None:
+    model, (ids_BS, mask_BS) = tiny(family), pad(ROWS)
+    with griffin.prune(model, mode="masked", **options) as pruner:
+        batch, experts = generate(model, ids_BS, mask_BS), pruner.experts
         for row, ids in enumerate(ROWS):
             alone = generate(model, ids)
             assert as_lists(experts, row) == as_lists(pruner.experts)
             assert new_tokens(batch, ids_BS)[row] == new_tokens(alone, ids)[0]
-            assert difference(step_logits(batch, row), step_logits(alone)) < 1e-5
+            assert difference(step_logits(batch, row), step_logits(alone)) < 2e-5
+    static = options.get("statistic") == "magnitude"
+    assert len({tuple(experts_K) for experts_K in experts[0].tolist()}) == (1 if static else len(ROWS))
 
 
-def continue_batch(model: torch.nn.Module, ids_BS: Tensor, mask_BS: Tensor, next_B1: Tensor) -> Tensor:
+def continue_batch(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor, next_B1: Tensor) -> Tensor:
     """A right-padded prompt and one token more, by forward calls: that token's logits [B, V]."""
     cache = model(ids_BS, attention_mask=mask_BS).past_key_values
     options = {}
@@ -42,11 +50,9 @@ def continue_batch(model: torch.nn.Module, ids_BS: Tensor, mask_BS: Tensor, next
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", VARIED)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_rows_of_a_right_padded_batch_continue_as_they_do_alone(family: str) -> None:
-    model = tiny(family)
-    ids_BS, mask_BS = pad(SHORT_ROWS, "right")
-    next_B1 = prompt(len(SHORT_ROWS), 4).T
+    model, (ids_BS, mask_BS), next_B1 = tiny(family), pad(SHORT_ROWS, "right"), prompt(len(SHORT_ROWS), 4).T
     with griffin.prune(model, mode="masked") as pruner:
         batch_BV = continue_batch(model, ids_BS, mask_BS, next_B1)
         scores, experts = pruner.scores, pruner.experts
@@ -59,61 +65,143 @@ def test_rows_of_a_right_padded_batch_continue_as_they_do_alone(family: str) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("statistic", ["griffin", "wanda"])
-def test_what_padding_holds_does_not_matter(statistic: str) -> None:
-    model = tiny("llama")
-    ids_BS, mask_BS = pad(SHORT_ROWS, "right")
-    other_BS = torch.where(mask_BS.bool(), ids_BS, 42)
-    with griffin.prune(model, statistic=statistic, mode="masked") as pruner:
-        model(ids_BS, attention_mask=mask_BS)
-        expected = pruner.scores
-        model(other_BS, attention_mask=mask_BS)
-        assert all(torch.equal(*layer) for layer in zip(pruner.scores, expected, strict=True))
-
-
-def test_static_experts_serve_a_whole_batch() -> None:
-    model = tiny("llama")
-    ids_BS, mask_BS = pad(ROWS, "left")
-    with griffin.prune(model, statistic="magnitude", mode="masked") as pruner:
-        batch = generate(model, ids_BS, mask_BS)
-        assert [experts.shape[0] for experts in pruner.experts] == [1, 1, 1]
-        for row, ids in enumerate(ROWS):
-            assert new_tokens(batch, ids_BS)[row] == new_tokens(generate(model, ids), ids)[0]
-
-
-def test_rows_of_a_batch_choose_differently() -> None:
-    ids_BS, mask_BS = pad(ROWS, "left")
-    with griffin.prune(tiny("llama"), mode="masked") as pruner:
-        generate(tiny("llama"), ids_BS, mask_BS)
-    assert len({tuple(experts_K) for experts_K in pruner.experts[0].tolist()}) == len(ROWS)
-
-
-def test_compact_mode_refuses_a_batch_without_shared_experts() -> None:
-    ids_BS, mask_BS = pad(ROWS[:2], "left")
-    with griffin.prune(tiny("llama"), mode="compact"), pytest.raises(ValueError, match="batch has 2 prompts"):
-        generate(tiny("llama"), ids_BS, mask_BS)
-
-
-@torch.no_grad()
-def test_a_continuation_with_other_rows_is_refused() -> None:
-    model = tiny("llama")
-    with griffin.prune(model, mode="masked"):
-        cache = model(prompt(7).expand(2, -1)).past_key_values
+def test_what_does_not_fit_is_refused() -> None:
+    model, ids_BS = tiny("llama"), prompt(7).expand(2, -1)
+    with griffin.prune(model), pytest.raises(ValueError, match="batch has 2 prompts"):
+        text(model, ids_BS)
+    with griffin.prune(model, mode="masked") as pruner:
+        cache = model(ids_BS).past_key_values
         cache.batch_select_indices(torch.tensor([0]))
         with pytest.raises(ValueError, match="2 rows and its continuation 1"):
             model(prompt(1), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"expected \[1, 7\]"):
+            model(prompt(7), attention_mask=torch.ones(1, 6, dtype=torch.long))
+        with pytest.raises(ValueError, match="2-D attention_mask"):
+            model(prompt(7), attention_mask=torch.ones(1, 1, 7, 7, dtype=torch.bool).tril())
+        with pruner.prefill():
+            cache = model(prompt(7)).past_key_values
+            cache.batch_repeat_interleave(2)
+            with pytest.raises(ValueError, match="1 rows and its next chunk 2"):
+                model(ids_BS, past_key_values=cache)
+
+
+@each_mode
+@pytest.mark.parametrize(("family", "statistic"), [("llama", "griffin"), ("bloom", "griffin"), ("llama", "wanda")])
+def test_a_batch_shares_the_aggregated_experts(family: str, statistic: str, mode: str) -> None:
+    model, (ids_BS, mask_BS) = tiny(family), pad(ROWS)
+    rows = [reference.scores(model, family, statistic, ids) for ids in ROWS]
+    lengths_B1 = torch.tensor([[ids.shape[1] ** 0.5] for ids in ROWS]).double()
+    scores = [(torch.stack([row[layer] for row in rows]) / lengths_B1).sum(dim=0) for layer in range(LAYERS)]
+    experts = [reference.best(scores_D, 0.5) for scores_D in scores]
+    with griffin.prune(model, statistic=statistic, mode=mode, shared_experts=True) as pruner:
+        batch = generate(model, ids_BS, mask_BS)
+    assert as_lists(pruner.experts) == experts
+    for found_1D, scores_D in zip(pruner.scores, scores, strict=True):
+        assert found_1D.shape[0] == 1
+        assert difference(found_1D[0], scores_D) < 1e-5
+    for row, ids in enumerate(ROWS):
+        expected, logits = reference.generate(model, family, ids, experts, TOKENS)
+        assert new_tokens(batch, ids_BS)[row] == expected
+        assert difference(step_logits(batch, row), logits) < 1e-5
+
+
+SHARED = [{"selection": name} for name in griffin.SELECTIONS] + [
+    {"statistic": name} for name in ("magnitude", "random")
+]
+
+
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_modes_agree_on_shared_experts(options: dict[str, str]) -> None:
+    model, outputs = tiny("llama"), []
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode, shared_experts=True, **options) as pruner:
+            outputs.append((text(model, *pad(ROWS)).tolist(), as_lists(pruner.experts)))
+            assert [experts.shape for experts in pruner.experts] == [(1, 40)] * LAYERS
+            alone = text(model, ROWS[0])
+        with griffin.prune(model, mode=mode, **options):
+            assert torch.equal(text(model, ROWS[0]), alone), "a batch of one shares with itself"
+    assert outputs[0] == outputs[1]
+
+
+# In chunks of 5: whole, exactly one chunk, a last chunk of three tokens.
+@pytest.mark.parametrize(("family", "length"), [("llama", 1), ("llama", 5), *((family, 13) for family in LAYOUTS)])
+def test_generate_in_chunks_equals_generate(family: str, length: int) -> None:
+    model, ids = tiny(family), prompt(length)
+    with griffin.prune(model) as pruner:
+        whole, experts = text(model, ids), as_lists(pruner.experts)
+        assert torch.equal(text(model, ids, prefill_chunk_size=5), whole)
+        assert as_lists(pruner.experts) == experts
+
+
+@pytest.mark.parametrize(("statistic", "compensation"), [*((name, "ridge") for name in ALL), ("griffin", "mean")])
+def test_a_padded_batch_in_pieces(statistic: str, compensation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("llama"), pad(UNEVEN)
+    options: dict[str, Any] = {"statistic": statistic, "compensation": compensation}
+    for more in ({"mode": "masked"}, {"shared_experts": True}):
+        with griffin.prune(model, **options, **more) as pruner:
+            whole, scores = generate(model, *batch), pruner.scores
+            for way in ("chunks", "pieces"):
+                if way == "pieces":
+                    monkeypatch.setattr(activations, "PIECE", 2 * 3 * WIDTHS["llama"])  # three positions at a time
+                found = generate(model, *batch, prefill_chunk_size=5 if way == "chunks" else None)
+                for found_BD, expected_BD in zip(pruner.scores, scores, strict=True):
+                    assert difference(found_BD, expected_BD) < 1e-5
+                for row in range(2):
+                    assert difference(step_logits(found, row), step_logits(whole, row)) < 2e-5
+            monkeypatch.undo()
+
+
+def test_what_recording_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "PIECE", 8 * WIDTHS["llama"])
+    shapes, nothing = [], activations.Recorded(torch.zeros(1, dtype=torch.int64))
+
+    def look(chunk: activations.PrefillChunk, block: object) -> Tensor:
+        shapes.append((chunk.z_BSD.shape, chunk.output_BSH.shape))
+        return torch.zeros(1)
+
+    blocks = griffin.find_feedforward_blocks(tiny("llama"))
+    recorder = activations.Recorder(blocks, [griffin.ActivationStatistic(look)], nothing)
+    recorder.expect(1, 60, None)
+    recorder.record(0, torch.randn(60, 80), torch.randn(60, 32))
+    assert shapes == [((1, length, 80), (1, length, 32)) for length in (*7 * [8], 4)]
+
+
+def forward_in_chunks(model: PreTrainedModel, pruner: Pruner, ids: Tensor, lengths: list[int]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with pruner.prefill():
+        for chunk in ids.split(lengths, dim=1):
+            model(chunk, past_key_values=cache)
+    return cache
 
 
 @torch.no_grad()
-def test_a_mask_of_another_size_is_refused() -> None:
-    model = tiny("llama")
-    with griffin.prune(model, mode="masked"), pytest.raises(ValueError, match=r"expected \[1, 7\]"):
-        model(prompt(7), attention_mask=torch.ones(1, 6, dtype=torch.long))
+@each_mode
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_forward_calls_in_chunks_equal_one_call(family: str, mode: str) -> None:
+    model, ids, token = tiny(family), prompt(11), prompt(1, 1)
+    with griffin.prune(model, mode=mode) as pruner:
+        output = model(ids)
+        expected, experts = model(token, past_key_values=output.past_key_values).logits, as_lists(pruner.experts)
+        for lengths in ([11], [4, 6, 1], [1, 10]):
+            cache = forward_in_chunks(model, pruner, ids, lengths)
+            assert difference(model(token, past_key_values=cache).logits, expected) < 1e-5
+            assert as_lists(pruner.experts) == experts
+        with pruner.prefill():  # which is dense, whatever it begins with, and may be read early
+            cache = model(ids[:, :8]).past_key_values
+            early = as_lists(pruner.experts)
+            assert difference(model(ids[:, 8:], past_key_values=cache).logits, output.logits[:, 8:]) < 1e-5
+            assert as_lists(pruner.experts) == experts != early
+            model(ids[:, :3])  # another prompt
+            model(ids)
+        assert as_lists(pruner.experts) == experts
 
 
 @torch.no_grad()
-def test_a_mask_that_hides_the_padding_is_refused() -> None:
-    model = tiny("llama")
-    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
-    with griffin.prune(model, mode="masked"), pytest.raises(ValueError, match="2-D attention_mask"):
-        model(prompt(7), attention_mask=mask)
+def test_prefill_ends_with_its_context_even_after_an_exception() -> None:
+    model, ids, token = tiny("llama"), prompt(7), prompt(1, 1)
+    with griffin.prune(model) as pruner:
+        expected = model(token, past_key_values=model(ids).past_key_values).logits
+        cache = model(ids).past_key_values
+        with pytest.raises(ValueError, match="input_ids"), pruner.prefill():
+            model()
+        assert torch.equal(model(token, past_key_values=cache).logits, expected)

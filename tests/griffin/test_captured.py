@@ -9,43 +9,39 @@ from typing import Any
 
 import pytest
 import torch
-from engines import TOLERANCE, begun, never, prefilled, tokens
-from families import ONE_PER_LAYOUT, fresh, tiny
-from running import difference
+from engines import begun, prefilled, uncompiled
+from families import build, fresh, tiny
+from running import prompt, text, tokens
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from transformers import PreTrainedModel
+from torch._subclasses import fake_tensor
 
-from griffin import Engine, Generation, Method, Row, begin, compiled_call, decode, decoding, executors, greedy
+import griffin
+from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, Row, begin, decode
+from griffin.compact import CompactProjection
 
-DENSE, GRIFFIN = Method(sparsity=0.0), Method()
-RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")
-VERIFIED = Method(
-    *("joint", "topk", 0.5),
-    compensation="ridge",
-    refresh="compensation",
-    verification="exact",
-    draft_tokens=3,
-    draft_vocabulary="full",
-)
-METHODS = {"dense": DENSE, "griffin": GRIFFIN, "recipe": RECIPE, "verified": VERIFIED}
+VERIFIED = griffin.as_method("exact", draft_tokens=3)
+METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": VERIFIED}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+each_family = pytest.mark.parametrize("family", ["llama", "gpt2"])
 LENGTHS = (5, 12, 9)
 # Of tensors without values; where CUDA is built in, no GPU is needed for them, and copies to the host are seen too.
 DEVICE = "cuda" if torch.backends.cuda.is_built() else "cpu"
 LIMIT = 21  # new tokens: two reads of the host, and two refreshes
+WAITS = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 
 
 class Graphs:
     """A compiler of what dynamo has traced and AOTAutograd has made functional; it runs the graph as it is."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.count = 0
         torch._dynamo.reset()
-        compiled_call(model)  # its settings; the compiler is this one, since generating code takes long
-        self.call = torch.compile(
-            model.__call__, backend=aot_autograd(fw_compiler=self._compile), fullgraph=True, dynamic=False
-        )
+
+    def __call__(self, model: nn.Module) -> Callable[..., Any]:
+        griffin.compiled_call(model)  # its settings; the compiler is this one, since generating code takes long
+        backend = aot_autograd(fw_compiler=self._compile)
+        return torch.compile(model.__call__, backend=backend, fullgraph=True, dynamic=False)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.count += 1
@@ -54,120 +50,93 @@ class Graphs:
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    with torch._dynamo.config.patch(recompile_limit=8, skip_nnmodule_hook_guards=True):
+    with torch._dynamo.config.patch(recompile_limit=8):
         yield
     torch._dynamo.reset()
 
 
-def continued(engine: Engine, rows: Sequence[Row], longest: int = max(LENGTHS), **how: Any) -> list[list[int]]:
+def continued(
+    engine: Engine, rows: Sequence[Row], longest: int = 12, limit: int = LIMIT, **how: Any
+) -> list[list[int]]:
     """The new tokens of each row."""
-    generation = Generation(LIMIT, how.get("pick", greedy), never)
-    ended = {row.label: row.tokens for row in decode(engine, rows, len(rows), len(rows), longest, generation)}
-    return [ended[row.label] for row in rows]
+    ended = decode(engine, rows, Generation(limit, **how), batch_size=len(rows), max_prompt_tokens=longest)
+    found = {row.label: row.tokens for row in ended}
+    return [found[row.label] for row in rows]
 
 
-def texts(engine: Engine, method: Method, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+def texts(engine: Engine, method: Method, lengths: Sequence[int] = LENGTHS, limit: int = LIMIT) -> list[list[int]]:
     """The new tokens of prompts of these lengths, one after the other."""
     rows = (begun(engine, tokens(length, length), method, length) for length in lengths)
-    return [text for row in rows for text in continued(engine, [row])]
+    return [text for row in rows for text in continued(engine, [row], limit=limit)]
 
 
-def pairs(engine: Engine) -> list[list[int]]:
-    """The new tokens of three dense batches of two prompts, of other lengths each time, and once of the same."""
-    found = []
-    for lengths in ((5, 12), (9, 7), (8, 8)):
-        rows = [begun(engine, tokens(length, place), DENSE, place) for place, length in enumerate(lengths)]
-        found += continued(engine, rows)
-    return found
-
-
-# -- graphs -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
+@each_method
+@each_family
 def test_prompts_of_all_lengths_share_the_graphs_of_the_first_one(family: str, method: Method) -> None:
-    model = tiny(family)
-    graphs = Graphs(model)
-    engine = Engine(model, compiled=graphs.call)
+    engine = Engine(tiny(family), compiler=(graphs := Graphs()))
     first = texts(engine, method, LENGTHS[:1])
-    # Verified: drafts; the check, with and without hooks having been there.
-    assert graphs.count <= (3 if method.verified else 1)
-    before = graphs.count
-    assert [*first, *texts(engine, method, LENGTHS[1:])] == texts(Engine(model), method)
-    assert graphs.count == before
+    # The recipe's refreshes are not compiled. Verified: drafts, and checks.
+    assert graphs.count == (2 if method.verified else 1)
+    assert [*first, *texts(engine, method, LENGTHS[1:])] == texts(Engine(tiny(family)), method)
+    assert graphs.count == (2 if method.verified else 1)
 
 
 def test_batches_of_all_lengths_share_one_graph() -> None:
-    model = tiny("llama")
-    graphs = Graphs(model)
-    assert pairs(Engine(model, compiled=graphs.call)) == pairs(Engine(model))
+    found = []
+    for compiler in (graphs := Graphs(), None):
+        engine = Engine(tiny("llama"), compiler=compiler)
+        for lengths in ((5, 12), (9, 7), (8, 8)):
+            rows = [begun(engine, tokens(length, place), DENSE, place) for place, length in enumerate(lengths)]
+            found.append(continued(engine, rows))
+    assert found[:3] == found[3:]
     assert graphs.count == 1
 
 
 def test_every_sparsity_keeps_its_graph() -> None:
-    model = tiny("llama")
-    graphs = Graphs(model)
-    engine = Engine(model, compiled=graphs.call)
-    sparsities = [number / 12 for number in range(12)]  # more of them than torch allows variants by default
+    sizes = {"hidden_size": 16, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
+    engine = Engine(build("llama", **sizes, vocab_size=97), compiler=(graphs := Graphs()))
     for _ in range(2):
-        for sparsity in sparsities:
-            texts(engine, Method(sparsity=sparsity), LENGTHS[:1])
-        assert graphs.count == len(sparsities)
-
-
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_logits_are_those_of_the_model_as_it_is_up_to_rounding(family: str) -> None:
-    model = tiny(family)
-    seen: dict[bool, list[Tensor]] = {True: [], False: []}
-    for compiled in (True, False):
-
-        def pick(rows: Sequence[Row], logits_BV: Tensor, mine: list[Tensor] = seen[compiled]) -> Tensor:
-            mine.append(logits_BV.clone())
-            return torch.full((len(rows),), 3)
-
-        engine = Engine(model, compiled=Graphs(model).call if compiled else None)
-        for method in (DENSE, RECIPE):
-            continued(engine, [begun(engine, tokens(9), method)], pick=pick)
-    assert difference(torch.stack(seen[True]), torch.stack(seen[False])) < TOLERANCE
+        for number in range(9):  # more of them than torch allows variants by default
+            texts(engine, Method(sparsity=number / 9), LENGTHS[:1], limit=3)
+        assert graphs.count == 9
 
 
 def test_a_graph_break_and_a_changed_shape_would_tell() -> None:
     model = fresh("llama")
-    engine = Engine(model, compiled=(graphs := Graphs(model)).call)
+    engine = Engine(model, compiler=(graphs := Graphs()))
     for length in LENGTHS[:2]:
-        continued(engine, [begun(engine, tokens(length), GRIFFIN)], longest=length)  # a larger cache
+        continued(engine, [begun(engine, tokens(length), Method())], longest=length)  # a larger cache
     assert graphs.count == 2
     model.model.layers[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        texts(engine, GRIFFIN)
+        texts(Engine(model, compiler=graphs), Method())
 
 
-# -- addresses and memory ---------------------------------------------------------------------------------------------
-
-
-def addresses(engine: Engine) -> list[int]:
-    """Of the experts' weights and biases, and of the keys, values and lengths of all caches."""
-    parameters = [
-        value
-        for projections in engine._compact._compact.values()
-        for projection in projections
-        for value in projection._compact.values()
-        if isinstance(value, Tensor)
-    ]
-    layers = [layer for cache in engine._caches.values() for layer in cache.layers]
-    cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
-    return [tensor.data_ptr() for tensor in (*parameters, *cached)]
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Method) -> None:
-    engine = Engine(tiny(family), compiled=tiny(family))
+@pytest.mark.parametrize("method", ["griffin", "recipe", "exact"])
+def test_prune_compiles(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(griffin.views, "compiled_call", graphs := Graphs())
     found = []
+    for compiled in (True, False, "auto"):  # on a CPU that is nothing
+        with griffin.prune(tiny("llama"), method, compiled=compiled):
+            found += [text(tiny("llama"), prompt(9), max_new_tokens=LIMIT) for _ in range(2)]
+            if compiled is True:
+                with pytest.raises(ValueError, match=r"num_beams=2: \w+ follows one text"):
+                    text(tiny("llama"), prompt(9), num_beams=2)
+        assert graphs.count == (2 if method == "exact" else 1)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("compiler", [uncompiled, None])
+@each_method
+@each_family
+def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Method, compiler: Any) -> None:
+    engine, found = Engine(tiny(family), compiler=compiler), []
     for length in LENGTHS:
         texts(engine, method, [length])
-        found.append(addresses(engine))
+        layers = [layer for cache in engine._caches.values() for layer in cache.layers]
+        cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+        weights = [weight for projection in engine.compact.projections for weight in projection.parameters()]
+        found.append([tensor.data_ptr() for tensor in (*weights, *cached)])
     assert len(found[0]) > 6
     assert found[0] == found[1] == found[2]
 
@@ -175,107 +144,118 @@ def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Meth
 def test_a_new_buffer_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[nn.Parameter] = []
 
-    def fresh_buffer(self: executors.CompactProjection, name: str, memory: str, shape: list[int]) -> nn.Parameter:
-        self._compact[name] = parameter = nn.Parameter(self._weight().new_empty(shape), requires_grad=False)
+    def fresh_buffer(self: CompactProjection, name: str, shape: list[int], like: Tensor) -> nn.Parameter:
+        self.module._parameters[name] = parameter = nn.Parameter(like.new_empty(shape), requires_grad=False)
         kept.append(parameter)  # else the next one may have its address
         return parameter
 
-    monkeypatch.setattr(executors.CompactProjection, "_buffer", fresh_buffer)
-    engine = Engine(tiny("llama"), compiled=tiny("llama"))
-    found = []
-    for length in LENGTHS:
-        texts(engine, GRIFFIN, [length])
-        found.append(addresses(engine))
-    assert found[0] != found[1]
+    monkeypatch.setattr(CompactProjection, "_buffer", fresh_buffer)
+    with pytest.raises(AssertionError):
+        test_weights_biases_and_caches_stay_where_they_are("llama", Method(), uncompiled)
 
 
-def living() -> int:
-    """Bytes of all tensors that there are."""
-    gc.collect()
-    storages = {
-        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
-        for one in gc.get_objects()
-        if issubclass(type(one), Tensor) and not isinstance(one, FakeTensor)
-    }
-    return sum(storages.values())
+@pytest.mark.parametrize("method", [*METHODS.values(), None], ids=[*METHODS, "what grows would tell"])
+def test_memory_does_not_grow_with_prompts(method: Method | None) -> None:
+    engine, found, kept = Engine(tiny("llama"), compiler=uncompiled), [], []
+    for lengths in ((12, 9), (5, 12, 7, 11, 9)):  # the last one is as long: its experts are kept
+        if method is None:
+            kept += [prefilled(engine, tokens(length), Method()) for length in lengths]
+        else:
+            texts(engine, method, lengths)
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+        found.append(sum(storages.values()))
+    assert (found[1] > found[0]) if method is None else (found[1] == found[0])
 
 
-def memory(engine: Engine, method: Method, run: Callable[..., Any] = texts) -> list[int]:
-    """After two prompts, and after five more, of which the last one is as long: its experts are kept."""
-    found = []
-    for lengths in ((12, 9), (5, 12, 7, 11, 9)):
-        run(engine, method, lengths)
-        found.append(living())
-    return found
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_memory_does_not_grow_with_prompts(method: Method) -> None:
-    before, after = memory(Engine(tiny("llama"), compiled=tiny("llama")), method)
-    assert after == before
-
-
-def test_memory_that_grows_would_tell() -> None:
-    kept = []
-
-    def keeping(engine: Engine, method: Method, lengths: Sequence[int]) -> None:
-        for length in lengths:
-            kept.append(prefilled(engine, tokens(length), method))
-
-    before, after = memory(Engine(tiny("llama"), compiled=tiny("llama")), GRIFFIN, keeping)
-    assert after > before
-
-
-# -- the host ---------------------------------------------------------------------------------------------------------
-
-
-def without_values(method: Method, family: str, monkeypatch: pytest.MonkeyPatch, pick: Any = greedy) -> int:
-    """Run a prompt on tensors that have no values, so that asking for one fails. The one place where the host reads
+def without_values(method: Method, monkeypatch: pytest.MonkeyPatch, compiler: Any, **how: Any) -> int:
+    """Run two prompts on tensors that have no values, so that asking for one fails. The one place where the host reads
     tokens is given some.
 
     Returns:
         How often it has read them.
     """
-    reads = []
+    reads, prompts = [], [tokens(length, length) for length in (12, 9)]
 
     def on_host(steps: Sequence[Tensor]) -> list[list[int]]:
         reads.append(len(steps))
         return [[3] * len(step_B) for step_B in steps]
 
-    monkeypatch.setattr(decoding, "on_host", on_host)
-    prompts = [tokens(length, length) for length in (12, 9)]
-    with FakeTensorMode():
+    monkeypatch.setattr(griffin.decoding, "on_host", on_host)
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(DEVICE):
-            model: PreTrainedModel = fresh(family)
-        engine = Engine(model, compiled=model)
-        states = [prefilled(engine, ids, method) for ids in prompts]
-        for state in states:
-            rows = begin(engine, [state], method)
-            generation = Generation(LIMIT, pick, never)
-            assert [len(row.tokens) for row in decode(engine, rows, 1, 1, 12, generation)] == [LIMIT]
+            model = fresh("llama")
+        engine = Engine(model, compiler=compiler)
+        for state in [prefilled(engine, ids, method) for ids in prompts]:
+            assert [len(one) for one in continued(engine, begin(engine, [state], method), **how)] == [LIMIT]
     return len(reads)
 
 
-@pytest.mark.parametrize("method", [DENSE, GRIFFIN, RECIPE], ids=["dense", "griffin", "recipe"])
-@pytest.mark.parametrize("family", ONE_PER_LAYOUT)
-def test_the_host_waits_only_where_it_reads_tokens(
-    family: str, method: Method, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads = without_values(method, family, monkeypatch)
+@pytest.mark.parametrize("compiler", [uncompiled, None])
+@pytest.mark.parametrize("method", [DENSE, Method(), RECIPE], ids=["dense", "griffin", "recipe"])
+def test_the_host_waits_only_to_read_tokens(method: Method, compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = without_values(method, monkeypatch, compiler)
     # Two prompts of 21 tokens, eight at a time; the recipe's refreshes after 8 and 16 tokens come with a read each.
-    assert reads == (8 if method is RECIPE else 6)
+    assert reads == (2 * LIMIT if compiler is None else 8 if method is RECIPE else 6)
+    assert without_values(method, monkeypatch, compiler, draw=lambda row, p_V: p_V.multinomial(1)) == reads
 
 
-def test_nor_where_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawing(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-        return torch.cat([logits_V.softmax(dim=-1).multinomial(1) for logits_V in logits_BV])
+def test_verified_decoding_waits_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
 
-    assert without_values(GRIFFIN, "llama", monkeypatch, drawing) == 6
+    def of_round(numbers: Tensor, probabilities: list[Tensor]) -> tuple[list[int], list[float]]:
+        rounds.append(len(probabilities))
+        return [1, 3, 40, *[3] * (len(numbers) - 3)], [0.5] * len(probabilities)
+
+    monkeypatch.setattr(griffin.verification, "on_host", of_round)
+    monkeypatch.setattr(griffin.rows.Generation, "pick", lambda *_: torch.tensor([3]))  # the prompt's token is read too
+    monkeypatch.setattr(griffin.draft_vocabulary.DraftView, "begin", lambda *_: None)  # and how many are likely
+    without_values(griffin.as_method(VERIFIED, draft_vocabulary="full"), monkeypatch, uncompiled)
+    assert rounds == 2 * [*9 * [3], 1]
 
 
-def test_a_host_that_waits_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    def waiting(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-        return torch.tensor([int(logits_V.argmax().item()) for logits_V in logits_BV])
+CHOOSING = [
+    *(Method(name) for name, one in STATISTICS.items() if not one.oracle),
+    *(Method("random", "sample"), Method("wanda", "topk_sample", sparsity=(0.5, 0.0, 0.75))),
+    *(Method(compensation="mean", budget="late"), Method(compensation="ridge")),
+    Method(sparsity=0.9, compensation="ridge"),  # fewer kept neurons than rows to learn from
+]
 
-    with pytest.raises(DataDependentOutputException):
-        without_values(GRIFFIN, "llama", monkeypatch, waiting)
+
+def test_neither_prompts_nor_choosing_nor_rows_of_several_methods_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(griffin.decoding, "on_host", lambda steps: [[3] * len(step_B) for step_B in steps])
+    methods = [DENSE, *CHOOSING, Method("joint", compensation="mean", refresh="experts"), RECIPE]
+    long, short, more = tokens(12), tokens(5, 1), tokens(4)
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        engine, record = Engine(fresh("llama")), griffin.wanted(methods)
+        batch = griffin.prefill(engine, [long, short], record, prompt_lengths=[9, 5])
+        (longer,) = griffin.prefill(engine, [long + more], record, prefix=prefilled(engine, long, *methods))
+        assert type(longer.logits_TV).__name__ == "FakeTensor"
+        rows = [row for method in methods for row in begin(engine, [longer], method, labels=[method])]
+        rows += [row for method in methods[1:] for row in begin(engine, batch, method, labels=[0, 1])]
+        ended = list(decode(engine, rows, Generation(LIMIT), batch_size=6))
+    assert [len(row.tokens) for row in ended] == [LIMIT] * len(rows)
+
+
+WAITING: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda scores: scores.max().item(),
+    "tolist": lambda scores: scores.tolist(),
+    "nonzero": lambda scores: scores.nonzero(),
+    "condition": lambda scores: bool(scores.any()),
+    "mask": lambda scores: scores[scores > 0],
+}
+
+
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
+def test_a_host_that_waits_would_tell(wait: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(*arguments: Any) -> Any:
+        values = arguments[-1] if isinstance(arguments[-1], Tensor) else arguments[0].recorded
+        wait(values)
+        return values
+
+    with pytest.raises(WAITS):
+        without_values(Method(), monkeypatch, uncompiled, process_logits=waits)
+    waiting = griffin.Statistic(waits, STATISTICS["griffin"].activations)
+    with pytest.raises(WAITS):
+        without_values(Method(waiting), monkeypatch, uncompiled)

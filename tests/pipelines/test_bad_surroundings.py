@@ -16,12 +16,7 @@ def test_a_hub_out_of_reach_is_told_within_seconds(tmp_path: Path) -> None:
     sweep = ["model=random_tiny,gemma_7b", "task=briefs,xsum", "limit=1", "task.max_new_tokens=2"]
     sweep += [f"output_dir={out}", "wandb.mode=disabled"]
     start = time.monotonic()
-    ended = process(
-        command("-m", *sweep),
-        cwd=tmp_path,
-        HF_ENDPOINT="http://127.0.0.1:9",
-        HF_HOME=str(home),
-    )
+    ended = process(command("-m", *sweep), cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(home))
     assert time.monotonic() - start < 60
     assert ended.code == 1
     assert "Traceback" not in ended.err

@@ -89,11 +89,7 @@ def no_collector() -> Iterator[None]:
     ],
 )
 def test_what_failed_is_gone_before_the_next_try(
-    task: str,
-    module: str,
-    tmp_path: Path,
-    short_of_memory: Callable[[int], list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+    task: str, module: str, tmp_path: Path, short_of_memory: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else the memory that was short would be held while half as much is tried.
     made: list[weakref.ref[Any]] = []

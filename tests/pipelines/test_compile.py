@@ -71,7 +71,6 @@ def test_a_machine_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytes
         ("batch_size=4 shared_experts=true", True),
         ("batch_size=4", False),  # masked
         ("mode=masked", False),
-        ("refresh=drift", False),
         ("statistic=teal", False),
         ("offload_dense=true", False),
         ("task=fidelity", False),

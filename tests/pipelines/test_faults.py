@@ -14,18 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from calling import (
-    ALPHABET,
-    ARTICLES,
-    Outcome,
-    ran,
-    read_samples,
-    run_folder,
-    run_folders,
-    timeless,
-    tiny,
-    write_rows,
-)
+from calling import ALPHABET, ARTICLES, Outcome, ran, read_samples, run_folder, run_folders, timeless, tiny, write_rows
 from test_tracking import summary_of
 
 from pipelines.run_folder import RunFolder
@@ -116,8 +105,7 @@ def test_a_second_process_waits_for_a_run_and_takes_it_over_if_its_process_dies(
 
 
 @pytest.mark.parametrize(
-    ("number", "word", "mode"),
-    [(signal.SIGTERM, "terminated", "offline"), (signal.SIGINT, "interrupted", "disabled")],
+    ("number", "word", "mode"), [(signal.SIGTERM, "terminated", "offline"), (signal.SIGINT, "interrupted", "disabled")]
 )
 def test_signals_end_a_run_in_a_clear_state(number: signal.Signals, word: str, mode: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

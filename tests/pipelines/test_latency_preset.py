@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmark import PAPER, SHAPES
 from calling import command, composed, process, read_record, run_folders
-
-from griffin.benchmark import PAPER, SHAPES
 
 
 def test_the_preset_of_the_papers_latency_runs(tmp_path: Path) -> None:

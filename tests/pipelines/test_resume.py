@@ -9,17 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import (
-    Outcome,
-    cut_off,
-    prompts_run,
-    ran,
-    read_samples,
-    run_folder,
-    run_folders,
-    timeless,
-    tiny,
-)
+from calling import Outcome, cut_off, prompts_run, ran, read_samples, run_folder, run_folders, timeless, tiny
 
 from pipelines import evaluation
 from pipelines.run_folder import RunFolder

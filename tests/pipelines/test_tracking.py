@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import (
-    Outcome,
-    command,
-    process,
-    read_record,
-    read_samples,
-    run_folder,
-    run_folders,
-    tiny,
-)
+from calling import Outcome, command, process, read_record, read_samples, run_folder, run_folders, tiny
 
 WANDB = Path(sys.executable).with_name("wandb")
 SECRETS = {"HF_TOKEN": "hf_secret7261", "WANDB_API_KEY": "7261" * 10}

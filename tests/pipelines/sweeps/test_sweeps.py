@@ -7,13 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from calling import (
-    Outcome,
-    composed,
-    read_record,
-    run_folders,
-    tiny,
-)
+from calling import Outcome, composed, read_record, run_folders, tiny
 from hydra import compose, initialize_config_dir
 
 from pipelines import composition

@@ -181,7 +181,7 @@ def test_shots_run_once_and_texts_stay(batch_size: int, tmp_path: Path, monkeypa
     shared = run_of(tmp_path / "shared", *options, rows=4, tokens=12)
     assert len(lengths) == 1 + 4
     assert max(lengths[0]) < min(max(each) for each in lengths[1:])
-    monkeypatch.setattr("griffin.prompt.WORTH", 0)  # no prompt goes on from the shots
+    monkeypatch.setattr("pipelines.tasks.generation.WORTH", 0)  # no prompt goes on from the shots
     assert texts(run_of(tmp_path / "whole", *options, rows=4, tokens=12)) == texts(shared)
 
 

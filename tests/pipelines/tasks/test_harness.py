@@ -10,17 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from calling import (
-    Outcome,
-    composed,
-    cut_off,
-    prompts_run,
-    ran,
-    read_record,
-    read_samples,
-    run_folders,
-    timeless,
-)
+from calling import Outcome, composed, cut_off, prompts_run, ran, read_record, read_samples, run_folders, timeless
 from lm_eval.models.huggingface import HFLM
 
 import griffin
@@ -104,16 +94,7 @@ def plain_answers(config: RunConfig) -> list[list[str]]:
     documents = lm_eval_adapter.asked(GriffinLM.around(loaded, config), lm_eval_adapter.read(config), config.task)
     instances = [instance for document in documents for instance in document.instances]
     (method,) = methods(config)
-    with griffin.prune(
-        loaded.model,
-        method.sparsity,
-        method.statistic,
-        method.selection,
-        mode="masked",
-        seed=config.seed,
-        compensation=method.compensation,
-        refresh=method.refresh,
-    ):
+    with griffin.prune(loaded.model, method, mode="masked", seed=config.seed):
         return [[text] for text in lm.generate_until(instances, disable_tqdm=True)]
 
 

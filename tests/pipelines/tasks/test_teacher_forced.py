@@ -56,7 +56,7 @@ def test_perplexity_of_every_cell_is_that_of_plain_calls(tmp_path: Path) -> None
             for window in range(3):
                 tokens = ids[window * 56 : (window + 1) * 56]
                 whole = torch.tensor([tokens[40 - prompt : 40 + generation]])
-                with griffin.prune(loaded.model, 0.5, "wanda", mode="masked"):
+                with griffin.prune(loaded.model, 0.5, statistic="wanda", mode="masked"):
                     first = loaded.model(whole[:, :prompt], use_cache=True)
                     rest = loaded.model(whole[:, prompt:-1], past_key_values=first.past_key_values)
                 logits = torch.cat([first.logits[0, -1:], rest.logits[0]])
@@ -182,7 +182,7 @@ def test_the_plain_model_has_the_same_likelihoods_up_to_rounding(
 ) -> None:
     options = perplexity(tmp_path, "grid.sparsity=[0,0.5]")
     onednn = ran(*options, f"output_dir={tmp_path / 'onednn'}")
-    monkeypatch.setattr(griffin, "onednn_linear", lambda _: pytest.fail("ran by oneDNN"))
+    monkeypatch.setattr(griffin, "with_onednn", lambda _: pytest.fail("ran by oneDNN"))
     plain = ran(*options, f"output_dir={tmp_path / 'plain'}", "cpu_onednn=false")
     for one, other in zip(onednn, plain, strict=True):
         assert one.name == other.name, "the same run: results differ by rounding only"

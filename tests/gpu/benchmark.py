@@ -1,4 +1,4 @@
-"""`python -m griffin.benchmark`: how fast dense, GRIFFIN, the recipe and verified decoding are on this device.
+"""`make bench-gpu`: how fast dense, GRIFFIN, the recipe and verified decoding are on this device.
 
 Random weights in the shapes of Gemma 7B and Llama 2 13B: speed does not depend on what the weights say. Methods run in
 turn, dense and pruned with the same kernels, and each time is a median. The table puts every speed-up beside the one
@@ -19,15 +19,11 @@ from dataclasses import dataclass, field, replace
 import torch
 import transformers
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from griffin.compiling import compiled_call
-from griffin.engine import Engine
-from griffin.feedforward import find_feedforward_blocks
-from griffin.method import MOST_DRAFTED, Method
-from griffin.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
-from griffin.traffic import traffic
+from griffin import DENSE, MOST_DRAFTED, RECIPE, Engine, Method, compiled_call, find_feedforward_blocks, traffic
+from pipelines.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
 
 SHAPES = {
     "gemma_7b": {
@@ -65,8 +61,6 @@ SHAPES = {
 # Of prompt and generation together, GRIFFIN at 50% over dense, on an NVIDIA L40 (arXiv 2404.01365, abstract).
 PAPER = {"gemma_7b": 1.29, "llama2_13b": 1.25}
 
-DENSE = Method(sparsity=0.0)
-
 
 @dataclass
 class Case:
@@ -92,18 +86,17 @@ class Case:
 
     def round(self) -> tuple[float, int]:
         """Of a verified method: seconds of a draft, its check and what it learns, and the tokens drafted before it."""
-        done = [row.drafting for run in self.runs for row in run.rows]
+        done = [row.drafts for run in self.runs for row in run.rows]
         seconds = statistics.median(sum(one.seconds.values()) / one.checks for one in done)
         return seconds, round(statistics.median(one.drafted / one.checks for one in done))
 
 
 def cases(draft_tokens: int, rows: int) -> list[Case]:
     """What is compared; verified decoding runs one row at a time."""
-    recipe = Method("joint", compensation="ridge", budget="late", refresh="compensation")
-    found = [Case("dense", DENSE), Case("griffin 50%", Method()), Case("recipe 50%", recipe)]
+    found = [Case("dense", DENSE), Case("griffin 50%", Method()), Case("recipe 50%", RECIPE)]
     if rows == 1:
         verified = replace(
-            recipe,
+            RECIPE,
             sparsity=0.8,
             budget="uniform",
             verification="exact",
@@ -135,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for prompt, new in [(prompt, new) for prompt in options.prompt for new in options.new]:
                 found = cases(options.draft_tokens, rows)
                 try:
-                    _measure(model, found, (rows, prompt, new), options.repeats, compiled)
+                    engine = Engine(model, compiler=compiled_call if compiled else None)
+                    _measure(engine, found, (rows, prompt, new), options.repeats)
                 except torch.OutOfMemoryError:
                     print(f"{shape}, {rows} rows, {prompt} + {new} tokens: out of memory, left out", flush=True)
                     torch.cuda.empty_cache()
@@ -160,11 +154,10 @@ Random weights accept no drafts, so verified decoding is what a round took, {tok
 that it gives where {acceptance:.0%} of drafts are accepted."""
 
 
-def _measure(model: nn.Module, found: list[Case], shape: tuple[int, int, int], repeats: int, compiled: bool) -> None:
+def _measure(engine: Engine, found: list[Case], shape: tuple[int, int, int], repeats: int) -> None:
     rows, prompt, new = shape
-    engine = Engine(model, mode="compact", compiled=compiled_call(model) if compiled else None)
     numbers = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = engine.model.get_input_embeddings().num_embeddings
     # Two rounds of warming up: in the first one the buffers still grow, and captured graphs are for fixed addresses.
     rounds = tqdm(range(-2, repeats), f"{rows} x {prompt} + {new}", leave=False, disable=not sys.stderr.isatty())
     try:
@@ -181,17 +174,12 @@ def _measure(model: nn.Module, found: list[Case], shape: tuple[int, int, int], r
                     case.peak = max(case.peak, peak_memory(engine.device))
     finally:
         engine.unload()
-        if compiled:
+        if engine.compiled:
             torch.compiler.reset()  # graphs of other sizes keep their memory otherwise
 
 
 def _lines(
-    model: nn.Module,
-    shape: str,
-    found: list[Case],
-    size: tuple[int, int, int],
-    acceptance: float,
-    bandwidth: float,
+    model: nn.Module, shape: str, found: list[Case], size: tuple[int, int, int], acceptance: float, bandwidth: float
 ) -> list[tuple[str, ...]]:
     rows, prompt, new = size
     dense, *_ = found
@@ -240,11 +228,7 @@ def _print_table(lines: Sequence[Sequence[str]]) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m griffin.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(SHAPES), default=[*PAPER], help="default: %(default)s")

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from griffin.benchmark import main
+from benchmark import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = "--shapes tiny --rows 1 2 --prompt 24 --new 6 --repeats 2 --dtype float32 --device cpu --draft-tokens 2"

@@ -15,13 +15,18 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from griffin.decoding import decode
-from griffin.engine import Engine
-from griffin.feedforward import find_feedforward_blocks
-from griffin.method import Method
-from griffin.prompt import prefill, wanted
-from griffin.rows import Generation, Row, begin, greedy
-from griffin.traffic import neuron_bytes
+from griffin import (
+    Engine,
+    Generation,
+    Method,
+    Row,
+    begin,
+    decode,
+    find_feedforward_blocks,
+    neuron_bytes,
+    prefill,
+    wanted,
+)
 
 PARTS = ("prefill", "choose", "compact", "decode")
 
@@ -55,17 +60,16 @@ def timed(
         room: steps that the KV cache has room for, so that shorter runs use the same cache.
         seed: of random selections.
     """
-    times = [now(engine.device)]
+    device = engine.dense.module.device  # this view is made once, and not timed
+    times = [now(device)]
     states = prefill(engine, prompts, wanted([method]), likely_tokens=method.prunes_vocabulary)
-    times.append(now(engine.device))
+    times.append(now(device))
     rows = begin(engine, states, method, seed, range(len(states)))
-    times.append(now(engine.device))
-    engine.load([row.experts for row in rows])
-    times.append(now(engine.device))
-    generation = Generation(steps + 1, greedy, lambda row: False)
-    for _ in decode(engine, rows, len(rows), len(rows), len(prompts[0]), generation, room=room + 1):
-        pass
-    times.append(now(engine.device))
+    times.append(now(device))
+    engine.view([row.experts for row in rows])
+    times.append(now(device))
+    list(decode(engine, rows, Generation(steps + 1), batch_size=len(rows), max_new_tokens=room + 1))
+    times.append(now(device))
     return Timed(dict(zip(PARTS, [last - first for first, last in pairwise(times)], strict=True)), rows)
 
 

@@ -1,0 +1,142 @@
+"""How many kernels verified decoding launches: `python tests/gpu/launches.py`.
+
+torch.profiler counts the operations that would each launch a kernel on a GPU; those of the CPU stand in for them. A
+model of 32 tiny layers does, since their number does not depend on the sizes. torch and transformers are all it needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import griffin
+from griffin import draft, verification, views
+
+LAYERS = 32
+# Operations that launch nothing: they make views of memory, or allocate it.
+VIEWS = {
+    f"aten::{name}"
+    for name in [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "as_strided",
+        "slice",
+        "select",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "detach_",
+        "alias",
+        "narrow",
+        "unbind",
+        "split",
+        "chunk",
+        "diagonal",
+        "split_with_sizes",
+        "item",
+        "is_nonzero",
+        "_local_scalar_dense",
+        "resolve_conj",
+        "resolve_neg",
+        "lift_fresh",
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "new_empty",
+        "resize_",
+        "set_",
+        "result_type",
+        "broadcast_tensors",
+        "to",
+        "_to_copy",
+        "matmul",
+        "linear",
+        "zeros",
+        "ones",
+        "new_zeros",
+    ]
+}
+
+
+def main() -> None:
+    """Run the command and print the table."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    _label(views.View, "__call__", "forward")
+    _label(draft.DraftModel, "draft", "draft")
+    _label(draft.DraftModel, "learn", "learn")
+    _label(verification, "_round", "round")
+    prompt = torch.randint(0, 512, (1, 200))
+    # A small sparsity, so that a model of random weights accepts some drafts and there is something to learn.
+    with griffin.prune(model, "exact", sparsity=0.1, draft_tokens=4) as pruner:
+        model.generate(prompt, max_new_tokens=8, do_sample=False)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            model.generate(prompt, max_new_tokens=60, do_sample=False)
+    counts = Counter(_part(event) for event in profiled.events() if _launches(event))
+    (drafts,) = pruner.drafts
+    print(f"{LAYERS} layers, {drafts.checks} rounds, {drafts.drafted} draft tokens, {drafts.accepted} accepted")
+    for part, number in (("draft", drafts.drafted), ("check", drafts.checks), ("learn", drafts.checks)):
+        inside, outside = (counts[part, forward] / number for forward in (True, False))
+        print(f"{part}: {inside:.0f} launches in the forward call, {outside:.1f} outside of it")
+
+
+def _label(owner: Any, name: str, label: str) -> None:
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def labelled(*args: Any, **options: Any) -> Any:
+        with record_function(label):
+            return function(*args, **options)
+
+    setattr(owner, name, labelled)
+
+
+def _launches(event: Any) -> bool:
+    inner = (child.name for child in event.cpu_children)
+    counts = event.name.startswith("aten::") and event.name not in VIEWS
+    return (
+        counts
+        and not any(name.startswith("aten::") and name not in VIEWS for name in inner)
+        and "round" in _around(event)
+    )
+
+
+def _around(event: Any) -> set[str]:
+    names = set()
+    while event is not None:
+        names.add(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def _part(event: Any) -> tuple[str, bool]:
+    around = _around(event)
+    return ("draft" if "draft" in around else "learn" if "learn" in around else "check"), "forward" in around
+
+
+if __name__ == "__main__":
+    main()

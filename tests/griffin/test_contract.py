@@ -1,0 +1,112 @@
+"""What holds for every architecture family: the contract of the library, against formulas written down on their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+from engines import begun, plain_logits, prefilled, refuse_inexact, scored
+from families import FAMILIES, tiny
+from running import as_lists, difference, generate, new_tokens, prompt, same, step_logits, text, tokens, unchanged
+from transformers import DynamicCache
+
+import griffin
+from griffin import EXACT, RECIPE, Engine, Method, prefill, refresh, wanted
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+IDS = prompt(11)
+RICH = Method("joint", sparsity=(0.0, 0.9, 0.3), compensation="ridge")
+
+
+@torch.no_grad()
+def test_a_prompt_runs_as_in_the_plain_model_to_the_bit(family: str) -> None:
+    model, ids = tiny(family), tokens(13)
+    state = prefilled(Engine(model), ids, RICH, keep_logits=13)
+    assert torch.equal(state.logits_TV, plain_logits(model, ids)[0])
+    plain = DynamicCache()  # without sliding windows, as ours
+    model(torch.tensor([ids]), past_key_values=plain)
+    assert state.cache is not None
+    for ours, theirs in zip(state.cache.layers, plain.layers, strict=True):
+        assert same((ours.keys[:1, :, :13], ours.values[:1, :, :13]), (theirs.keys, theirs.values))
+
+
+def test_prompts_that_run_together_are_what_they_are_alone(family: str) -> None:
+    engine, texts = Engine(tiny(family)), [tokens(length, length) for length in (12, 5, 1, 17)]
+    for ids, found in zip(texts, prefill(engine, texts, wanted([RICH])), strict=True):
+        alone, rows = prefilled(engine, ids, RICH), []
+        for state in (found, alone):
+            (row,) = griffin.begin(engine, [state], RICH)
+            rows.append(torch.cat([state.logits_TV, scored(engine, row, tokens(4))]))
+        assert difference(*rows) < 2e-5
+
+
+def test_prompts_are_dense_and_what_follows_runs_on_their_experts(family: str) -> None:
+    model = tiny(family)
+    dense = generate(model, IDS)
+    experts = reference.experts(model, family, "griffin", IDS, sparsity=0.5)
+    expected, logits = reference.generate(model, family, IDS, experts, 6)
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode) as pruner:
+            found = generate(model, IDS)
+        assert as_lists(pruner.experts) == experts
+        assert new_tokens(found, IDS) == [expected]
+        assert difference(step_logits(found), logits) < 1e-5
+        assert torch.equal(found.logits[0], dense.logits[0])
+        assert difference(found.logits[1], dense.logits[1]) > 1e-3, "its input is the dense one's still"
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_sparsity_zero_is_the_dense_model_to_the_bit(family: str, mode: str) -> None:
+    dense = generate(tiny(family), IDS, max_new_tokens=10)
+    with griffin.prune(tiny(family), replace(RECIPE, sparsity=0.0, budget="uniform"), mode=mode):
+        pruned = generate(tiny(family), IDS, max_new_tokens=10)
+    assert torch.equal(pruned.sequences, dense.sequences)
+    assert same(pruned.logits, dense.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["experts", "compensation"])
+def test_a_refresh_is_dense_and_compact_is_masked(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own logits are dense, and so is all that comes before it; what comes between is not."""
+    monkeypatch.setattr(refresh, "_FIRST", 2)
+    model, following, found = tiny(family), tokens(7, 1), {}
+    dense = model(torch.tensor([[*tokens(11), *following]])).logits[0, 11:]
+    for mode in griffin.MODES:
+        engine = Engine(model, mode=mode)
+        found[mode] = scored(engine, begun(engine, tokens(11), replace(RICH, refresh=kind)), following)
+        for step in range(7):
+            assert (difference(found[mode][step], dense[step]) < 2e-5) == (step in (2, 4)), step
+    assert difference(found["compact"], found["masked"]) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["experts", "compensation"])
+def test_verified_texts_are_the_dense_models(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refresh, "_FIRST", 2)
+    with griffin.prune(tiny(family), EXACT, refresh=kind, draft_tokens=4) as pruner:
+        found = text(tiny(family), IDS, max_new_tokens=14)[0, 11:].tolist()
+    assert len(found) == 14
+    assert pruner.drafts[0].drafted > 0
+    refuse_inexact(tiny(family), tokens(11), found)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "masked"}, {"offload_dense": True}, {"verification": "exact"}], ids=str
+)
+def test_the_model_is_never_touched(family: str, options: dict[str, object]) -> None:
+    """Neither when the context is left, nor within it: there only its calls are routed."""
+    model = tiny(family)
+    with unchanged(model):
+        before = [vars(module).copy() for module in model.modules()]
+        with griffin.prune(model, RECIPE, **options):
+            text(model, IDS, max_new_tokens=10)
+            for module, then in zip(model.modules(), before, strict=True):
+                now = {
+                    name: value
+                    for name, value in vars(module).items()
+                    if name not in ("forward", "generate", "__reduce_ex__")
+                }
+                assert now.keys() == then.keys()
+                assert all(now[name] is then[name] for name in then)

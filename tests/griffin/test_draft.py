@@ -1,0 +1,264 @@
+"""The draft of verified decoding: what it learns, its vocabulary, and how many tokens it drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import reference
+import torch
+from engines import LIMIT, PERFECT, begun, chosen, decoded, generated, prefilled, ridge_solution, uncompiled, verified
+from families import LAYERS, VOCABULARY, build, tiny
+from running import difference, same, tokens
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+import griffin
+from griffin import DraftStatistics, Engine, Generation, Method, Row, draft, draft_vocabulary, refresh
+from griffin.draft_length import DraftLength, look_up
+from griffin.draft_vocabulary import find_likely
+from griffin.kv_cache import KVCache
+
+pytestmark = pytest.mark.usefixtures("early")
+RIDGE = ("ridge", "compensation")
+
+
+def folded(engine: Engine, layer: int, count: int) -> Tensor:
+    """[K, H]: what each kept neuron of the draft writes."""
+    eye_KK = torch.eye(count)
+    return engine.compact.written(layer, eye_KK) - engine.compact.written(layer, torch.zeros_like(eye_KK))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_tokens", [1, 4, 16])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])  # fewer rows than kept neurons, and more
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("every", [1, LIMIT - 1])  # at every check, and all at once
+def test_it_learns_the_ridge_solution(
+    every: int, family: str, sparsity: float, draft_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft, "LEARN_EVERY", every)
+    engine, ids = Engine(tiny(family)), tokens(21)
+    row = begun(engine, ids, verified(RIDGE, sparsity=sparsity, draft_tokens=draft_tokens))
+    ran = [*ids, *decoded(engine, row)[:-1]]
+    for layer, kept_K in enumerate(row.experts.neurons):
+        weights_HK = reference.output_matrix(tiny(family), family, layer)[:, kept_K]
+        expected_KH = ridge_solution(family, ran, 21, kept_K, layer)
+        assert difference(folded(engine, layer, len(kept_K)) - weights_HK.T, expected_KH) < 1e-5
+
+
+@pytest.mark.parametrize("learning", [("none", "none"), ("mean", "experts"), ("ridge", "none"), RIDGE], ids=" ".join)
+def test_only_what_is_to_be_learned_is_and_experts_are_put_to_work_again_without_it(learning: tuple[str, str]) -> None:
+    engine, ids, method = Engine(tiny("gpt2"), mode="compact"), tokens(11), verified(learning, draft_tokens=4)
+    state, plain = prefilled(engine, ids, method), Method(compensation=learning[0])
+    experts = chosen(engine, state, method)
+    engine.compact.load(experts)
+    gathered = [folded(engine, layer, 40) for layer in range(LAYERS)]
+    alone = generated(engine, [Row([state], 0, plain, experts)], LIMIT)[None][1]
+    rows = [Row([state], 0, method, experts) for _ in range(2)]
+    found = []
+    for row in rows:
+        decoded(engine, row)
+        found.append([folded(engine, layer, 40) for layer in range(LAYERS)])
+        engine.compact.load(row.experts if learning[1] == "experts" else experts)
+        loaded = [folded(engine, layer, 40) for layer in range(LAYERS)]
+        assert same(found[-1], loaded) == (learning != RIDGE)
+        assert torch.equal(generated(engine, [Row([state], 0, plain, experts)], LIMIT)[None][1], alone)
+    assert same(*found), "it learned the same again"
+    engine.compact.load(experts)
+    assert same([folded(engine, layer, 40) for layer in range(LAYERS)], gathered)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the draft's experts are chosen from, and these."""
+    seen: list[Any] = []
+
+    def look(engine: Engine, states: Any, *args: Any) -> Any:
+        seen.append((states[0].recorded, griffin.choose(engine, states, *args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(draft, "choose", look)
+    return seen
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4])
+def test_new_experts_are_those_of_all_that_was_accepted(draft_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(monkeypatch)
+    engine, ids = Engine(tiny("llama")), tokens(11)
+    row = begun(engine, ids, verified(("none", "experts"), draft_tokens=draft_tokens))
+    _, z = reference.run(engine.model, "llama", torch.tensor([[*ids, *decoded(engine, row)]]))
+    assert len(seen) >= 2
+    assert row.experts is seen[-1][1]
+    for recorded, experts in seen:
+        length = recorded.columns
+        assert length > len(ids)
+        counts_S1 = torch.tensor([[1.0]] * len(ids) + [[refresh.WEIGHT]] * (length - len(ids))).double()
+        for layer in range(LAYERS):
+            unit_SD = z[layer][:length] / z[layer][:length].norm(dim=-1, keepdim=True)
+            expected_D = (counts_S1 * unit_SD.square()).sum(dim=0).sqrt()
+            assert experts.neurons[layer].tolist() == reference.best(expected_D, 0.5)
+
+
+def test_experts_are_chosen_anew_rarely(half_idle: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refresh, "_FIRST", 8)
+    seen, engine = watched(monkeypatch), Engine(half_idle)
+    decoded(engine, begun(engine, tokens(11), verified(("none", "experts"), draft_tokens=4, **PERFECT)), 41)
+    assert [recorded.columns - 11 for recorded, _ in seen] == [10, 20, 35], "at the ends of rounds of five tokens"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi"])  # untied, tied, with a bias
+def test_its_logits_are_those_of_its_tokens(family: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_vocabulary, "CAPACITY", 90)
+    engine = Engine(tiny(family), compiler=uncompiled if static else None)
+    engine.compact.load(chosen(engine, prefilled(engine, tokens(9), Method()), Method()))
+    ids_1S, view = torch.tensor([tokens(5)]), engine.draft
+    whole_SV = engine.compact(ids_1S, KVCache(1, 8))[0]
+    cases = (([5], [], 1), ([7, 3, 3, 50], [3, 8, 8, 96], 5), ([1, 2], [*range(VOCABULARY)], 90), ([9], [], 1))
+    for begins, joins, count in cases:
+        view.begin(torch.tensor(begins))
+        view.add(torch.tensor(joins, dtype=torch.int64))
+        assert (int(view.count), view.used) == (count, 90 if static else len({*begins}))
+        view.use(int(view.count))
+        assert set(view.tokens_C.tolist()) - {VOCABULARY} <= {*begins, *joins}
+        logits_SC = view(ids_1S, KVCache(1, 8))[0]
+        found = torch.stack([view.spread(view.allowed(one)) for one in logits_SC])
+        have = found.isfinite()
+        assert have.sum(dim=1).tolist() == [count] * 5
+        assert count == 90 or set(have[0].nonzero().flatten().tolist()) == {*begins, *joins}
+        assert difference(found[have], whole_SV[have]) < 1e-5
+    assert torch.equal(engine.compact(ids_1S, KVCache(1, 8))[0], whole_SV)
+
+
+def test_an_output_embedding_that_is_not_linear_is_refused() -> None:
+    model = build("gpt2", n_embd=16, n_inner=32, n_layer=1, n_head=2, n_positions=64, vocab_size=VOCABULARY)
+    model.lm_head = nn.Sequential(model.lm_head)
+    for prune in (lambda: Engine(model).draft, lambda: griffin.prune(model, verification="exact")):
+        with pytest.raises(griffin.UnsupportedModelError, match="expected draft_vocabulary=full"):
+            prune()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [0, 1, 32, 33, 128, 129, 300])
+def test_the_best_tokens_of_every_sampled_position_are_likely(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_vocabulary, "BEST", 32)
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, 1000, bias=False), torch.randn(positions, 8)
+    stride = next(stride for stride in range(1, positions + 2) if len(range(0, positions, stride)) <= 128)
+    best = head(hidden[::stride]).argsort(dim=-1, descending=True)[:, :32]
+    found = find_likely(head, hidden)
+    assert set(found.tolist()) == set(best.flatten().tolist())
+    assert len(found) == len(best) * 32
+    assert sorted(find_likely(nn.Linear(8, 3), torch.randn(1, 8)).tolist()) == [0, 1, 2], "of a small vocabulary all"
+
+
+def test_the_head_may_be_on_another_device() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        head, hidden = nn.Linear(8, 97, device="meta"), torch.randn(5, 8)
+        found = find_likely(head, hidden)
+    assert (found.shape, found.device) == ((5 * draft_vocabulary.BEST,), hidden.device)
+
+
+def likely(engine: Engine, ids: Sequence[int], **options: Any) -> set[int]:
+    found = prefilled(engine, ids, likely_tokens=True, **options).likely
+    assert found is not None
+    return set(found.tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 40])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt_350m", "cohere", "granite", "phi"])
+def test_a_prompt_makes_its_own_tokens_and_the_best_likely(
+    family: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where logits are capped or scaled after the embedding, or hidden states projected before it."""
+    monkeypatch.setattr(draft_vocabulary, "BEST", 1)
+    engine, ids = Engine(tiny(family)), tokens(length)
+    best = engine.model(torch.tensor([ids])).logits[0].argmax(dim=-1).tolist()
+    assert likely(engine, ids) == {*ids, *best}
+    for before in range(1, length, 13):
+        assert likely(engine, ids, prefix=prefilled(engine, ids[:before], likely_tokens=True)) == {*ids, *best}
+    assert prefilled(engine, ids).likely is None, "unless it is asked for"
+    texts = [ids, tokens(41, 1)]
+    states = griffin.prefill(engine, texts, [], prompt_lengths=[length, 3], likely_tokens=True)
+    for state, text in zip(states, (ids, texts[1][:3]), strict=True):
+        assert set(state.likely.tolist()) == likely(engine, text), "padding and what follows make nothing likely"
+
+
+def test_a_token_outside_of_the_vocabulary_costs_a_rejection_only(half_idle: PreTrainedModel) -> None:
+    """The draft is the dense model on part of its vocabulary: what is rejected is what it does not have."""
+    engine, ids = Engine(half_idle), tokens(11)
+    text = decoded(engine, begun(engine, ids, verified(draft_tokens=1, **PERFECT)))
+    for known, accepted in ((set(text), 1), ({1} - {text[1]}, 0)):
+        row = begun(engine, ids, verified(statistic="wanda", draft_tokens=1))
+        row.state = replace(row.state, likely=torch.tensor(sorted(known)))  # instead of the prompt's
+        assert decoded(engine, row, 3) == text[:3]
+        assert (row.drafts.drafted, row.drafts.accepted) == (1, accepted)
+
+
+def test_the_vocabulary_grows_with_the_text_and_is_forgotten_with_it() -> None:
+    engine, sizes = Engine(tiny("llama")), []
+    for _ in range(2):
+        row = begun(engine, tokens(11), verified(draft_tokens=4))
+        before = set(row.state.likely.tolist())
+        decoded(engine, row)
+        found = set(engine.draft.tokens_C.tolist())
+        assert before | set(row.tokens[1:]) <= found
+        assert before < found < set(range(VOCABULARY))
+        sizes.append(len(found))
+    assert sizes[0] == sizes[1]
+
+
+def test_auto_drafts_while_it_is_worth_its_cost_and_learns_from_what_became_of_its_drafts() -> None:
+    length, good, bad, other = (DraftLength("auto", DraftStatistics()) for _ in range(4))
+    assert length.more([], 16, 0.1)
+    assert length.more([0.9], 16, 0.1)
+    assert not length.more([0.9, 0.01], 16, 0.1), "the draft is unsure"
+    assert not length.more([], 16, 1.0), "a draft is as dear as the dense model"
+    assert not length.more([1.0] * 16, 16, 0.001)
+    assert 16 > length.planned(16, 0.1) > length.planned(16, 0.4) >= length.planned(16, 1.0) == 0
+    length.update([0.9, 0.5, 0.8, 0.1], 1)
+    other.update([0.9, 0.5], 1)
+    assert vars(length) == vars(other), "drafts behind a rejected one say nothing"
+    for _ in range(20):
+        good.update([0.9] * 4, 4)
+        bad.update([0.9] * 4, 0)
+    assert good.more([0.9] * 3, 16, 0.3)
+    assert not bad.more([0.9] * 3, 16, 0.3)
+
+
+FOLLOWED = [
+    ([1, 2, 3, 4, 9, 1, 2, 3], 8, [4, 9, 1, 2, 3]),  # to the end of the text
+    ([7, 2, 3, 5, 1, 2, 3, 4, 8, 2, 3], 1, [4]),  # the latest of two
+    ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1, [4]),  # more tokens before fewer
+    *(([3, 4, 4], 8, []), ([1], 8, []), ([1, 2, 3, 4], 8, [])),  # one token is too few
+    *(([5, 5, 5, 5], 2, [5]), ([1, 2, 3, 1, 2], 0, []), ([1, 2, 3, 4, 9, 1, 2, 3], 2, [4, 9])),
+]
+
+
+def test_what_followed_is_looked_up() -> None:
+    assert [look_up(text, most) for text, most, _ in FOLLOWED] == [expected for _, _, expected in FOLLOWED]
+
+
+def test_lookups_pause_while_they_bring_less_than_the_experts_and_read_nothing() -> None:
+    drafts = DraftStatistics(checks=10, drafted=30, accepted=30, emitted=40)
+    length = DraftLength("auto", drafts)
+    assert length.lookup_pays(0.3)  # tried first
+    for _ in range(5):
+        length.update_lookup(0)
+    assert not length.lookup_pays(0.3)
+    drafts.emitted = 11  # now the experts bring next to nothing
+    assert length.lookup_pays(0.3)
+    engine, ids = Engine(tiny("llama")), tokens(6) * 3
+    row = begun(engine, ids, verified(prompt_lookup=True, draft_tokens=4))
+    row.tokens.append(ids[0])  # as if the dense model repeated its prompt
+    model = draft.DraftModel(engine, row)
+    for draw in (None, lambda row, p_N: torch.multinomial(p_N, 1)):
+        found = model.draft(DraftLength(4, row.drafts), KVCache(1, 40), Generation(LIMIT, draw=draw))
+        assert (torch.cat(found.tokens).tolist(), found.probabilities) == (ids[1:5], [])
+        assert [int(one.argmax()) for one in found.distributions] == ([] if draw is None else ids[1:5])
+    assert row.drafts.draft_bytes == 0

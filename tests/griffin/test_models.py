@@ -1,0 +1,199 @@
+"""Finding the FF blocks; models beyond the layout table are pruned right or refused by name, never half pruned."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from engines import begun, generated
+from families import FAMILIES, LAYERS, VOCABULARY, WIDTHS, build, fresh, tiny
+from running import TOKENS, difference, generate, hooks, new_tokens, prompt, step_logits, text, tokens
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.finegrained_fp8 import FP8Linear
+
+import griffin
+from griffin import Engine, Method, UnsupportedModelError, find_feedforward_blocks
+
+IDS = prompt(11)
+SMALL: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": None},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_one_block_with_the_projections_of_its_layer(family: str) -> None:
+    model, paths = tiny(family), reference.PATHS[family]
+    blocks = find_feedforward_blocks(model)
+    assert [block.name for block in blocks] == [reference.module_name(family, layer) for layer in range(LAYERS)]
+    for layer, block in enumerate(blocks):
+        module = model.get_submodule(block.name)
+        assert block.output is reference.output_projection(model, family, layer)
+        assert block.inputs == tuple(getattr(module, name) for name in paths.inputs)
+        assert (block.width, block.parts) == (WIDTHS[family], 2 if paths.fused else 1)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "layer"),
+    [
+        *(("mixtral", {"num_local_experts": 4}, 0), ("gpt_oss", {"num_local_experts": 4}, 0), ("qwen3_moe", MOE, 0)),
+        ("qwen3_moe", MOE | {"mlp_only_layers": [0, 1]}, 2),  # behind dense layers
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(model_type: str, options: dict[str, Any], layer: int) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"'model\.layers\.{layer}\.mlp'.* mixture of experts"):
+        find_feedforward_blocks(build(model_type, **(SMALL | options)))
+
+
+def linear(weight: torch.Tensor, kind: type[nn.Module] = nn.Linear) -> nn.Module:
+    """A projection with another weight."""
+    module: nn.Module = kind(32, 80) if kind is nn.Linear else kind()
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+UNPLAIN: dict[str, Callable[[], nn.Module]] = {
+    "unknown": lambda: linear(torch.zeros(80, 32), nn.Module),
+    "weightless": nn.Identity,
+    "meta": lambda: nn.Linear(32, 80, device="meta"),
+    "int8": lambda: linear(torch.zeros(80, 32, dtype=torch.int8)),
+    "fp8": lambda: FP8Linear(32, 80),  # counts as floating point, but means nothing without the scale beside it
+    "reparametrised": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 80)),  # computed, not stored
+    "another width' has 79": lambda: nn.Linear(32, 79),
+}
+
+
+@pytest.mark.parametrize("kind", UNPLAIN)
+def test_an_unplain_projection_is_refused_by_name(kind: str) -> None:
+    model = fresh("llama")
+    model.model.layers[1].mlp.up_proj = UNPLAIN[kind]()
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
+        find_feedforward_blocks(model)
+    model = fresh("opt")
+    model.model.decoder.layers[2].fc2 = nn.Linear(80, 32, device="meta")
+    with pytest.raises(UnsupportedModelError, match=r"'model\.decoder\.layers\.2\.fc2'"):
+        find_feedforward_blocks(model)
+
+
+def test_an_unknown_layout_two_blocks_and_no_language_model_are_refused_by_name() -> None:
+    model = fresh("llama")
+    del model.model.layers[1].mlp.gate_proj
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1'.*gate_proj \+ up_proj -> down_proj"):
+        find_feedforward_blocks(model)
+    model = fresh("llama")
+    model.model.layers[1].second = copy.deepcopy(model.model.layers[1].mlp)
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.mlp', 'model\.layers\.1\.second'"):
+        find_feedforward_blocks(model)
+    with pytest.raises(ValueError, match="Sequential is not a transformers language model"):
+        find_feedforward_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+_MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_GEMMA = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_SHARING = _GEMMA | {
+    **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8},
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+# Gemma 3n drops gate values below a quantile that it estimates from all neurons of the token.
+_QUANTILE = _GEMMA | {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"activation_sparsity_pattern": [0.5] * LAYERS, "num_kv_shared_layers": 0, "laurel_rank": 4},
+}
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "a norm between the neurons and the output projection": ("bitnet", SMALL),
+    "an activation that depends on all neurons": ("gemma3n_text", SMALL | _QUANTILE),
+    "an output projection that the model goes around": (
+        "bloom",
+        {"n_layer": LAYERS, "n_head": 4, "hidden_size": 32, "pretraining_tp": 2, "slow_but_exact": True},
+    ),
+}
+RECURRENT = {
+    "falcon_h1": _MAMBA | {"mamba_chunk_size": 8},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR | {"num_experts": 0, "mlp_only_layers": [0, 1, 2]},
+}
+SHARING = {
+    "gemma3n_text": _SHARING | {"activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 4},
+    "gemma4_text": _SHARING | {"global_head_dim": 8, "num_global_key_value_heads": 2, "use_double_wide_mlp": False},
+}
+
+
+def in_both_modes(model: PreTrainedModel) -> list[torch.Tensor]:
+    found = []
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode):
+            found.append(step_logits(generate(model, IDS)))
+    assert difference(*found) < 1e-5
+    return found
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_the_modes_agree_or_the_model_is_refused(name: str) -> None:
+    model_type, options = UNUSUAL[name]
+    with contextlib.suppress(UnsupportedModelError):
+        in_both_modes(build(model_type, **({"vocab_size": VOCABULARY, "pad_token_id": 0} | options)))
+
+
+def test_a_model_without_a_kv_cache_is_refused_and_one_without_generate_left_alone() -> None:
+    # Each of its forward calls is the whole sequence, so each would count as a prompt and nothing would be pruned.
+    model = build("openai-gpt", vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, pad_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="no KV cache"):
+        griffin.prune(model)
+    decoder = fresh("llama").model
+    with torch.no_grad(), griffin.prune(decoder):
+        cache = decoder(IDS).past_key_values
+        pruned = decoder(IDS[:, :3], past_key_values=cache).last_hidden_state
+        assert "generate" not in vars(decoder)
+    assert hooks(decoder) == 0
+    with torch.no_grad():
+        dense = decoder(IDS[:, :3], past_key_values=decoder(IDS).past_key_values).last_hidden_state
+    assert difference(pruned, dense) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_recurrent_states_are_pruned_but_never_rolled_back(model_type: str) -> None:
+    model = build(model_type, **(SMALL | RECURRENT[model_type]))
+    dense, (found, _) = step_logits(generate(model, IDS)), in_both_modes(model)
+    assert torch.equal(found[0], dense[0])
+    assert difference(found[1], dense[1]) > 1e-3
+    message = rf"layer 0 of {type(model).__name__} caches a state \(\w+\) that cannot be cropped"
+    for refused in (lambda: griffin.prune(model, refresh="experts"), lambda: griffin.prefill(Engine(model), [[5]], [])):
+        with pytest.raises(UnsupportedModelError, match=message):
+            refused()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("model_type", SHARING)
+def test_layers_that_share_keys_and_values(model_type: str, sparsity: float) -> None:
+    """All of a prompt is scored, though `generate` asks for its last logits only."""
+    model, method = build(model_type, **(SMALL | SHARING[model_type])), Method(sparsity=sparsity, compensation="ridge")
+    dense = text(model, IDS)
+    with griffin.prune(model, method) as pruner:
+        expected = generate(model, IDS)
+        if sparsity:
+            scores = pruner.scores
+            model(IDS)
+            assert all(difference(*layer) < 1e-5 for layer in zip(scores, pruner.scores, strict=True))
+    assert sparsity or torch.equal(expected.sequences, dense)
+    engine = Engine(model)
+    ((found, _),) = generated(engine, [begun(engine, tokens(11), method)], TOKENS).values()
+    assert [found] == new_tokens(expected, IDS)
+    with griffin.prune(model, method, refresh="experts"):  # the first refresh would come later
+        assert torch.equal(text(model, IDS), expected.sequences)
+    if sparsity:
+        with griffin.prune(model, method, verification="exact"):
+            assert torch.equal(text(model, IDS), dense)

@@ -1,0 +1,230 @@
+"""`model.generate` on our own decoding loop, which refresh and verification need, obeys as transformers' own does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, fresh, tiny
+from running import as_lists, generate, hooks, pad, prompt, same, text
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, TextStreamer, pipeline
+
+import griffin
+
+IDS = prompt(11)
+ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2)]
+VERIFIED: dict[str, Any] = {"verification": "exact"}
+LOOPS: dict[str, dict[str, Any]] = {
+    "refreshed": {"mode": "masked", "refresh": "experts"},
+    "verified": {**VERIFIED, "draft_tokens": 4, "sparsity": 0.05},
+    "verified, full vocabulary": {**VERIFIED, "draft_vocabulary": "full"},
+    "verified, learning": {**VERIFIED, "compensation": "ridge", "refresh": "compensation"},
+    "verified, refreshed": {**VERIFIED, "refresh": "experts"},
+}
+each_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+
+
+class Counting:
+    """Ends texts at a length, and counts how often it was asked."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.asked = length, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.asked += len(input_ids)
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def only_even(ids_BS: Tensor, scores_BV: Tensor) -> Tensor:
+    """A logits processor of one's own."""
+    scores_BV[:, 1::2] = -torch.inf
+    return scores_BV
+
+
+def by_row(row: int, ids_S: Tensor) -> list[int]:
+    """The tokens that each row of a batch may go on with; the second one ends first."""
+    if row == 1 and len(ids_S) >= 14:
+        return [3]
+    return list(range(10 + 20 * row, 30 + 20 * row))
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a penalty": {"repetition_penalty": 3.0},
+    "no repetition": {"no_repeat_ngram_size": 1},
+    "a processor": {"logits_processor": [only_even]},
+    "tokens by row": {"prefix_allowed_tokens_fn": by_row, "eos_token_id": 3},
+    "one token": {"max_new_tokens": 1},
+    "a total length": {"max_new_tokens": None, "max_length": 16},
+    "a config": {"max_new_tokens": None, "generation_config": GenerationConfig(max_new_tokens=5, top_k=3)},
+    "a static cache": {"cache_implementation": "static"},
+    "the end token of one row": {"eos_token_id": -1},
+    "an end token that comes too soon": {"eos_token_id": -1, "min_new_tokens": 5},
+    "a stopping criterion": {"stopping_criteria": [Counting(14)]},
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@each_loop
+def test_texts_are_those_of_transformers_own_loop(
+    loop: dict[str, Any], rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the dense model where they are verified; of the pruned one where a refresh never comes."""
+    monkeypatch.setattr(griffin.refresh, "_FIRST", 8 if "verification" in loop else 99)
+    model, batch, plain = tiny("llama"), pad(ROWS), griffin.prune(tiny("llama"), mode="masked")
+    plain = griffin.prune(model, 0.0, mode="masked") if "verification" in loop else plain
+    rule = {"max_new_tokens": 12} | rule
+    with plain:
+        if rule.get("eos_token_id") == -1:  # what the second row says third
+            rule |= {"eos_token_id": int(text(model, *batch)[1, 13])}
+        expected = text(model, *batch, **rule)
+    with griffin.prune(model, **loop) as pruner:
+        assert torch.equal(text(model, *batch, **rule), expected)
+        together = [as_lists(pruner.experts, row) for row in range(3)]
+        drafts = list(pruner.drafts)
+        for row, ids in enumerate(ROWS):
+            text(model, ids)
+            assert as_lists(pruner.experts) == together[row] or loop.get("refresh") == "experts"
+    for row, one in enumerate(drafts):
+        length = int((expected[row, 11:] != 0).sum())
+        assert (one.emitted, one.checks <= one.emitted) == (length - 1, True)
+
+
+class Listener(TextStreamer):
+    """What a streamer is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.heard.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@each_loop
+def test_a_criterion_is_asked_and_a_streamer_hears_once_a_token(loop: dict[str, Any]) -> None:
+    model, listener = tiny("llama"), Listener()
+    for most in (1, 4, 7):
+        rule = Counting(11 + most)
+        with griffin.prune(model, **loop):
+            assert text(model, IDS, stopping_criteria=[rule], max_new_tokens=12).shape[1] == 11 + most
+        assert rule.asked == most
+    with griffin.prune(model, **loop):
+        sequences = text(model, IDS, max_new_tokens=12, streamer=listener)
+        with pytest.raises(ValueError, match="a streamer and 3 prompts: expected one prompt"):
+            text(model, *pad(ROWS), streamer=listener)
+    assert listener.heard[:13] == [IDS[0].tolist(), *([token] for token in sequences[0, 11:].tolist())]
+    assert listener.ended == 1
+
+
+def test_the_seed_decides_what_is_sampled_and_dense_words_only_are() -> None:
+    model, found = tiny("llama"), []
+    with griffin.prune(model, **VERIFIED, draft_tokens=3):
+        for seed in (0, 0, 1, 2):
+            torch.manual_seed(seed)
+            found.append(text(model, IDS, do_sample=True, top_k=2, temperature=0.8, max_new_tokens=12))
+    assert torch.equal(found[0], found[1])
+    assert len({tuple(one[0].tolist()) for one in found}) > 1
+    for one in found:
+        best_T2 = model(one).logits[0, 10:-1].topk(2).indices
+        assert bool((best_T2 == one[0, 11:].unsqueeze(1)).any(dim=1).all())
+
+
+def test_the_pipeline_a_streamer_and_stop_strings_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    # "abcdef" is a word that stop strings are taken apart with.
+    vocabulary = {"abcdef" if number == 2 else f"w{number}": number for number in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="abcdef"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}w5 {{ message['content'] }} {% endfor %}w6"
+    names = {"unk_token": "abcdef", "eos_token": "w1", "pad_token": "w0", "chat_template": template}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    model, said = fresh("llama"), "w10 w11 w12 w13 w14"
+    talk = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "max_length": None, "do_sample": False}
+    prompts = [said, [{"role": "user", "content": said}]]
+    dense = [talk(one, **options) for one in prompts]
+    ids = tokenizer(said, return_tensors="pt").input_ids
+    word = tokenizer.decode(text(model, ids, max_new_tokens=12)[0, ids.shape[1] + 4])
+    stop = {"stop_strings": [word], "tokenizer": tokenizer}
+    stopped = text(model, ids, max_new_tokens=12, **stop)
+    assert stopped.shape[1] < ids.shape[1] + 12
+    with griffin.prune(model, **VERIFIED) as pruner:
+        assert [talk(one, **options) for one in prompts] == dense
+        assert pruner.drafts[0].checks
+        assert torch.equal(text(model, ids, max_new_tokens=12, **stop), stopped)
+        found = text(model, ids, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.split() == tokenizer.decode(found[0]).split()
+
+
+DICT = {"return_dict_in_generate": True}
+REFUSED: list[dict[str, Any]] = [
+    *({name: 2, "do_sample": name != "num_beams"} for name in ("num_beams", "num_return_sequences")),
+    *({name: True, **DICT} for name in ("output_attentions", "output_hidden_states")),
+    *({name: torch.ones_like(IDS)} for name in ("token_type_ids", "position_ids", "labels")),
+    {"inputs_embeds": torch.zeros(1, 11, 32)},
+]
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
+@each_loop
+def test_what_our_loop_cannot_honour_is_refused_by_name(loop: dict[str, Any], options: dict[str, Any]) -> None:
+    with griffin.prune(tiny("llama"), **loop), pytest.raises(ValueError, match=next(iter(options))):
+        text(tiny("llama"), IDS, **options)
+    for name in ("output_scores", "output_logits") if "verification" in loop else ():
+        with griffin.prune(tiny("llama"), **loop), pytest.raises(ValueError, match=f"{name}=True"):
+            text(tiny("llama"), IDS, **DICT, **{name: True})
+
+
+@torch.no_grad()
+@each_loop
+def test_forward_calls_by_hand_are_prompts_only(loop: dict[str, Any]) -> None:
+    model = tiny("llama")
+    dense = model(IDS).logits
+    reason = "verification" if "verification" in loop else "refresh"
+    with griffin.prune(model, **loop):
+        output = model(IDS)
+        assert same([output.logits], [dense])
+        with pytest.raises(ValueError, match=rf"{reason}='\w+' works within model\.generate"):
+            model(prompt(1), past_key_values=output.past_key_values)
+    assert hooks(model) == 0
+
+
+def turns(model: Any, batch: list[Tensor], new_only: bool, **cache: Any) -> list[Tensor]:
+    """What two turns say, and a third one."""
+    (ids_BS, mask_BS), found, options = pad(batch), [], {"max_new_tokens": 9, "output_logits": False}
+    for turn in range(3):
+        output = generate(model, ids_BS, mask_BS, **options, **cache)
+        found.append(output.sequences[:, ids_BS.shape[1] :])
+        cache = {"past_key_values": output.past_key_values}
+        more_BS = torch.cat([prompt(4, 20 + turn + row) for row in range(len(batch))])
+        ids_BS = torch.cat([output.sequences[:, -1:] if new_only else output.sequences, more_BS], dim=1)
+        columns = 4 + mask_BS.shape[1] + found[-1].shape[1]
+        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(batch), columns - mask_BS.shape[1])], dim=1)
+    return found
+
+
+@pytest.mark.parametrize("new_only", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("loop", ["verified, full vocabulary", "verified, learning", "verified, refreshed"])
+def test_a_verified_conversation_is_the_dense_one(
+    family: str, static: bool, rows: int, new_only: bool, loop: str
+) -> None:
+    """A left-padded one too; the last token of a turn has not run, and is read with the next turn."""
+    model = tiny(family)
+
+    def talk() -> list[Tensor]:
+        cache = {"past_key_values": StaticCache(model.config, max_cache_len=64)} if static else {}
+        return turns(model, ROWS[:rows], new_only, **cache)
+
+    expected = talk()
+    with griffin.prune(model, **LOOPS[loop]) as pruner:
+        assert same(talk(), expected)
+        assert len(pruner.stats) == rows
