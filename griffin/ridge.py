@@ -149,8 +149,10 @@ class RidgeFit:
         gain_LNN = kept_LNK @ through_LNK.mT
         gain_LNN.diagonal(dim1=1, dim2=2).add_(1.0)
         factor_LNN, _ = torch.linalg.cholesky_ex(gain_LNN)
-        basis_LNK = torch.linalg.solve_triangular(factor_LNN, through_LNK, upper=False)
-        weights_LNH = torch.linalg.solve_triangular(factor_LNN, error_LNH, upper=False)
+        eye_NN = torch.eye(gain_LNN.shape[1], device=gain_LNN.device)
+        # An inverse and products take less time than solving for K and H right sides.
+        inverse_LNN = torch.linalg.solve_triangular(factor_LNN, eye_NN.expand_as(factor_LNN), upper=False)
+        basis_LNK, weights_LNH = inverse_LNN @ through_LNK, inverse_LNN @ error_LNH
         finite_L11 = (basis_LNK.isfinite().all((1, 2)) & weights_LNH.isfinite().all((1, 2))).view(-1, 1, 1)
         basis_LNK, weights_LNH = torch.where(finite_L11, basis_LNK, 0.0), torch.where(finite_L11, weights_LNH, 0.0)
         learned = copy.copy(self)
