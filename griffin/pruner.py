@@ -59,8 +59,7 @@ class Pruner:
         offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
             and their compaction; for `compact` only, and to the bit the same.
         compiled: decode by compiled steps (CUDA graphs on a GPU), in greedy and sampled decoding; `auto`: on CUDA.
-        experts: use these for every prompt instead of the prompt's own, as `chosen` or `Experts.load` gives them. They
-            learn nothing.
+        experts: for every prompt instead of its own, as `chosen` or `Experts.load` gives them. They learn nothing.
         options: fields of `griffin.Method` that are to be others than `method` has.
 
     Attributes:
@@ -76,9 +75,8 @@ class Pruner:
         UnsupportedModelError: the model has an FF block that cannot be pruned; or, where our own loop decodes, a KV
             cache that cannot be cropped, or no output embedding that a draft could prune.
 
-    Source:
-        Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
-        arXiv 2404.01365.
+    Source: Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
+    arXiv 2404.01365.
     """
 
     def __init__(
