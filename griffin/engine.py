@@ -40,7 +40,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model has an FF block that cannot be pruned.
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or `offload_dense` without `pruning`.
     """
 
     def __init__(
