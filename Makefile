@@ -34,6 +34,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pipelines.docs_tables --check
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ from analysis.flocking_figures import flocking
 from analysis.frame import QUALITY, frame, select
 from analysis.paired import differences, pairs
 from analysis.runs import Record, Runs
-from analysis.samples import Answers, answers
+from analysis.samples import Answers, answers, read_scores
 from analysis.sources import read_runs
 from analysis.tables import Table, tables
 from pipelines.errors import UserError
@@ -126,8 +126,9 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     runs = _filtered(read_runs(source), only or {})
     table = frame(runs.records)
     styles = Styles(table["family"])
-    to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))
-    compared = [critical_sparsity.critical_sparsities(to_dense, table), differences(to_dense, to_griffin)]
+    scores = read_scores(runs, table)
+    to_dense, to_griffin = (pairs(scores, table, against) for against in ("dense", "griffin"))
+    compared = [critical_sparsity.critical_sparsities(to_dense), differences(to_dense, to_griffin)]
     labels = {row.run_id: (row.model, row.task) for row in table.itertuples()}
     made = {one.name: one for one in [*tables(table), *compared] if one.rows}
     figures = numbered(
@@ -135,7 +136,7 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
             quality_figures.against_sparsity(table, styles),
             quality_figures.against_speed(table, styles),
             quality_figures.by_length(table, styles),
-            critical_sparsity.against_bytes(to_dense, table, styles),
+            critical_sparsity.against_bytes(to_dense, styles),
             quality_figures.predicted_speed(table, styles),
             latency_figures.bars(table, styles),
             flocking(runs, labels),
@@ -151,4 +152,5 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     sections = [
         Section(title, groups, [made[name] for name in names if name in made]) for title, groups, names in parts
     ]
-    return Report(source, runs, table, critical_sparsity.sentences(to_dense, table), sections, answers(runs, table))
+    summary = critical_sparsity.sentences(to_dense, table)
+    return Report(source, runs, table, summary, sections, answers(runs, table, scores))

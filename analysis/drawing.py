@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 # These families have the same colour in every report. Every other family gets the next free colour, by name.
 _KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin+ridge", "impact+ridge", "griffin+mean")
 _COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # number 7 is a grey, like dense
+MOST_SHOWN = 12  # figures of a kind, and tasks with examples, in a report: nobody looks at hundreds
 _INSIDE = 6  # a legend with more entries is placed below the axes
 
 
@@ -67,11 +69,11 @@ class Styles:
     """Colour and marker of every method, the same in all figures of a report.
 
     Args:
-        families: the methods without their sparsities; repeated ones count once.
+        families: the methods without their sparsities; repeated ones count once. Dense is neutral, as is all else.
     """
 
     def __init__(self, families: Iterable[str]) -> None:
-        present = {*families} - {"dense"}
+        present = {family for family in families if family.partition(" [")[0] != "dense"}
         self._place = {family: place for place, family in enumerate(_KNOWN) if family in present}
         others = sorted(present - {*_KNOWN})
         places = (*range(len(_COLOURS)), *range(len(_COLOURS), len(_COLOURS) + len(others)))
@@ -80,11 +82,16 @@ class Styles:
 
     def colour(self, family: str) -> str:
         """A hexadecimal code. With more methods than colours, some methods differ only in their markers."""
-        return NEUTRAL if family == "dense" else _COLOURS[self._place[family] % len(_COLOURS)]
+        return NEUTRAL if family not in self._place else _COLOURS[self._place[family] % len(_COLOURS)]
 
     def marker(self, family: str) -> str:
         """A marker in matplotlib's notation."""
-        return "*" if family == "dense" else MARKERS[self._place[family] % len(MARKERS)]
+        return "*" if family not in self._place else MARKERS[self._place[family] % len(MARKERS)]
+
+    def points(self, family: str) -> dict[str, Any]:
+        """How matplotlib's `errorbar` draws the points of a method."""
+        looks = {"color": self.colour(family), "marker": self.marker(family), "label": family}
+        return looks | {"capsize": 2, "elinewidth": 1}
 
 
 def add_legend(figure: Figure, axis: Axes, *, inside: bool = True) -> None:
@@ -103,7 +110,8 @@ def file_name(*words: str) -> str:
 
 
 def numbered(groups: Sequence[Group]) -> list[Group]:
-    """The same groups, where drawings of the same name are numbered."""
+    """The same groups, where drawings of the same name are numbered, each with its first `MOST_SHOWN` drawings; its
+    note says how many more there would be."""
     seen: Counter[str] = Counter()
 
     def named(drawing: Drawing) -> Drawing:
@@ -111,4 +119,10 @@ def numbered(groups: Sequence[Group]) -> list[Group]:
         number = seen[drawing.name]
         return drawing if number == 1 else replace(drawing, name=f"{drawing.name}_{number}")
 
-    return [replace(group, drawings=[named(drawing) for drawing in group.drawings]) for group in groups]
+    shown = []
+    for group in groups:
+        more = len(group.drawings) - MOST_SHOWN
+        words = f" {more} more are not drawn: choose with model=, task= or method=." if more > 0 else ""
+        drawings = [named(drawing) for drawing in group.drawings[:MOST_SHOWN]]
+        shown.append(replace(group, drawings=drawings, note=group.note + words))
+    return shown

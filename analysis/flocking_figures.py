@@ -98,7 +98,7 @@ def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
 def _samples(folder: Path | None) -> list[Sample]:
     """The samples that have arrays, sorted by index."""
     found = []
-    for _, sample in sorted(read_samples(folder).items()):
+    for sample in sorted(read_samples(folder), key=lambda sample: int(sample["index"])):
         arrays = read_arrays(folder / sample["arrays"]) if folder and "arrays" in sample else None
         if arrays is not None:
             found.append(sample | {"arrays": arrays})

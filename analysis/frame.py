@@ -8,28 +8,31 @@
 | `method` | the method in words: `dense`, `griffin 50%` |
 | `family` | the method without its sparsity: `griffin`; it has one colour in all figures |
 | `statistic`, `selection`, `compensation`, `budget`, `refresh`, `verification`, `draft_tokens`, `draft_vocabulary`, `prompt_lookup`, `verification_threshold` | the settings of the method; empty for dense |
+| `role` | `dense`; `assisted`: dense decoding that something drafted for; or `pruned` |
 | `sparsity` | share of FF neurons dropped; NaN if every layer has its own |
 | `metric` | its name in the record, without a suffix for lengths |
 | `prompt_length`, `generation_length` | in tokens, for metrics with a suffix `_pP_gG` and for tasks with one pair of lengths; else NaN |
-| `value`, `stderr` | the numbers of the record; `stderr` is NaN if there is none |
+| `value`, `stderr` | the numbers of the record; `stderr` is NaN if there is none, or if it came out so |
+| `scored` | whether the record has a standard error for the metric |
 | `samples` | number of samples that the value is computed from |
 | `seconds` | duration of the whole run |
-| `dtype`, `protocol`, `decoding`, `limit`, `offset`, `seed`, `batch_size`, `mode`, `device` | from the record; NaN or None if the run has no such setting |
+| `dtype`, `protocol`, `decoding`, `limit`, `offset`, `seed`, `batch_size`, `compile`, `cpu_onednn`, `mode`, `device` | from the record; NaN or None if the run has no such setting |
 | `griffin-pruning`, `torch`, `transformers`, `lm-eval` | versions |
 | `command` | the command that started the run |
 
-Rows may be compared, or one divided by the other, only within one `model` and one `task`.
+Rows may be compared, or one divided by the other, only within one `model` and one `task`. Among these, `batch_size`,
+`compile` and `cpu_onednn` may differ, which change rounding only; `analysis.frame.apart` says where they do.
 """  # noqa: E501 (a table)
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from analysis.labels import Labels, labels
+from analysis.labels import ROUNDING, Labels, labels, rounding
 from analysis.metrics import metric, order
 
 # The kinds of task that measure quality, and their titles.
@@ -59,9 +62,9 @@ _METHOD = (
 )
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 COLUMNS = (
-    *("run_id", "model", "kind", "task", "method", "family", *_METHOD),
-    *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
-    *("dtype", "protocol", "decoding", "limit", "offset", "seed", "batch_size", "mode", "device"),
+    *("run_id", "model", "kind", "task", "method", "family", "role", *_METHOD),
+    *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "scored", "samples", "seconds"),
+    *("dtype", "protocol", "decoding", "limit", "offset", "seed", *ROUNDING, "mode", "device"),
     *(*_VERSIONS, "command"),
 )
 _NUMBERS = (
@@ -80,7 +83,7 @@ def frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     keys = pd.DataFrame(
         {
             "place": [f"{row.model}\0{row.kind}\0{row.task}" for row in table.itertuples()],
-            "dense": table["family"] != "dense",
+            "pruned": table["role"].map(("dense", "assisted", "pruned").index),
             "family": table["family"],
             "sparsity": table["sparsity"],
             "run_id": table["run_id"],
@@ -98,16 +101,54 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return table
 
 
-def headlines(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """Per model and task that measures quality, the rows of the task's first metric; `better` and `label` are its."""
-    table = table[table["kind"].isin(QUALITY) & table["stderr"].notna() & table["prompt_length"].isna()]
-    found = []
-    for (model, task), mine in table.groupby(["model", "task"], sort=True):
-        first = min(mine["metric"], key=order)
-        shown = metric(first)
-        mine = mine[mine["metric"] == first].assign(better=shown.better, label=shown.label)
-        found.append(((str(model), str(task)), mine))
-    return found
+def headlines(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first metric of every task that measures quality; `better` and `label` are its."""
+    table = table[table["kind"].isin(QUALITY) & table["scored"].astype(bool) & table["prompt_length"].isna()]
+    first = {
+        (row.model, row.task): row.metric for row in sorted(table.itertuples(), key=lambda row: order(row.metric))[::-1]
+    }
+    names = [first[place] for place in zip(table["model"], table["task"], strict=True)]
+    shown = [metric(name) for name in names]
+    table = table.assign(better=[one.better for one in shown], label=[one.label for one in shown])
+    return table[table["metric"] == names]
+
+
+def by_task(rows: pd.DataFrame) -> dict[tuple[str, str], list[Any]]:
+    """The rows of every model and task."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    for row in rows.itertuples():
+        found.setdefault((row.model, row.task), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def nearest(row: Any, others: Iterable[Any]) -> Any:
+    """Of runs that a row may be compared with, the one that shares most of the settings that change rounding, the first
+    of several; None without any."""
+    return max(others, key=lambda other: sum(_same(row, other, name) for name in ROUNDING), default=None)
+
+
+def apart(row: Any, other: Any) -> str:
+    """Where two runs that are compared differ in what changes rounding: ` [batch_size=1, of dense 8]`; else empty."""
+    if row is None or other is None:
+        return ""
+    words = (
+        f"{name}={getattr(row, name):g}, of {other.family.split(' [')[0]} {getattr(other, name):g}"
+        for name in ROUNDING
+        if not _same(row, other, name)
+    )
+    text = "; ".join(words)
+    return f" [{text}]" if text else ""
+
+
+def _same(row: Any, other: Any, name: str) -> bool:
+    mine, theirs = getattr(row, name), getattr(other, name)
+    return bool(pd.isna(mine) or pd.isna(theirs) or mine == theirs)
+
+
+def _role(method: dict[str, Any]) -> str:
+    if method["sparsity"] != 0:
+        return "pruned"
+    return "assisted" if method.get("assistance", "none") != "none" else "dense"
 
 
 def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
@@ -123,6 +164,7 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         "task": names.task,
         "method": names.method,
         "family": names.family,
+        "role": _role(method),
         **{name: method.get(name, "") for name in _METHOD},
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
@@ -131,13 +173,16 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         "protocol": evaluation.get("task.protocol"),
         "decoding": evaluation.get("task.decoding"),
         **{name: evaluation.get(name) for name in ("limit", "offset", "seed", "device")},
+        **rounding(record),
         "batch_size": None if batch_size == "auto" else batch_size,
         "mode": method.get("mode"),
         "command": environment.get("command"),
         **{name: environment.get(name) for name in _VERSIONS},
     }
     return [
-        shared | _lengths(name, config["task"]) | {"value": value, "stderr": metrics.get(f"{name}_stderr")}
+        shared
+        | _lengths(name, config["task"])
+        | {"value": value, "stderr": metrics.get(f"{name}_stderr"), "scored": f"{name}_stderr" in metrics}
         for name, value in metrics.items()
         if name not in _COUNTS and not name.endswith("_stderr")
     ]

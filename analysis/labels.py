@@ -1,7 +1,8 @@
 """Names for the model, the task and the method of each run.
 
-Two runs may be compared if their `evaluation` entries are equal. So runs of one model or task whose entries differ get
-different names, which say where they differ: `xsum [limit=12]` and `xsum [limit=1000]`.
+Two runs may be compared if their `evaluation` entries are equal, but for what only changes how numbers are rounded. So
+runs of one model or task whose entries differ get different names, which say where they differ: `xsum [limit=12]` and
+`xsum [limit=1000]`. Times differ by these settings too, so for latency nothing is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 Flat = dict[str, Any]
 
 _DIGEST = "sha256:"
+
+# Settings of an evaluation that change rounding and speed, and nothing else.
+ROUNDING = ("batch_size", "compile", "cpu_onednn")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
         [record["config"]["task"]["name"] for record in records],
         [{key: value for key, value in one.items() if not key.startswith("model.")} for one in settings],
     )
-    methods = [record["method"] for record in records]
+    methods = [record["method"] | rounding(record) for record in records]
     # Settings that a method's label does not tell, as the mode, are told only where two runs would share a cell.
     cells = list(zip(models, tasks, [method["label"] for method in methods], strict=True))
     told = differences(cells, methods)
@@ -62,9 +66,20 @@ def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
     return found
 
 
+def rounding(record: dict[str, Any]) -> Flat:
+    """The run's settings that change only how numbers are rounded; none of latency, where times are the result."""
+    if record["config"]["task"]["kind"] == "latency":
+        return {}
+    return {key: record["evaluation"].get(key, record["config"].get(key)) or False for key in ROUNDING}
+
+
 def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
-    """The evaluation entries, where files go by their names; those of one name have a part of their digests, too."""
-    settings = [dict(record["evaluation"]) for record in records]
+    """The evaluation entries without `rounding`, where files go by their names; those of one name have a part of their
+    digests, too."""
+    settings = []
+    for record in records:
+        apart = rounding(record)
+        settings.append({key: value for key, value in record["evaluation"].items() if key not in apart})
     names: dict[str, str] = {}
     for record, one in zip(records, settings, strict=True):
         for key, value in one.items():
@@ -94,16 +109,21 @@ def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str
     Returns:
         One text per name, empty where equal names have equal settings.
     """
-    of_name: dict[Hashable, list[Flat]] = defaultdict(list)
-    for name, one in zip(names, settings, strict=True):
-        if one not in of_name[name]:
-            of_name[name].append(one)
-    told = []
-    for name, one in zip(names, settings, strict=True):
-        keys = sorted({key for other in of_name[name] for key in other}, key=_short)
-        differing = [key for key in keys if len({_text(other.get(key)) for other in of_name[name]}) > 1]
-        told.append(", ".join(f"{_short(key)}={_text(one.get(key))}" for key in differing))
-    return told
+    texts = [{key: _text(value) for key, value in entry.items()} for entry in settings]
+    keys: dict[Hashable, set[str]] = defaultdict(set)
+    for name, entry in zip(names, texts, strict=True):
+        keys[name] |= entry.keys()
+    values: dict[Hashable, dict[str, set[str]]] = {name: {key: set() for key in keys[name]} for name in keys}
+    for name, entry in zip(names, texts, strict=True):
+        for key, seen in values[name].items():
+            seen.add(entry.get(key, _text(None)))
+    differing = {
+        name: sorted((key for key, seen in mine.items() if len(seen) > 1), key=_short) for name, mine in values.items()
+    }
+    return [
+        ", ".join(f"{_short(key)}={entry.get(key, _text(None))}" for key in differing[name])
+        for name, entry in zip(names, texts, strict=True)
+    ]
 
 
 def _suffixed(names: Sequence[str], settings: Sequence[Flat]) -> list[str]:

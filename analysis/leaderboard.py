@@ -1,28 +1,28 @@
-"""`python -m analysis.leaderboard runs=outputs out=docs/leaderboard.md`: methods ranked per task at equal bytes.
+"""`python -m analysis.leaderboard runs=outputs out=docs/leaderboard.md`: methods ranked per task.
 
-A page in Markdown, from run folders alone. At each budget of bytes a method is represented by its best run that reads
-no more of the weights per token; methods are ranked by what they score beside the dense model on the same samples.
+A page in Markdown, from run folders alone. Every run has its row, so that none is chosen by the rows it is judged on;
+runs of a model and task are ranked by what they score beside the dense model on the same samples.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command_line import key_values
-from analysis.frame import frame, select
-from analysis.paired import LARGEST, Pair, pairs
+from analysis.frame import frame
+from analysis.metrics import metric
+from analysis.paired import pairs, pairs_by_task
+from analysis.render import markdown
+from analysis.samples import read_scores
 from analysis.sources import read_runs
+from analysis.tables import Cell, Table
 from pipelines.errors import UserError
 
 USAGE = "python -m analysis.leaderboard runs=outputs out=docs/leaderboard.md"
 _KEYS = {"runs": "folder of runs (several with commas between)", "out": "file that the page is written into"}
-
-# Bytes of weights that a token may read, of what the dense model reads.
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 _VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 _HEAD = """# Leaderboard
@@ -34,10 +34,11 @@ folders; [development.md](development.md) says how a new method gets its row.
 {usage}
 ```
 
-At each budget a method stands with its best run that reads no more bytes per token than that, of what dense decoding
-reads. Methods are ranked by their difference to dense on the same samples, in points, with its 95% interval by the
-paired bootstrap; where intervals overlap, the order is no finding. What is marked as masked runs no faster: its bytes
-are what a kernel for it would read.
+Every run has its row: choosing a method's best run by the rows it is judged on would flatter it. Runs are ranked by
+their difference to dense on the same samples, in points, with its 95% interval by the paired bootstrap; where intervals
+overlap, the order is no finding. Bytes are those of the weights that a token reads, of what dense decoding reads. A run
+that differs from its dense run in what only changes rounding, such as the batch size, says so in brackets. What is
+marked as masked runs no faster: its bytes are what a kernel for it would read.
 """
 
 
@@ -69,53 +70,26 @@ def leaderboard(source: str) -> tuple[str, int]:
     """
     runs = read_runs(source)
     table = frame(runs.records)
-    densities = select(table, metric="effective_density")
-    density = dict(zip(densities["run_id"], densities["value"], strict=True))
-    members: dict[tuple[str, str], list[Pair]] = defaultdict(list)
-    for pair in pairs(runs, table):
-        if pair.difference is not None and pair.row.run_id in density:
-            members[pair.row.model, pair.row.task].append(pair)
+    members = pairs_by_task([pair for pair in pairs(read_scores(runs, table), table) if pair.density is not None])
     if not members:
         raise UserError(f"runs={source}: expected pruned runs of a task, and a dense run on the same samples")
+    environments = {record["run_id"]: record["environment"] for record in runs.records}
     lines = [_HEAD.format(usage=USAGE)]
-    for (model, task), mine in sorted(members.items()):
+    for (model, task), mine in members.items():
         first = mine[0]
-        dense = 100 * first.other.value / LARGEST[first.row.metric]
-        assert first.difference is not None
         lines += [f"## {task}, {model}", ""]
-        lines += [f"{first.row.label}, {first.difference.samples} samples; dense: {dense:.1f} points.", ""]
-        for budget in BUDGETS:
-            lines += _ranking([pair for pair in mine if density[pair.row.run_id] <= budget], budget, density)
-        record = next(one for one in runs.records if one["run_id"] == first.row.run_id)
-        versions = {name: record["environment"].get(name) for name in _VERSIONS}
-        known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        lines += [f"{known}; {record['environment'].get('device')}.", ""]
+        lines += [f"{first.row.label}, {first.difference.samples} samples; dense: {first.dense:.1f} points.", ""]
+        columns = ["bytes / dense", "difference to dense (points)", "answer length / dense"]
+        board = Table("leaderboard", task, "", ("", "method"), columns)
+        ranked = sorted(mine, key=lambda pair: (-pair.difference.rank, pair.density, pair.method))
+        for rank, pair in enumerate(ranked, start=1):
+            density = Cell(pair.density or math.nan, metric("effective_density"), pair.row.run_id)
+            board.rows.append(((str(rank), pair.method), [density, pair.points, pair.longer]))
+        lines.append(markdown(board))
+        environment = environments[first.row.run_id]
+        known = ", ".join(f"{name} {environment[name]}" for name in _VERSIONS if environment.get(name))
+        lines += [f"{known}; {environment.get('device')}.", ""]
     return "\n".join(lines).rstrip() + "\n", sum(map(len, members.values()))
-
-
-def _ranking(pairs: Sequence[Pair], budget: float, density: dict[str, float]) -> list[str]:
-    best: dict[str, Pair] = {}
-    for pair in pairs:
-        known = best.get(pair.row.family)
-        if known is None or _mean(pair) > _mean(known):
-            best[pair.row.family] = pair
-    if not best:
-        return []
-    lines = [f"At most {100 * budget:g}% of the bytes:", ""]
-    lines += ["| | method | bytes / dense | difference to dense | answer length / dense |", "|---|---|---|---|---|"]
-    for rank, pair in enumerate(sorted(best.values(), key=lambda pair: (-_mean(pair), pair.row.method)), start=1):
-        difference = pair.difference
-        assert difference is not None
-        ends = "" if math.isnan(difference.low) else f" [{difference.low:+.1f}, {difference.high:+.1f}]"
-        length = "" if pair.length is None else f"{pair.length:.2f}"
-        cells = [str(rank), pair.row.method, f"{density[pair.row.run_id]:.2f}", f"{difference.mean:+.1f}{ends}", length]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _mean(pair: Pair) -> float:
-    assert pair.difference is not None
-    return pair.difference.mean
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Metric:
     def ends(self, value: float, stderr: float) -> tuple[float, float]:
         """The value less and plus one standard error; of perplexity the ends are not equally far, and above zero."""
         if self.logarithmic and value > 0:
-            factor = math.exp(stderr / value)
+            factor = math.exp(min(stderr / value, 700.0))  # beyond that it is none that a float holds
             return value / factor, value * factor
         return value - stderr, value + stderr
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm import tqdm
-
 from analysis import render
 from analysis.contents import Report
+from analysis.drawing import MOST_SHOWN
 from analysis.page import answers_page, page
+from analysis.runs import watched
+from analysis.samples import examples
 from pipelines.errors import UserError
 from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
 from pipelines.tracking import Media, track
@@ -47,17 +47,21 @@ def write_report(report: Report, out: Path) -> Path:
             for suffix, text in _TEXTS.items():
                 (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
         (out / "report.md").write_text(_markdown(report), encoding="utf-8")
-        for answers in report.answers:
-            (out / "answers" / f"{answers.name}.html").write_text(answers_page(answers), encoding="utf-8")
+        chosen = {}
+        for number, answers in enumerate(watched(report.answers, "pages")):
+            samples = answers.samples
+            (out / "answers" / f"{answers.name}.html").write_text(answers_page(answers, samples), encoding="utf-8")
+            if number < MOST_SHOWN:
+                chosen[answers.name] = examples(samples)
         pictures = {}
-        for drawing in tqdm(drawings, unit="figure", desc="report", disable=not sys.stderr.isatty()):
+        for drawing in watched(drawings, "figures"):
             with drawn_in(LIGHT):
                 figure = drawing.draw()
                 save(figure, out / "figures" / drawing.name)
                 light = as_svg(figure)
             with drawn_in(DARK):
                 pictures[drawing.name] = light, as_svg(drawing.draw())
-        (out / "index.html").write_text(page(report, pictures), encoding="utf-8")
+        (out / "index.html").write_text(page(report, pictures, chosen), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={out}: cannot write {error.filename or out}: {error.strerror}") from error
     return out / "index.html"
@@ -72,10 +76,7 @@ def log_report(report: Report, out: Path, entity: str | None, project: str) -> N
     for table in report.tables:
         rows[table.name] = [
             dict(zip(table.stubs, names, strict=True))
-            | {
-                f"{group} {label}".strip(): render.plain(cell)
-                for (group, label), cell in zip(table.columns, cells, strict=True)
-            }
+            | {label: render.plain(cell) for label, cell in zip(table.columns, cells, strict=True)}
             for names, cells in table.rows
         ]
     settings = SimpleNamespace(mode="online", project=project, entity=entity)

@@ -4,6 +4,7 @@ each model and task a page of all answers, whose only script is its search."""
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jinja2
 
 from analysis.contents import Report
 from analysis.drawing import file_name
-from analysis.samples import Answers
+from analysis.samples import Answers, Example
 
 _VERSIONS = (
     *("griffin-pruning", "git_commit", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform"),
@@ -19,16 +20,18 @@ _VERSIONS = (
 )
 
 
-def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
+def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]], examples: Mapping[str, Sequence[Example]]) -> str:
     """The page's HTML.
 
     Args:
         report: what the page shows.
         pictures: name of a drawing -> its SVG in the light theme and in the dark theme.
+        examples: by the name of their answers.
     """
     words = {row.run_id: row for row in report.frame.drop_duplicates("run_id").itertuples()}
     runs = [_run(record, words.get(record["run_id"])) for record in report.runs.records]
 
+    of_run = {record["run_id"]: record["environment"].get("command") for record in report.runs.records}
     return _template("report.html.j2").render(
         source=report.source,
         runs=sorted(runs, key=lambda run: (run["model"], run["task"], run["id"])),
@@ -40,15 +43,17 @@ def page(report: Report, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
         empty=[group for group in report.groups if not group.drawings],
         images={name: [_data_uri(svg) for svg in pair] for name, pair in pictures.items()},
         anchor=file_name,
-        commands=lambda run_ids: _commands(report, run_ids),
+        examples=examples,
+        commands=lambda run_ids: [command for command in dict.fromkeys(map(of_run.get, run_ids)) if command],
     )
 
 
-def answers_page(answers: Answers) -> str:
+def answers_page(answers: Answers, samples: Sequence[Example]) -> str:
     """The HTML of the page of all answers of a model and task."""
-    return _template("answers.html.j2").render(answers=answers)
+    return _template("answers.html.j2").render(answers=answers, samples=samples)
 
 
+@functools.cache
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis", "templates"),
@@ -77,13 +82,6 @@ def _run(record: dict[str, Any], row: Any) -> dict[str, Any]:
         "samples": record["metrics"].get("samples"),
         "seconds": record["timing"].get("seconds"),
     }
-
-
-def _commands(report: Report, run_ids: Sequence[str]) -> list[str]:
-    """The commands that started these runs, without repetitions."""
-    wanted = {*run_ids}
-    found = (record["environment"].get("command") for record in report.runs.records if record["run_id"] in wanted)
-    return list(dict.fromkeys(command for command in found if command))
 
 
 def _data_uri(svg: bytes) -> str:

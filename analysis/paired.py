@@ -8,28 +8,35 @@ are not compared, and neither are runs that were evaluated differently (`analysi
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.frame import headlines
+from analysis.frame import apart, by_task, headlines, nearest, select
 from analysis.metrics import Metric
-from analysis.runs import Runs
-from analysis.samples import read_samples
-from analysis.tables import SAMPLES, Cell, Table, method_order
+from analysis.samples import Scores
+from analysis.tables import DASH, SAMPLES, Cell, Table, method_order
 
 CONFIDENCE = 0.95
 POWER = 0.8  # the chance to see the difference of one point
 RESAMPLES = 9999
 
 POINTS = Metric("difference", "points", 1, 1)
+_P = Metric("p", "", 0, 3)
+_RATIO = Metric("answer length / dense", "", 0, 2)
 
-Scores = Mapping[int, float]  # by the sample's index
+# The largest score that a sample can have, of the metrics that are compared.
+LARGEST = {
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), 100.0),
+    **dict.fromkeys(("acc", "acc_norm", "f1", "em", "exact_match", "pass_at_1"), 1.0),
+}
+
+Values = Mapping[int, float]  # by the sample's index
 
 
 @dataclass(frozen=True)
@@ -53,25 +60,60 @@ class Difference:
     p: float | None
     needed: float
 
+    @property
+    def rank(self) -> float:
+        """The mean to sort by; what is no number comes last."""
+        return self.mean if math.isfinite(self.mean) else -math.inf
+
 
 @dataclass(frozen=True)
 class Pair:
-    """A run and its difference to another one of the same model and task.
+    """A run and its difference to another one of the same model and task, on the same samples.
 
     Attributes:
         row: the run's headline, as in the DataFrame.
         other: the other run's.
-        difference: of the scores; None where the two do not have the same samples.
+        difference: of the scores.
         length: how many tokens the answers have over those of the other; None where they are not known.
+        density: bytes of weights that a token reads, of dense; None where they are not known.
     """
 
     row: Any
     other: Any
-    difference: Difference | None
-    length: float | None = None
+    difference: Difference
+    length: float | None
+    density: float | None
+
+    @property
+    def method(self) -> str:
+        """The run's method, and where the two differ in what changes rounding."""
+        return f"{self.row.method}{apart(self.row, self.other)}"
+
+    @property
+    def dense(self) -> float:
+        """What the other run scores, in points."""
+        return float(100 * self.other.value / LARGEST[self.row.metric])
+
+    @property
+    def points(self) -> Cell:
+        """The mean difference and its interval."""
+        ends = self.difference.low, self.difference.high
+        return Cell(self.difference.mean, POINTS, self.row.run_id, interval=None if math.isnan(ends[0]) else ends)
+
+    @property
+    def p(self) -> Cell:
+        """McNemar's test; a dash of scores that are neither right nor wrong."""
+        p = self.difference.p
+        words = DASH if p is None else "<0.001" if p < 0.001 else ""
+        return Cell(math.nan if p is None else p, _P, self.row.run_id, words=words)
+
+    @property
+    def longer(self) -> Cell | None:
+        """The lengths' ratio; None where it is not known."""
+        return None if self.length is None else Cell(self.length, _RATIO, self.row.run_id)
 
 
-def compare(scores: Scores, others: Scores, *, largest: float, exact: bool = False) -> Difference | None:
+def compare(scores: Values, others: Values, *, largest: float, exact: bool = False) -> Difference | None:
     """The difference of two runs' scores; None where they do not have the same samples.
 
     The bootstrap of differences that are all the same has no width, which says too much of few samples. There the
@@ -91,28 +133,27 @@ def compare(scores: Scores, others: Scores, *, largest: float, exact: bool = Fal
     low = high = math.nan
     if exact and not each.any():
         low = high = 0.0
+    elif not math.isfinite(mean):
+        pass  # a score that is no number leaves no interval
     elif count > 1 and not (each - mean).any():
         unseen = 100 * (1 - ((1 - CONFIDENCE) / 2) ** (1 / count))
         low, high = max(mean - unseen, -100.0), min(mean + unseen, 100.0)
     elif count > 1:
-        found = stats.bootstrap(
-            (each,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=max(1, 10**7 // count),  # resamples at a time: memory
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    spread = float(each.std(ddof=1)) if count > 1 else 0.0
+        random, size = np.random.default_rng(0), max(1, 10**7 // count)  # resamples at a time: memory
+        drawn = [
+            each[random.integers(0, count, (min(size, RESAMPLES - first), count))].mean(axis=1)
+            for first in range(0, RESAMPLES, size)
+        ]
+        tail = 50 * (1 - CONFIDENCE)
+        low, high = map(float, np.percentile(np.concatenate(drawn), [tail, 100 - tail]))
+    spread = float(each.std(ddof=1)) if count > 1 and math.isfinite(mean) else 0.0
     reach = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
     return Difference(
         count, mean, low, high, _mcnemar(scores, others, largest), (reach * spread) ** 2 if spread else math.nan
     )
 
 
-def _mcnemar(scores: Scores, others: Scores, largest: float) -> float | None:
+def _mcnemar(scores: Values, others: Values, largest: float) -> float | None:
     if not {*scores.values(), *others.values()} <= {0.0, largest}:
         return None
     won = sum(scores[index] > others[index] for index in scores)
@@ -120,56 +161,55 @@ def _mcnemar(scores: Scores, others: Scores, largest: float) -> float | None:
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def pairs(runs: Runs, table: pd.DataFrame, against: str = "dense") -> list[Pair]:
-    """Every pruned run of a task with scores, and its difference to the dense run or to GRIFFIN at its sparsity.
+def pairs(scores: Mapping[str, Scores], table: pd.DataFrame, against: str = "dense") -> list[Pair]:
+    """Every pruned run of a task with scores, and its difference to the dense run or to GRIFFIN at its sparsity, on the
+    same samples; of several such runs, to the one that shares most of what changes rounding.
 
     Args:
-        runs: with the folders of the runs; without folders, as from W&B, there are no samples and no pairs.
+        scores: as `analysis.samples.read_scores` gives them; W&B has none, so there are no pairs.
         table: the DataFrame of the runs.
         against: `dense` or `griffin`.
     """
     found = []
-    for _, mine in headlines(table):
-        if mine["better"].iloc[0] != 1 or mine["metric"].iloc[0] not in LARGEST:
+    densities = dict(select(table, metric="effective_density")[["run_id", "value"]].itertuples(index=False))
+    for rows in by_task(headlines(table)).values():
+        if rows[0].metric not in LARGEST:
             continue
-        samples = {row.run_id: _read(runs.folders.get(row.run_id), row.metric) for row in mine.itertuples()}
-        for row in mine[mine["family"] != "dense"].itertuples():
-            others = mine[mine["family"] == against]
-            if against != "dense":
-                others = others[others["sparsity"] == row.sparsity]
-            if row.family == against or others.empty:
+        others: dict[float | None, list[Any]] = defaultdict(list)
+        for row in rows:
+            if row.role == "dense" if against == "dense" else _plain(row) == against:
+                others[None if against == "dense" else row.sparsity].append(row)
+        for row in rows:
+            other = nearest(row, others.get(None if against == "dense" else row.sparsity, []))
+            if row.role != "pruned" or _plain(row) == against or other is None:
                 continue
-            other = next(others.itertuples())
-            (scores, lengths), (their_scores, their_lengths) = samples[row.run_id], samples[other.run_id]
+            numbers, theirs = scores[row.run_id], scores[other.run_id]
             # lm-eval's tasks have no such setting, and are greedy where their metric is.
             greedy = row.decoding == "greedy" or pd.isna(row.decoding)
             exact = row.verification == "exact" and against == "dense" and greedy
-            difference = compare(scores, their_scores, largest=LARGEST[row.metric], exact=exact)
-            length = None
-            if difference is not None and sum(their_lengths.values()) and lengths.keys() == their_lengths.keys():
-                length = sum(lengths.values()) / sum(their_lengths.values())
-            found.append(Pair(row, other, difference, length))
+            difference = compare(numbers.values, theirs.values, largest=LARGEST[row.metric], exact=exact)
+            if difference is not None:
+                tokens = sum(theirs.lengths.values())
+                known = tokens and numbers.lengths.keys() == theirs.lengths.keys()
+                length = sum(numbers.lengths.values()) / tokens if known else None
+                found.append(Pair(row, other, difference, length, densities.get(row.run_id)))
+    return sorted(found, key=lambda pair: (pair.row.model, pair.row.task, *method_order(pair.row)))
+
+
+def pairs_by_task(pairs: Sequence[Pair]) -> dict[tuple[str, str], list[Pair]]:
+    """The pairs of every model and task, in the order of the tables."""
+    found: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        found[pair.row.model, pair.row.task].append(pair)
     return found
 
 
-# The largest score that a sample can have, of the metrics that are compared.
-LARGEST = {
-    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), 100.0),
-    **dict.fromkeys(("acc", "acc_norm", "f1", "em", "exact_match", "pass_at_1"), 1.0),
-}
-
-
-def _read(folder: Path | None, metric: str) -> tuple[dict[int, float], dict[int, float]]:
-    """The scores of a run's samples, and the tokens of their answers, by index."""
-    samples = {index: sample for index, sample in read_samples(folder).items() if metric in sample}
-    lengths = {i: sample["generated_tokens"] for i, sample in samples.items() if "generated_tokens" in sample}
-    return {index: float(sample[metric]) for index, sample in samples.items()}, lengths
+def _plain(row: Any) -> str:
+    """The method without sparsity, and without the settings that tell two such runs apart."""
+    return str(row.family.partition(" [")[0])
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
-
-_P = Metric("p", "", 0, 3)
-_RATIO = Metric("answer length / dense", "", 0, 2)
 
 
 def differences(to_dense: Sequence[Pair], to_griffin: Sequence[Pair]) -> Table:
@@ -180,38 +220,22 @@ def differences(to_dense: Sequence[Pair], to_griffin: Sequence[Pair]) -> Table:
         "last column says how many samples would show a difference of one point, four times out of five. Runs that do "
         "not share their samples are not compared."
     )
-    columns = [("", "samples"), ("to dense", "points"), ("to dense", "p"), ("to GRIFFIN", "points")]
-    columns += [("to GRIFFIN", "p"), ("", "answer length / dense"), ("", "samples for one point")]
+    columns = ["samples", "to dense: points", "to dense: p", "to GRIFFIN: points", "to GRIFFIN: p"]
+    columns += ["answer length / dense", "samples for one point"]
     table = Table("differences", "Differences sample by sample", note, ("model and task", "metric", "method"), columns)
     griffin = {pair.row.run_id: pair for pair in to_griffin}
-    for pair in sorted(to_dense, key=lambda pair: (pair.row.model, pair.row.task, *method_order(pair.row))):
+    for pair in to_dense:
         row, difference, other = pair.row, pair.difference, griffin.get(pair.row.run_id)
-        if difference is None:
-            continue
-        names = (f"{row.model}, {row.task}", row.label, row.method)
+        to_other: Sequence[Cell | None] = (None, None) if other is None else (other.points, other.p)
+        if _plain(row) == "griffin":
+            to_other = Cell(0.0, POINTS, row.run_id, words="itself"), Cell(1.0, _P, row.run_id, words=DASH)
         cells = [
             Cell(difference.samples, SAMPLES, row.run_id),
-            *_points(row.run_id, difference),
-            *_to_griffin(row, other),
-            None if pair.length is None else Cell(pair.length, _RATIO, row.run_id),
+            pair.points,
+            pair.p,
+            *to_other,
+            pair.longer,
             None if math.isnan(difference.needed) else Cell(math.ceil(difference.needed), SAMPLES, row.run_id),
         ]
-        table.rows.append((names, cells))
+        table.rows.append(((f"{row.model}, {row.task}", row.label, pair.method), cells))
     return table
-
-
-def _to_griffin(row: Any, pair: Pair | None) -> tuple[Cell | None, Cell | None]:
-    if row.family == "griffin":
-        return Cell(0.0, POINTS, row.run_id, words="itself"), Cell(1.0, _P, row.run_id, words="\N{EN DASH}")
-    return (None, None) if pair is None else _points(row.run_id, pair.difference)
-
-
-def _points(run_id: str, difference: Difference | None) -> tuple[Cell | None, Cell | None]:
-    if difference is None:
-        return None, None
-    interval = None if math.isnan(difference.low) else (difference.low, difference.high)
-    if difference.p is None:
-        p = Cell(math.nan, _P, run_id, words="\N{EN DASH}")
-    else:
-        p = Cell(difference.p, _P, run_id, words="<0.001" if difference.p < 0.001 else "")
-    return Cell(difference.mean, POINTS, run_id, interval=interval), p

@@ -21,11 +21,11 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
     """One figure per model and task with several pruned runs: the task's first metric against sparsity, a line for each
     method."""
     drawings, dense_line = [], False
-    for (model, task), mine in headlines(runs):
-        pruned = mine[(mine["family"] != "dense") & mine["sparsity"].notna()]
+    for (model, task), mine in headlines(runs).groupby(["model", "task"], sort=True):
+        pruned = mine[(mine["role"] == "pruned") & mine["sparsity"].notna()]
         if len(pruned) < 2:
             continue
-        dense_line = dense_line or "dense" in set(mine["family"])
+        dense_line = dense_line or "dense" in set(mine["role"])
         caption = "Runs with one sparsity per layer are in the tables only." if mine["sparsity"].isna().any() else ""
         drawings.append(
             Drawing(
@@ -94,7 +94,7 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
     """One figure per model, task and latency task: quality against decode speed, where several methods have both."""
     speeds = select(runs, kind="latency", metric="decode_speedup")
     drawings = []
-    for (model, task), mine in headlines(runs):
+    for (model, task), mine in headlines(runs).groupby(["model", "task"], sort=True):
         for timed, speed in speeds[speeds["model"] == model].groupby("task", sort=True):
             longest = speed[["prompt_length", "generation_length"]].max()
             speed = speed[(speed[["prompt_length", "generation_length"]] == longest).all(axis=1)]
@@ -107,7 +107,7 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
                     file_name("pareto", model, task, str(timed)),
                     f"{task}, {model}",
                     f"Speed-up of {timed}, {prompt:g} + {generation:g} tokens.",
-                    (*_ids(mine[mine["family"] == "dense"]), *_ids(both), *dict.fromkeys(both["run_id_speed"])),
+                    (*_ids(mine[mine["role"] == "dense"]), *_ids(both), *dict.fromkeys(both["run_id_speed"])),
                     functools.partial(_pareto_figure, mine, both, styles),
                 )
             )
@@ -118,17 +118,10 @@ def against_speed(runs: pd.DataFrame, styles: Styles) -> Group:
 
 def _sparsity_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     figure, axis = new_figure()
-    dense = runs[runs["family"] == "dense"]
-    for family, mine in runs[(runs["family"] != "dense") & runs["sparsity"].notna()].groupby("family", sort=True):
+    dense = runs[runs["role"] == "dense"]
+    for family, mine in runs[(runs["role"] == "pruned") & runs["sparsity"].notna()].groupby("family", sort=True):
         line = _with_gaps(pd.concat([dense, mine]), runs, "sparsity")
-        axis.errorbar(
-            *(100 * line["sparsity"], line["value"], _bars(line)),
-            color=styles.colour(str(family)),
-            marker=styles.marker(str(family)),
-            capsize=2,
-            elinewidth=1,
-            label=family,
-        )
+        axis.errorbar(100 * line["sparsity"], line["value"], _bars(line), **styles.points(str(family)))
     _dense_line(axis, dense)
     axis.set_xlabel("FF sparsity (%)")
     axis.set_ylabel(metric(runs["metric"].iloc[0]).axis)
@@ -141,12 +134,7 @@ def _predicted_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
     figure, axis = new_figure()
     for family, mine in runs.groupby("family", sort=True):
         line = _with_gaps(mine, runs, "sparsity")
-        axis.plot(
-            *(100 * line["sparsity"], line["value"]),
-            color=styles.colour(str(family)),
-            marker=styles.marker(str(family)),
-            label=family,
-        )
+        axis.errorbar(100 * line["sparsity"], line["value"], **styles.points(str(family)))
     axis.axhline(1.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
     axis.set_xlabel("FF sparsity (%)")
     axis.set_ylabel(metric("predicted_speedup").axis)
@@ -157,17 +145,10 @@ def _predicted_figure(runs: pd.DataFrame, styles: Styles) -> Figure:
 def _length_figure(runs: pd.DataFrame, along: str, styles: Styles) -> Figure:
     figure, axis = new_figure()
     for method, mine in runs.groupby("method", sort=False):
-        family = mine["family"].iloc[0]
+        family, dense = mine["family"].iloc[0], mine["role"].iloc[0] == "dense"
         mine = _with_gaps(mine, runs, along)
-        axis.errorbar(
-            *(mine[along], mine["value"], _bars(mine)),
-            color=styles.colour(family),
-            marker=styles.marker(family),
-            linestyle="--" if family == "dense" else "-",
-            capsize=2,
-            elinewidth=1,
-            label=method,
-        )
+        looks = styles.points(family) | {"label": method, "linestyle": "--" if dense else "-"}
+        axis.errorbar(mine[along], mine["value"], _bars(mine), **looks)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(runs[along].unique()), [f"{value:g}" for value in sorted(runs[along].unique())])
     axis.minorticks_off()
@@ -181,7 +162,7 @@ def _length_figure(runs: pd.DataFrame, along: str, styles: Styles) -> Figure:
 def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, styles: Styles) -> Figure:
     figure, axis = new_figure()
     shown = metric(quality["metric"].iloc[0])
-    dense = quality[quality["family"] == "dense"]
+    dense = quality[quality["role"] == "dense"]
     points = [(1.0, float(value)) for value in dense["value"]]
     points += list(zip(both["value_speed"], both["value"], strict=True))
     if shown.better:
@@ -189,16 +170,7 @@ def _pareto_figure(quality: pd.DataFrame, both: pd.DataFrame, styles: Styles) ->
         axis.plot(*zip(*sorted(front), strict=True), color=NEUTRAL, linewidth=4, alpha=0.35, solid_capstyle="round")
     for family, mine in both.groupby("family", sort=True):
         mine = mine.sort_values("sparsity")
-        colour, marker = styles.colour(str(family)), styles.marker(str(family))
-        axis.errorbar(
-            *(mine["value_speed"], mine["value"], _bars(mine)),
-            color=colour,
-            marker=marker,
-            linestyle=":",
-            capsize=2,
-            elinewidth=1,
-            label=family,
-        )
+        axis.errorbar(mine["value_speed"], mine["value"], _bars(mine), linestyle=":", **styles.points(str(family)))
         for row in mine.itertuples():
             text = "per layer" if pd.isna(row.sparsity) else f"{100 * row.sparsity:g}"
             axis.annotate(text, (row.value_speed, row.value), (4, 4), textcoords="offset points", fontsize=8)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
-from itertools import accumulate, pairwise
 
-from analysis.tables import Cell, Table
+from analysis.tables import DASH, Cell, Table
 
 MISSING = "missing"
 
@@ -29,8 +28,8 @@ _LATEX = {
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown. The header of a column includes its group."""
-    headers = [*table.stubs, *(f"{group}: {label}" if group else label for group, label in table.columns)]
+    """The table in Markdown."""
+    headers = [*table.stubs, *table.columns]
     rows = [headers, ["---"] * len(headers)]
     rows += [
         [*(_pipes(name) for name in names), *(_markdown_cell(cell) for cell in cells)] for names, cells in table.rows
@@ -50,15 +49,7 @@ def latex(table: Table) -> str:
         f"\\begin{{tabular}}{{{'l' * stubs}{'r' * count}}}",
         "\\toprule",
     ]
-    if any(group for group, _ in table.groups):
-        spans = [f"\\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}" for group, width in table.groups]
-        ends = list(accumulate((width for _, width in table.groups), initial=stubs))
-        rules = [f"\\cmidrule(lr){{{begin + 1}-{end}}}" for begin, end in pairwise(ends)]
-        lines += [f"{'& ' * stubs}{' & '.join(spans)} \\\\", " ".join(rules)]
-    lines += [
-        " & ".join(_tex(text) for text in (*table.stubs, *(label for _, label in table.columns))) + " \\\\",
-        "\\midrule",
-    ]
+    lines += [" & ".join(_tex(text) for text in (*table.stubs, *table.columns)) + " \\\\", "\\midrule"]
     before = None
     for names, cells in table.rows:
         if before is not None and names[0] != before:
@@ -73,31 +64,19 @@ def comma_separated(table: Table) -> str:
     """One line of CSV per cell, with all digits. A cell without a number has the status `missing`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [
-            *table.stubs,
-            "column",
-            "metric",
-            "value",
-            "stderr",
-            "low",
-            "high",
-            "change_from_dense",
-            "best",
-            "run_id",
-            "status",
-        ]
-    )
+    header = ("column", "value", "stderr", "low", "high", "change_from_dense", "best", "run_id", "status")
+    writer.writerow([*table.stubs, *header])
     for names, cells in table.rows:
-        for (group, label), cell in zip(table.columns, cells, strict=True):
+        for label, cell in zip(table.columns, cells, strict=True):
             if cell is None:
-                writer.writerow([*names, group, label, *[""] * 7, MISSING])
+                writer.writerow([*names, label, *[""] * 7, MISSING])
             else:
                 numbers = [
                     repr(float(value)) if value is not None else ""
                     for value in (cell.value, cell.stderr, *(cell.interval or (None, None)), cell.change)
                 ]
-                writer.writerow([*names, group, label, *numbers, cell.best, cell.run_id, "measured"])
+                status = "none" if cell.words == DASH else "measured"
+                writer.writerow([*names, label, *numbers, cell.best, cell.run_id, status])
     return out.getvalue()
 
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from analysis.runs import Problem, Record, Runs, checked
+from analysis.runs import Problem, Record, Runs, checked, watched
 from pipelines.errors import UserError
-from pipelines.records import contradiction
+from pipelines.records import contradiction, from_json
 
 _FILES = ("record.json", "samples.jsonl", "config.yaml")  # a folder with any of them is a run folder
 
@@ -26,7 +26,7 @@ def read_run_folders(paths: list[Path]) -> Runs:
         if not path.is_dir():
             raise UserError(f"runs={path}: {'not a folder' if path.exists() else 'no such folder'}")
         seen = False
-        for folder in _run_folders(path):
+        for folder in watched([*_run_folders(path)], "runs"):
             seen = True
             record = _read(folder)
             if isinstance(record, Problem):
@@ -59,7 +59,7 @@ def _read(folder: Path) -> Record | Problem:
             lines = (folder / "samples.jsonl").read_bytes().count(b"\n")
         return Problem(folder.name, "unfinished", f"no record.json, {lines} samples so far{_failure(folder)}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
         return Problem(folder.name, "damaged", f"record.json cannot be read ({error})")
     try:

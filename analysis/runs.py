@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines.old_records import upgraded
+from tqdm import tqdm
 
 Record = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Runs:
     """All runs of one source.
 
     Attributes:
-        records: the records of the finished runs, in today's form.
+        records: the records of the finished runs.
         problems: the other runs.
         folders: run id -> run folder, for runs that were read from folders.
         layers: run id -> measures by layer, for flocking runs that were read from W&B.
@@ -44,8 +47,14 @@ class Runs:
     layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
+def watched(items: Collection[Item], unit: str) -> Iterable[Item]:
+    """The items, with a progress bar where they take more than two seconds; a log file has a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(items, unit=f" {unit}", desc="report", delay=2, mininterval=interval, leave=False)
+
+
 def checked(record: Any, run_id: str) -> Record:
-    """The record in today's form.
+    """The record.
 
     Args:
         record: what was read, which may be anything.
@@ -65,12 +74,8 @@ def checked(record: Any, run_id: str) -> Record:
     for name, value in record["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"says metrics.{name} is {json.dumps(value)}, expected a number")
-    try:
-        record = upgraded(record)
-    except KeyError as error:
-        raise ValueError(f"has no config.{error.args[0]}") from error
-    except TypeError as error:
-        raise ValueError(f"says nothing of its method that can be read ({error})") from error
+    if not isinstance(record.get("method"), dict) or not isinstance(record.get("evaluation"), dict):
+        raise ValueError("is of an unknown version: it has no method or no evaluation; run its command again")
     _require(record, "method.label", "method.family", kind=str)
     return record
 

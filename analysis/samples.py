@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 
 from analysis.drawing import file_name
-from analysis.frame import headlines
+from analysis.frame import by_task, headlines
 from analysis.metrics import Metric, metric
-from analysis.runs import Runs
+from analysis.runs import Runs, watched
 from analysis.tables import method_order
+from pipelines.records import from_json
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,23 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """The numbers of a run's samples, without their texts.
+
+    Attributes:
+        values: of one metric, by the sample's index.
+        lengths: tokens of the answers, of the samples that say so.
+        texts: whether any sample has an answer in words.
+    """
+
+    values: dict[int, float] = field(default_factory=dict)
+    lengths: dict[int, float] = field(default_factory=dict)
+    texts: bool = False
+
+
+@dataclass(frozen=True)
 class Answers:
-    """All samples of a model and task that have a text, by falling difference.
+    """All samples of a model and task that have a text. Texts are read when they are asked for, and not kept.
 
     Attributes:
         name: file name without suffix.
@@ -68,7 +84,8 @@ class Answers:
         task: the task's.
         metric: the name of the scores.
         compared: whether there are dense and pruned runs, so that differences are to dense.
-        samples: those that all runs have.
+        differences: by the index of every sample that all runs have, from the best to the worst.
+        runs: id, method, folder and scores of each run, dense first.
     """
 
     name: str
@@ -76,7 +93,8 @@ class Answers:
     task: str
     metric: str
     compared: bool
-    samples: list[Example]
+    differences: dict[int, float]
+    runs: list[tuple[str, str, Path, Scores]]
 
     @property
     def shown(self) -> Metric:
@@ -86,76 +104,93 @@ class Answers:
     @property
     def scores(self) -> pd.DataFrame:
         """The scores: a row per sample by its index, a column per method."""
-        rows = {one.index: {answer.method: answer.score for answer in one.answers} for one in self.samples}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample").sort_index()
+        columns = {method: scores.values for _, method, _, scores in self.runs}
+        return pd.DataFrame(columns, index=sorted(self.differences)).rename_axis("sample")
 
     @property
-    def examples(self) -> list[Example]:
-        """The sample with the best, the median and the worst difference."""
-        last = len(self.samples) - 1
-        places = {0: "best", last // 2: "median", last: "worst"} if last > 1 else dict.fromkeys(range(last + 1), "")
-        return [replace(self.samples[place], rule=rule) for place, rule in sorted(places.items())]
+    def samples(self) -> list[Example]:
+        """All samples with their texts, by falling difference."""
+        read = [{sample["index"]: sample for sample in read_samples(folder)} for _, _, folder, _ in self.runs]
+        return [self._example(index, [samples[index] for samples in read]) for index in self.differences]
+
+    def _example(self, index: int, samples: list[dict[str, Any]]) -> Example:
+        first = samples[0]
+        written = [
+            Answer(run_id, method, scores.values.get(index, 0.0), sample.get("generated_tokens"), _text(sample) or "")
+            for (run_id, method, _, scores), sample in zip(self.runs, samples, strict=True)
+        ]
+        reference = first.get("reference", first.get("target", ""))
+        words = "\n".join(map(str, reference)) if isinstance(reference, list) else str(reference)
+        return Example(index, str(first.get("id", index)), words, self.differences[index], written)
 
 
-def read_samples(folder: Path | None) -> dict[int, dict[str, Any]]:
-    """The samples of a run by their indices, with their metrics among their other values.
+def examples(samples: list[Example]) -> list[Example]:
+    """Of samples by falling difference, the best, the median and the worst; all of fewer than three."""
+    last = len(samples) - 1
+    places = {0: "best", last // 2: "median", last: "worst"} if last > 1 else dict.fromkeys(range(last + 1), "")
+    return [replace(samples[place], rule=rule) for place, rule in sorted(places.items())]
+
+
+def read_samples(folder: Path | None) -> Iterator[dict[str, Any]]:
+    """The samples of a run one after the other, with their metrics among their other values.
 
     Args:
         folder: the run folder; None, as for runs that were read from W&B, has no samples.
     """
-    path = None if folder is None else folder / "samples.jsonl"
-    samples = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path is not None and path.is_file() else ():
-        if line:
-            sample = json.loads(line)
-            samples[sample["index"]] = sample | (sample.get("metrics") or {})
-    return samples
+    if folder is None or not (folder / "samples.jsonl").is_file():
+        return
+    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            sample = from_json(line)
+            yield sample | (sample.get("metrics") or {})
 
 
-def answers(runs: Runs, table: pd.DataFrame) -> list[Answers]:
+def read_scores(runs: Runs, table: pd.DataFrame) -> dict[str, Scores]:
+    """By run id, the scores of the runs that measure quality, by their task's first metric."""
+    rows = list(headlines(table).itertuples())
+    return {row.run_id: _scores(runs.folders.get(row.run_id), row.metric) for row in watched(rows, "samples")}
+
+
+def _scores(folder: Path | None, name: str) -> Scores:
+    values, lengths, texts = {}, {}, False
+    for sample in read_samples(folder):
+        texts = texts or _text(sample) is not None
+        if name in sample:
+            values[sample["index"]] = float(sample[name])
+            if "generated_tokens" in sample:
+                lengths[sample["index"]] = float(sample["generated_tokens"])
+    return Scores(values, lengths, texts)
+
+
+def answers(runs: Runs, table: pd.DataFrame, scores: Mapping[str, Scores]) -> list[Answers]:
     """The answers of every model and task whose samples have texts, in the order of the tables.
 
     Args:
         runs: with their folders.
         table: the DataFrame of the runs.
+        scores: as `read_scores` gives them.
     """
-    found = []
-    for (model, task), mine in headlines(table):
-        rows = sorted(mine.itertuples(), key=method_order)
-        samples = {row.run_id: read_samples(runs.folders.get(row.run_id)) for row in rows}
-        rows = [row for row in rows if any(_text(sample) is not None for sample in samples[row.run_id].values())]
-        shared = set.intersection(*(set(samples[row.run_id]) for row in rows)) if rows else set()
-        examples = [_example(index, rows, samples) for index in sorted(shared)]
-        if examples:
-            compared = {row.family == "dense" for row in rows} == {True, False}
-            examples.sort(key=lambda example: -example.difference)
-            name = file_name(str(len(found) + 1), model, task)  # numbered: other words may give the same name
-            found.append(Answers(name, model, task, rows[0].metric, compared, examples))
+    found: list[Answers] = []
+    for (model, task), mine in by_task(headlines(table)).items():
+        rows = [row for row in sorted(mine, key=method_order) if scores[row.run_id].texts]
+        shared = set.intersection(*({*scores[row.run_id].values} for row in rows)) if rows else set()
+        if not shared:
+            continue
+        compared = {"dense", "pruned"} <= {row.role for row in rows}
+        differences = {}
+        for index in sorted(shared):
+            means = [
+                fmean(scores[row.run_id].values[index] for row in rows if row.role == role)
+                for role in ("pruned", "dense", "assisted")
+                if any(row.role == role for row in rows)
+            ]
+            differences[index] = means[0] - means[1] if compared else means[0]
+        order = sorted(differences, key=lambda index: (math.isnan(differences[index]), -differences[index]))
+        name = file_name(str(len(found) + 1), model, task)  # numbered: other words may give the same name
+        members = [(row.run_id, row.method, runs.folders[row.run_id], scores[row.run_id]) for row in rows]
+        falling = {index: differences[index] for index in order}
+        found.append(Answers(name, model, task, rows[0].metric, compared, falling, members))
     return found
-
-
-def _example(index: int, rows: Sequence[Any], samples: Mapping[str, Mapping[int, dict[str, Any]]]) -> Example:
-    mine = {row.run_id: samples[row.run_id][index] for row in rows}
-    scores = {row.run_id: float(mine[row.run_id].get(row.metric, 0.0)) for row in rows}
-    dense = [scores[row.run_id] for row in rows if row.family == "dense"]
-    pruned = [scores[row.run_id] for row in rows if row.family != "dense"]
-    first = mine[rows[0].run_id]
-    return Example(
-        index,
-        str(first.get("id", index)),
-        _words(first.get("reference", first.get("target", ""))),
-        fmean(pruned) - fmean(dense) if dense and pruned else fmean(dense or pruned),
-        [
-            Answer(
-                row.run_id,
-                row.method,
-                scores[row.run_id],
-                mine[row.run_id].get("generated_tokens"),
-                _text(mine[row.run_id]) or "",
-            )
-            for row in rows
-        ],
-    )
 
 
 def _text(sample: Mapping[str, Any]) -> str | None:
@@ -163,11 +198,6 @@ def _text(sample: Mapping[str, Any]) -> str | None:
     if isinstance(sample.get("text"), str):
         return str(sample["text"])
     written = sample.get("answers")
-    if isinstance(written, list) and written and all(isinstance(one, str) for one in written):
+    if isinstance(written, list) and written and all(isinstance(answer, str) for answer in written):
         return "\n".join(written)
     return None
-
-
-def _words(reference: Any) -> str:
-    """A reference, or several of which any will do."""
-    return "\n".join(map(str, reference)) if isinstance(reference, list) else str(reference)

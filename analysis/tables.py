@@ -1,19 +1,21 @@
 """Makes tables from the DataFrame of runs. Every number comes from one record; what was not measured is missing.
 
-A cell shows one run. Its change is relative to the dense run of the same model and task. Runs with another protocol,
-limit or data have another task name (`analysis.labels`), so they are never compared.
+A row is a model, a task and a method, a cell a metric of its run. Its change is relative to the dense run of the same
+model and task. Runs with another protocol, limit or data have another task name (`analysis.labels`), so they are never
+compared; where only the rounding differs, they are, and the row says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from analysis.frame import QUALITY, select
+from analysis.frame import QUALITY, apart, nearest, select
 from analysis.metrics import Metric, metric, order
 from pipelines.tasks.flocking_measures import MEASURES, TEXTS
 
@@ -28,10 +30,8 @@ _LATENCY = (
     *("draft_ms", "check_ms", "learn_ms", "choose_anew_ms", "learning_overhead"),
 )
 
-
-_LOGARITHMIC = "[one standard error of its logarithm less and more]"
-
 SAMPLES = Metric("samples", "", 0, 0)
+DASH = "\N{EN DASH}"  # of what there cannot be
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Cell:
 
     @property
     def percent(self) -> str:
-        """The change as printed: a percentage, or a factor from ten times dense on; empty if there is none."""
-        if self.change is None:
+        """The change as printed: a percentage, or a factor from ten times dense on; empty if there is none, and of a
+        value that is no number."""
+        if self.change is None or not math.isfinite(self.change):
             return ""
         if self.change >= 9:
             return f"{1 + self.change:,.0f}x dense"
@@ -92,185 +93,159 @@ class Table:
         title: heading above the table.
         note: how to read it.
         stubs: headers of the columns that name a row.
-        columns: (group, label) of each column of cells.
-        rows: (names, cells) of each row; a cell is None if there is no run for it.
+        columns: headers of the columns of cells.
+        rows: (names, cells) of each row; a cell is None if what it shows was not measured.
     """
 
     name: str
     title: str
     note: str
     stubs: tuple[str, ...]
-    columns: list[tuple[str, str]]
+    columns: list[str]
     rows: list[tuple[tuple[str, ...], list[Cell | None]]] = field(default_factory=list)
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """(group, number of columns) of each group, in order."""
-        found: list[tuple[str, int]] = []
-        for group, _ in self.columns:
-            if found and found[-1][0] == group:
-                found[-1] = (group, found[-1][1] + 1)
-            else:
-                found.append((group, 1))
-        return found
-
-    @property
     def missing(self) -> int:
-        """Number of cells without a run."""
+        """Number of cells that were not measured."""
         return sum(cell is None for _, cells in self.rows for cell in cells)
 
 
 def tables(runs: pd.DataFrame) -> list[Table]:
     """All tables that have rows; tables of quality come first."""
-    made = [_quality(select(runs, kind=kind), kind, title) for kind, title in QUALITY.items()]
-    made += [_perplexity_by_length(runs), _drafting(runs), _latency(runs), *_flocking(runs)]
-    samples = dict(zip(runs["run_id"], runs["samples"], strict=True))
-    return [_with_samples(table, samples) for table in made if table.rows]
-
-
-def _with_samples(table: Table, samples: dict[str, float]) -> Table:
-    """The table with one more column: of how many samples each row's numbers are."""
-    rows = []
-    for names, cells in table.rows:
-        runs = [cell.run_id for cell in cells if cell is not None and pd.notna(samples[cell.run_id])]
-        counts = sorted({int(samples[run_id]) for run_id in runs})
-        cell = Cell(counts[-1], SAMPLES, runs[0], words=", ".join(map(str, counts))) if counts else None
-        rows.append((names, [*cells, cell]))
-    return replace(table, columns=[*table.columns, ("", "n")], rows=rows)
-
-
-def _quality(runs: pd.DataFrame, kind: str, title: str) -> Table:
-    """A row per model and method, a column per task and metric."""
-    runs = runs[runs["stderr"].notna() & runs["prompt_length"].isna()]
-    columns = sorted({(row.task, row.metric) for row in runs.itertuples()}, key=lambda pair: (pair[0], order(pair[1])))
-    error = f"{_LOGARITHMIC}," if kind == "perplexity" else "± standard error over samples,"
-    note = (
-        f"Value {error} and the change relative to the dense model. Bold: the best method at a sparsity, where several "
-        "were run and one is best. n: samples."
-    )
-    table = Table(kind, title, note, ("model", "method"), [(task, _heading(metric(name))) for task, name in columns])
-    found = {(row.model, row.method, row.task, row.metric): row for row in runs.itertuples()}
-    rivals: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for row in runs[runs["family"] != "dense"].itertuples():
-        rivals[row.model, row.task, row.metric, _amount(row)].append(metric(row.metric).text(row.value))
-    rows = runs.drop_duplicates(["model", "method"])
-    for row in sorted(rows.itertuples(), key=method_order):
-        cells: list[Cell | None] = []
-        for task, name in columns:
-            mine = found.get((row.model, row.method, task, name))
-            dense = found.get((row.model, "dense", task, name))
-            others = rivals[row.model, task, name, _amount(row)]
-            cells.append(None if mine is None else _cell(mine, dense, others))
-        table.rows.append(((row.model, row.method), cells))
-    return table
-
-
-def _perplexity_by_length(runs: pd.DataFrame) -> Table:
-    """A row per model, method and prompt length, a column per task and generation length."""
-    runs = select(runs, kind="perplexity", metric="perplexity")
-    runs = runs[runs["prompt_length"].notna()]
-    columns = sorted({(row.task, row.generation_length) for row in runs.itertuples()})
-    note = f"Perplexity of the tokens that follow a prompt, {_LOGARITHMIC}, and the change relative to dense."
-    labels = [(task, f"{length:g} generated tokens") for task, length in columns]
-    table = Table("perplexity_lengths", "Perplexity by length", note, ("model", "method", "prompt tokens"), labels)
-    found = {
-        (row.model, row.method, row.prompt_length, row.task, row.generation_length): row for row in runs.itertuples()
-    }
-    if len({key[2:] for key in found}) < 2:
-        return table  # the table of quality shows a single pair of lengths
-    rows = runs.drop_duplicates(["model", "method", "prompt_length"])
-    for row in sorted(rows.itertuples(), key=lambda row: (*method_order(row), row.prompt_length)):
-        cells = []
-        for place in columns:
-            mine = found.get((row.model, row.method, row.prompt_length, *place))
-            dense = found.get((row.model, "dense", row.prompt_length, *place))
-            cells.append(None if mine is None else _cell(mine, dense, []))
-        table.rows.append(((row.model, row.method, f"{row.prompt_length:g}"), cells))
-    return table
-
-
-def _drafting(runs: pd.DataFrame) -> Table:
-    """A row per model, task and method that was verified, or predicted to be; a column per metric."""
-    runs = runs[(runs["kind"] != "latency") & runs["metric"].isin(_DRAFTING)]
-    runs = runs[runs["run_id"].isin(runs[runs["metric"] != "effective_density"]["run_id"])]
-    names = [name for name in _DRAFTING if (runs["metric"] == name).any()]
+    logarithmic = "[one standard error of its logarithm less and more]"
+    made = []
+    for kind, title in QUALITY.items():
+        scored = select(runs, kind=kind, scored=True)
+        error = f"{logarithmic}," if kind == "perplexity" else "± standard error over samples,"
+        note = (
+            f"Value {error} and the change relative to the dense model. Bold: the best method at a sparsity, where "
+            "several were run and one is best. n: samples."
+        )
+        made.append(_table(kind, title, note, scored[scored["prompt_length"].isna()], compared=True))
+    lengths = select(runs, kind="perplexity", metric="perplexity")
+    lengths = lengths[lengths["prompt_length"].notna()]
+    note = f"Perplexity of the tokens that follow a prompt, {logarithmic}, and the change relative to dense."
+    if len(lengths.groupby(["prompt_length", "generation_length"])) > 1:  # the table of quality shows a single pair
+        made.append(_table("perplexity_lengths", "Perplexity by length", note, lengths, lengths=True, compared=True))
     note = (
         "Tokens that the pruned model drafts and the dense model checks. The effective density is bytes of weights "
         "read per token, of drafts and checks over dense, and the predicted speed-up its inverse; for fidelity, that "
         "of greedy decoding with the best fixed number of drafted tokens."
     )
-    headings = [("", _heading(metric(name))) for name in names]
-    table = Table("verified", "Verified decoding", note, ("model and task", "method"), headings)
-    found = {(row.model, row.task, row.method, row.metric): row for row in runs.itertuples()}
-    rows = runs.drop_duplicates(["model", "task", "method"])
-    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *method_order(row))):
-        place = (row.model, row.task, row.method)
-        cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
-        table.rows.append(((f"{row.model}, {row.task}", row.method), cells))
-    return table
-
-
-def _latency(runs: pd.DataFrame) -> Table:
-    """A row per model, task, method and pair of lengths, a column per metric."""
-    runs = select(runs, kind="latency")
-    names = [name for name in _LATENCY if (runs["metric"] == name).any()]
+    drafting = runs[(runs["kind"] != "latency") & runs["metric"].isin(_DRAFTING)]
+    drafting = drafting[drafting["run_id"].isin(drafting[drafting["metric"] != "effective_density"]["run_id"])]
+    made.append(_table("verified", "Verified decoding", note, drafting, _DRAFTING))
     note = (
         "Medians of repeats, dense and pruned in turn. The limit of the decode speed-up is bytes of weights read per "
         "token, dense over pruned or, for a verified method, over drafts and checks. The break-even is missing where "
         "pruning does not pay."
     )
-    stubs = ("model and task", "method", "tokens")
-    table = Table("latency", "Latency", note, stubs, [("", _heading(metric(name))) for name in names])
-    keys = ["model", "task", "method", "prompt_length", "generation_length"]
-    found = {(*(getattr(row, key) for key in keys), row.metric): row for row in runs.itertuples()}
-    rows = runs[runs["prompt_length"].notna()].drop_duplicates(keys)
-    for row in sorted(rows.itertuples(), key=lambda row: (row.model, row.task, *method_order(row), row.prompt_length)):
-        place = tuple(getattr(row, key) for key in keys)
-        cells = [_cell(found[*place, name], None, []) if (*place, name) in found else None for name in names]
-        length = f"{row.prompt_length:g} + {row.generation_length:g}"
-        table.rows.append(((f"{row.model}, {row.task}", row.method, length), cells))
-    return table
+    latency = select(runs, kind="latency")
+    latency = latency[latency["prompt_length"].notna()]
+    made.append(_table("latency", "Latency", note, latency, _LATENCY, lengths=True))
+    return [table for table in [*made, *_flocking(runs)] if table.rows]
 
 
 def _flocking(runs: pd.DataFrame) -> list[Table]:
     """A row per model, task and kind of text, a column per measure. Only natural text has measures of generation."""
-    runs = select(runs, kind="flocking")
     note = (
         "Jaccard similarities of the sets of a layer's strongest neurons, means over sequences and layers ± standard "
         "error. Energy: the share of the squared relative activations that the sequence's own set holds, and that each "
         "token's own set would hold."
     )
-    generation = [name for name in MEASURES if name.endswith("generation")]
-    others = [name for name in MEASURES if name not in generation]
-    made = []
-    for name, title, measures, texts in (
-        ("flocking", "Flocking: sets of neurons", others, TEXTS),
-        ("flocking_generation", "Flocking: prompt and generation", generation, TEXTS[:1]),
-    ):
-        stubs = ("model and task", "text")
-        table = Table(name, title, note, stubs, [("", metric(measure).label) for measure in measures])
-        for model, task in dict.fromkeys((row.model, row.task) for row in runs.itertuples()):
-            mine = {row.metric: row for row in select(runs, model=model, task=task).itertuples()}
-            for text in texts:
-                found = [(measure, mine.get(f"{measure}_{text}")) for measure in measures]
-                cells = [row and _cell(row, None, [], metric(measure)) for measure, row in found]
-                table.rows.append(((f"{model}, {task}", text), cells))
-        made.append(table)
-    return made
+    runs = select(runs, kind="flocking")
+    by_text = [
+        runs[runs["metric"].str.endswith(f"_{text}")].assign(
+            method=text, metric=lambda rows, text=text: rows["metric"].str.removesuffix(f"_{text}")
+        )
+        for text in TEXTS
+    ]
+    found = pd.concat(by_text)
+    of_generation = found["metric"].str.endswith("generation")
+    return [
+        _table(name, title, note, rows, MEASURES, stub="text")
+        for name, title, rows in (
+            ("flocking", "Flocking: sets of neurons", found[~of_generation]),
+            ("flocking_generation", "Flocking: prompt and generation", found[of_generation]),
+        )
+    ]
 
 
-def _cell(row: Any, dense: Any, rivals: Sequence[str], shown: Metric | None = None) -> Cell:
-    shown = shown or metric(row.metric)
+def _table(
+    name: str,
+    title: str,
+    note: str,
+    runs: pd.DataFrame,
+    metrics: Iterable[str] = (),
+    *,
+    lengths: bool = False,
+    compared: bool = False,
+    stub: str = "method",
+) -> Table:
+    """A row per model, task and method, a column per metric, and one of how many samples the numbers are.
+
+    Args:
+        name: of the table, as are `title` and `note`.
+        title: above it.
+        note: how to read it.
+        runs: the metrics that it shows.
+        metrics: those that have a column, in order; empty: all there are.
+        lengths: whether every pair of prompt and generation length has a row.
+        compared: whether cells say how they differ from dense, and which method is best.
+        stub: what a row's method is called.
+    """
+    present = set(runs["metric"])
+    names = [metric for metric in metrics if metric in present] if metrics else sorted(present, key=order)
+    headings = [*(_heading(metric(column)) for column in names), "n"]
+    table = Table(name, title, note, ("model and task", stub, *(["tokens"] if lengths else [])), headings)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
+    measured: dict[tuple[str, str], set[str]] = defaultdict(set)
+    dense: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    rivals: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+
+    def place(row: Any) -> tuple[Any, ...]:
+        return row.model, row.task, *((row.prompt_length, row.generation_length) if lengths else ())
+
+    for row in sorted(runs.itertuples(), key=lambda row: (row.model, row.task, *method_order(row))):
+        rows[*place(row), row.method][row.metric] = row
+        measured[row.model, row.task].add(row.metric)
+        if row.role == "dense" and compared:
+            dense[*place(row), row.metric].append(row)
+        elif compared:
+            rivals[*place(row), row.metric, _amount(row)].append(metric(row.metric).text(row.value))
+    for (model, task, *between, method), mine in rows.items():
+        first = next(iter(mine.values()))
+        other = nearest(first, dense.get((*place(first), first.metric), []))
+        cells: list[Cell | None] = []
+        for column in names:
+            row = mine.get(column)
+            if row is not None:
+                against = nearest(row, dense.get((*place(row), column), []))
+                cells.append(_cell(row, against, rivals[*place(row), column, _amount(row)] if compared else []))
+            else:
+                known = column in measured[model, task]
+                cells.append(None if known else Cell(math.nan, metric(column), first.run_id, words=DASH))
+        samples = pd.notna(first.samples)
+        cells.append(Cell(float(first.samples), SAMPLES, first.run_id) if samples else None)
+        tokens = [f"{between[0]:g} + {between[1]:g}"] if lengths else []
+        table.rows.append(((f"{model}, {task}", f"{method}{apart(first, other)}", *tokens), cells))
+    return table
+
+
+def _cell(row: Any, dense: Any, rivals: Sequence[str]) -> Cell:
+    shown = metric(row.metric)
     change = None
-    if dense is not None and row.family != "dense" and dense.value:
+    if dense is not None and row.role != "dense" and dense.value:
         change = (row.value - dense.value) / dense.value
     best = False
-    if row.family != "dense" and shown.better and len(rivals) > 1:
-        numbers = [shown.better * float(text) for text in rivals]
+    if row.role == "pruned" and shown.better and len(rivals) > 1:
+        numbers = [shown.better * float(text) for text in rivals if text != "nan"]
         mine = shown.better * float(shown.text(row.value))
-        best = mine == max(numbers) and numbers.count(mine) == 1
-    stderr = None if pd.isna(row.stderr) or row.samples == 1 else row.stderr
-    interval = shown.ends(row.value, stderr) if stderr and shown.logarithmic else None
+        best = mine == max(numbers, default=None) and numbers.count(mine) == 1
+    stderr = None if not row.scored or row.samples == 1 else row.stderr
+    interval = None
+    if stderr and shown.logarithmic and math.isfinite(row.value):
+        interval = shown.ends(row.value, stderr)
     return Cell(row.value, shown, row.run_id, stderr, change, best, interval)
 
 
@@ -280,8 +255,9 @@ def _heading(shown: Metric) -> str:
 
 
 def method_order(row: Any) -> tuple[Any, ...]:
-    """A sort key: dense first, then by method and sparsity."""
-    return row.model, row.family != "dense", row.family, _amount(row)
+    """A sort key: dense first, then by method and sparsity, then by lengths."""
+    lengths = (row.prompt_length, row.generation_length) if pd.notna(row.prompt_length) else (0, 0)
+    return row.model, ("dense", "assisted", "pruned").index(row.role), row.family, _amount(row), *lengths
 
 
 def _amount(row: Any) -> float:

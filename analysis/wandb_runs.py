@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import wandb
 
 from analysis.runs import Problem, Record, Runs, checked
 from pipelines.errors import UserError
+from pipelines.records import from_json
 from pipelines.tracking import check_server
 
 _FLOCKING_TABLE = "layers_table"
@@ -43,9 +43,14 @@ def read_wandb(path: str) -> Runs:
             if isinstance(record, Problem):
                 problems.append(record)
                 continue
+            twin = next((one for one in records if one["run_id"] == record["run_id"]), None)
+            if twin is not None:  # by somebody else
+                if twin["metrics"] != record["metrics"]:
+                    problems.append(Problem(run.id, "conflicting", f"another run here is {twin['run_id']} too"))
+                continue
             records.append(record)
             if record["config"]["task"]["kind"] == "flocking":
-                layers[run.id] = _layer_rows(run)
+                layers[record["run_id"]] = _layer_rows(run)
     except (wandb.Error, ValueError, OSError) as error:  # its HTTP library raises OSErrors
         reason = " ".join(str(error).split())
         raise UserError(f"runs=wandb:{path}: cannot be read ({reason})") from error
@@ -59,13 +64,13 @@ def _record(run: Any) -> Record | Problem:
         return Problem(run.id, "unfinished", f"its state in W&B is {run.state}")
     logged = run.summary_metrics.get("record")
     try:
-        parts = json.loads(logged) if isinstance(logged, str) else None
+        parts = from_json(logged) if isinstance(logged, str) else None
     except ValueError:
         parts = None
     if not isinstance(parts, dict):
         return Problem(run.id, "damaged", "its summary holds no record")
     try:
-        return checked({"run_id": run.id, "status": "finished", "config": dict(run.config), **parts}, run.id)
+        return checked({"status": "finished", "config": dict(run.config), **parts}, str(parts.get("run_id")))
     except ValueError as error:
         return Problem(run.id, "damaged", f"its record {error}")
 
@@ -78,5 +83,4 @@ def _layer_rows(run: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         run.file(table["path"]).download(root=folder, replace=True)
         content = json.loads((Path(folder) / table["path"]).read_text(encoding="utf-8"))
-    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
-    return [row for row in rows if not any(isinstance(value, float) and math.isnan(value) for value in row.values())]
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]

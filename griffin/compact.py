@@ -2,26 +2,25 @@
 
 The weights lie in buffers that last from prompt to prompt, so that their addresses do not change. A layer that keeps
 all of its neurons has the model's own weights, so that it is bit-identical to dense.
-
-Dimensions: N = tokens, D = FF width, K = kept neurons, H = hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
 from math import prod
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from griffin.correction import Correction
-from griffin.dense import DenseView
-from griffin.experts import Experts
-from griffin.feedforward import find_feedforward_blocks, gather
+from griffin.feedforward import UnsupportedModelError, find_feedforward_blocks, gather
+from griffin.hooked import DenseView
+from griffin.ridge import Correction
+from griffin.selection import Experts
 from griffin.views import Compiler, View
 
 
@@ -38,7 +37,7 @@ class CompactView(View):
             ]
             for block in find_feedforward_blocks(self.module)
         ]
-        self._loaded: ReferenceType[Experts] | None = None
+        self._loaded: Callable[[], Experts | None] = lambda: None
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -47,37 +46,34 @@ class CompactView(View):
 
     def holds(self, experts: Experts) -> bool:
         """Whether these are the experts that were loaded last."""
-        return self._loaded is not None and self._loaded() is experts
+        return self._loaded() is experts
 
     def load(self, experts: Experts) -> None:
-        """Compute with these experts from the next call on; those that follow the loaded ones are not gathered anew."""
+        """Compute with these experts; those that follow the loaded ones are not gathered anew."""
         if self.holds(experts):
             return
-        before = self._loaded() if self._loaded is not None else None
-        self._loaded = None  # nothing is complete before all of it is gathered
-        goes_on = before is not None and experts.follows(before)
+        before = self._loaded()
+        self._loaded = lambda: None  # nothing is complete before all of it is gathered
+        if before is not None and not experts.follows(before):
+            before = None
         for layer, (projections, neurons_K) in enumerate(zip(self._layers, experts.neurons, strict=True)):
-            corrections: Sequence[Correction] = experts.corrections[layer]
-            if goes_on and before is not None:
-                corrections = corrections[len(before.corrections[layer]) :]
-            else:
+            if before is None:
                 block = self._dense.bring(layer)
                 kept = None if len(neurons_K) == block.width and not self._dense.offloaded else neurons_K
                 for projection, dense in zip(projections, block.projections, strict=True):
                     projection.load(dense, kept)
-            for correction in corrections:
+            for correction in experts.corrections[layer][0 if before is None else len(before.corrections[layer]) :]:
                 projections[-1].correct(correction)
         self._loaded = ref(experts)
 
     def learn(self, corrections: dict[int, Correction]) -> None:
-        """Add to what the loaded experts write, by layer. What they learn is not theirs: they are gathered anew when
-        they are loaded again."""
-        self._loaded = None
+        """Add to what the loaded experts write, by layer, until any are loaded again."""
+        self._loaded = lambda: None
         for layer, correction in corrections.items():
             self._layers[layer][-1].correct(correction)
 
     def written(self, layer: int, kept_NK: Tensor) -> Tensor:
-        """What the neurons of a layer write [N, H] at these activations, bias left out, with all that was learned."""
+        """What a layer's neurons write [N, H] at N tokens, with all that was learned and without the bias."""
         return self._layers[layer][-1].written(kept_NK)
 
 
@@ -123,22 +119,17 @@ class CompactProjection:
     def correct(self, correction: Correction) -> None:
         """Change what the kept neurons write, on top of earlier corrections of the same experts."""
         weight = self.module.weight.data
-        if correction.basis_TK is not None and correction.weights_TH is not None:
-            basis_TK, weights_TH = correction.basis_TK.to(weight), correction.weights_TH.to(weight)
-            left, right = (weights_TH, basis_TK) if self._neuron_dim else (basis_TK, weights_TH)
-            weight.addmm_(left.T, right)  # reads and writes the weights once
-        if correction.bias_H is not None:
-            before = self.module._parameters["bias"]
-            corrected_H = correction.bias_H.to(weight) + (0 if before is None else before.data)
-            self._buffer("bias", list(corrected_H.shape), weight).data.copy_(corrected_H)
+        basis_NK, weights_NH = correction.basis_NK.to(weight), correction.weights_NH.to(weight)
+        left, right = (weights_NH, basis_NK) if self._neuron_dim else (basis_NK, weights_NH)
+        weight.addmm_(left.T, right)  # reads and writes the weights once
 
     def written(self, inputs_NK: Tensor) -> Tensor:
-        """What the kept neurons write at these activations, without the bias."""
+        """What the kept neurons write, without the bias."""
         weight = self.module.weight.detach()
         return functional.linear(inputs_NK.to(weight.dtype), weight if self._neuron_dim else weight.T)
 
     def _buffer(self, name: str, shape: list[int], like: Tensor) -> nn.Parameter:
-        """The module's parameter, of this shape, at the beginning of a memory that moves only when it grows."""
+        """The module's parameter, in a memory that moves only when it grows."""
         if name not in self._memory or self._memory[name].numel() < prod(shape):
             self._memory[name] = like.new_empty(prod(shape))
             self._gathered.pop(name, None)
@@ -147,3 +138,54 @@ class CompactProjection:
             self._gathered[name] = nn.Parameter(memory, requires_grad=False)
         self.module._parameters[name] = self._gathered[name]
         return self._gathered[name]
+
+
+def compact_model(model: nn.Module, experts: Experts) -> Any:
+    """A model of the same class on one set of experts, which shares all but its FF weights with the dense one.
+
+    Its `save_pretrained` writes a checkpoint that `from_pretrained` loads, or raises an `UnsupportedModelError` that
+    says why the architecture has no config for it.
+    """
+    view = CompactView(model, DenseView(model))
+    view.load(experts)
+    pruned = view.module
+    try:
+        widths = {block.width for block in find_feedforward_blocks(model)}
+        pruned.config = _config(pruned, widths, {len(neurons_K) for neurons_K in experts.neurons})
+    except UnsupportedModelError as reason:
+        message = str(reason)
+
+        def save_pretrained(*_: Any, **__: Any) -> None:
+            raise UnsupportedModelError(message)
+
+        pruned.save_pretrained = save_pretrained
+    return pruned
+
+
+def _config(pruned: Any, dense: set[int], widths: set[int]) -> Any:
+    """The config of a model of these shapes."""
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"layers keep {min(widths)} to {max(widths)} neurons: a checkpoint has one FF width; expected "
+            "budget='uniform' and one sparsity"
+        )
+    (width,) = widths
+    shapes = {name: value.shape for name, value in pruned.state_dict().items()}
+    text = pruned.config.get_text_config(decoder=True)
+    names = [name for name, value in vars(text).items() if isinstance(value, int) and value in dense]
+    # Some have none, and make a multiple of the hidden size of it.
+    names += [name for name, value in vars(text).items() if value is None]
+    for name in names:
+        config = copy.deepcopy(pruned.config)
+        setattr(config.get_text_config(decoder=True), name, width)
+        try:
+            with torch.device("meta"):
+                made = type(pruned)._from_config(config)
+        except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, KeyError, ZeroDivisionError):
+            continue  # not what says the FF width
+        if {key: value.shape for key, value in made.state_dict().items()} == shapes:
+            return config
+    raise UnsupportedModelError(
+        f"{type(pruned).__name__} has no config for an FF width of {width} with these biases: it cannot be saved as a "
+        "checkpoint"
+    )

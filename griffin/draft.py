@@ -1,7 +1,6 @@
 """The draft model of verified decoding: what the experts write, and what they learn from checks.
 
-Dimensions: k = draft tokens, V = vocabulary, C = rows of its output embedding, D = FF width, H = hidden size,
-L = layers, N = tokens that are learned, T = tokens of a check.
+Dimensions: k = draft tokens, T = tokens of a check, C = rows of its output embedding, N = tokens that are learned.
 """
 
 from __future__ import annotations
@@ -11,22 +10,30 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from griffin.batch import record
-from griffin.choosing import choose
-from griffin.draft_length import DraftLength, look_up
 from griffin.draft_vocabulary import BEST
 from griffin.engine import Engine
 from griffin.kv_cache import KVCache
-from griffin.prompt import wanted
-from griffin.refresh import Seen, learn, next_refresh, to_learn
+from griffin.method import MOST_DRAFTED
+from griffin.refresh import Seen, learn, to_learn
 from griffin.ridge import RidgeFit
-from griffin.rows import Generation, Row
-from griffin.traffic import Traffic, traffic
+from griffin.rows import DraftStatistics, Generation, Row, Traffic, traffic
 
-# A fit learns from so many tokens or more at a time: what that costs hardly depends on their number (measured in
-# docs/verified-decoding.md).
+# Tokens that a fit learns from at a time, at least: their number hardly costs anything (docs/verified-decoding.md).
 LEARN_EVERY = 4
+
+# Of prompt lookup: how many last tokens must have stood before, and how many are drafted where `draft_tokens` is auto.
+_NGRAMS = (3, 2)
+LOOKED_UP = 8
+
+# Tokens and rounds of looked-up drafts that a row starts from.
+_LOOKUP_PRIOR = (6.0, 2.0)
+
+# Of `draft_tokens=auto`: the sums that a row starts from, of the probabilities that the draft gave its tokens, of those
+# accepted, and of all; and what is left of them after a round.
+_PRIOR = (4.0, 3.5, 5.0)
+_MEMORY = 0.95
 
 
 @dataclass
@@ -53,31 +60,18 @@ class DraftModel:
             assert row.state.likely is not None
             self._vocabulary.begin(row.state.likely)
             row.state = row.state if row.keep_cache else replace(row.state, likely=None)
-        self._recorder = engine.dense.recorder(wanted([row.method]), row.state.recorded)
-        self._chosen_at = 0  # tokens
-        self._load()
-
-    def _load(self) -> None:
-        experts = self._row.experts
-        assert experts is not None
-        self._engine.compact.load(experts)
-        self._fits: list[RidgeFit] = list(experts.fits) if self._row.method.refresh != "none" else []
+        engine.compact.load(row.experts)
+        self._fits: list[RidgeFit] = list(row.experts.fits) if row.method.refresh != "none" else []
         # By fit, what it has not learned: kept activations [L, N, K] and what the blocks wrote there [L, N, H].
         self._unlearned: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._fits]
-        if self._row.method.refresh != "experts":  # its memory can go: the weights are loaded, and learn
-            self._row.experts = replace(experts, corrections=((),) * len(experts.corrections), fits=())
-
-    @property
-    def learns(self) -> bool:
-        """Whether it needs the activations of checks."""
-        return bool(self._fits) or self._row.method.refresh == "experts"
+        self.learns = bool(self._fits)  # and needs the activations of checks
+        # The memory of corrections can go: the weights are loaded, and learn.
+        row.experts = replace(row.experts, corrections=((),) * len(row.experts.corrections), fits=())
 
     @property
     def bytes(self) -> int:
         """That one step of it reads."""
         return self._traffic.draft(None if self._vocabulary is None else self._vocabulary.used)
-
-    # -- drafting -----------------------------------------------------------------------------------------------------
 
     def draft(self, length: DraftLength, cache: KVCache, generation: Generation) -> DraftTokens:
         """Draft tokens behind the row's last one."""
@@ -88,7 +82,11 @@ class DraftModel:
             tokens = look_up([*row.state.ids, *row.tokens], min(most, length.looked_up))
             if tokens:
                 row.drafts.looked_up += len(tokens)
-                return self._looked_up(tokens, generation)
+                tokens_k = torch.tensor(tokens).to(self._engine.device)
+                drafts.tokens += torch.split(tokens_k, 1)
+                if generation.draw is not None:  # as if each were drawn from a distribution that has no other token
+                    drafts.distributions += one_hot(tokens_k, row.state.logits_TV.shape[-1]).float()
+                return drafts
         # Where calls are compiled, the host does not wait for the draft's probabilities.
         planned = length.planned(most, cost) if self._engine.compiled else None
         probabilities: list[float] = []
@@ -101,15 +99,6 @@ class DraftModel:
             drafts.probabilities.append(probability)
             if planned is None:
                 probabilities.append(0.0 if length.fixed else float(probability))
-        return drafts
-
-    def _looked_up(self, tokens: list[int], generation: Generation) -> DraftTokens:
-        """Drafts that cost nothing, each drawn from a distribution that has no other token."""
-        tokens_k = torch.tensor(tokens).to(self._engine.device)
-        drafts = DraftTokens(list(torch.split(tokens_k, 1)))
-        if generation.draw is not None:
-            size = self._row.state.logits_TV.shape[-1]
-            drafts.distributions = list(torch.nn.functional.one_hot(tokens_k, size).float())
         return drafts
 
     def _step(
@@ -139,37 +128,91 @@ class DraftModel:
         drafts.distributions.append(probabilities_V)
         return token, probabilities_V[token]
 
-    # -- learning -----------------------------------------------------------------------------------------------------
-
     def meet(self, logits_TV: Tensor, token: Tensor) -> Tensor:
-        """Have the vocabulary take in what a check found likely, and the token [1] that it picked itself."""
+        """Have the vocabulary take in what a check found likely, and its own token; how many it has then, [1] each."""
         if self._vocabulary is None:
             return token.new_zeros(1)
         best = logits_TV.topk(min(BEST, logits_TV.shape[1]), dim=-1).indices.flatten()
         self._vocabulary.add(torch.cat([best, token]))
         return self._vocabulary.count.view(1).to(token.device)
 
-    def learn(self, groups: Sequence[Seen], accepted: int, tokens: Sequence[int], known: int) -> None:
+    def learn(self, groups: Sequence[Seen], accepted: int, known: int) -> None:
         """Learn from a check."""
-        row = self._row
-        with row.drafts.timed("learn"):
+        with self._row.drafts.timed("learn"):
             if self._vocabulary is not None:
                 self._vocabulary.use(known)
             for place, (fit, unlearned) in enumerate(zip(self._fits, self._unlearned, strict=True)):
-                seen = next(group for group in groups if fit.layers[0] in group.by_layer)
-                unlearned.append(to_learn(fit, seen, accepted))
+                unlearned.append(to_learn(fit, groups, accepted))
                 if sum(kept_LNK.shape[1] for kept_LNK, _ in unlearned) >= LEARN_EVERY:
                     kept_LNK, target_LNH = (torch.cat(parts, dim=1) for parts in zip(*unlearned, strict=True))
                     written = self._engine.compact.written
                     corrections, self._fits[place] = learn(fit, kept_LNK, target_LNH, written)
                     self._engine.compact.learn(corrections)
                     unlearned.clear()
-        if row.method.refresh == "experts":
-            with row.drafts.timed("choose"):
-                record(self._recorder, groups, accepted)
-                ran = len(row.tokens) + len(tokens) - 1
-                if ran >= next_refresh(self._chosen_at):
-                    self._chosen_at = ran
-                    row.state = replace(row.state, recorded=self._recorder.recorded)
-                    row.experts = choose(self._engine, row.states, row.method, row.seed)
-                    self._load()
+
+
+def look_up(tokens: Sequence[int], most: int) -> list[int]:
+    """Up to `most` tokens that followed where the last ones stood before, the latest time, if they did (prompt lookup
+    decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding)."""
+    for size in _NGRAMS:
+        last = list(tokens[-size:])
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - 1] == last[-1] and list(tokens[end - size : end]) == last:
+                return list(tokens[end : end + most])
+    return []
+
+
+class DraftLength:
+    """A fixed number, or as many as are worth their cost.
+
+    With `auto`, the draft's own probabilities, corrected by how often they held so far, say how likely all drafts of a
+    round are accepted. One more is worth it while the tokens that it is expected to give, for its share (`cost`) of a
+    dense step, are more than what the row gets for that on average.
+    """
+
+    def __init__(self, draft_tokens: int | str, drafts: DraftStatistics) -> None:
+        self.fixed = isinstance(draft_tokens, int)
+        self.most, self.looked_up = [draft_tokens] * 2 if isinstance(draft_tokens, int) else [MOST_DRAFTED, LOOKED_UP]
+        self._drafts = drafts
+        self._believed, self._accepted, self._checked = _PRIOR
+        self._lookup = _LOOKUP_PRIOR
+
+    def more(self, probabilities: Sequence[float], most: int, cost: float) -> bool:
+        """Whether to draft one more token."""
+        if self.fixed or len(probabilities) >= most:
+            return len(probabilities) < most
+        all_accepted = 1.0
+        for probability in probabilities:
+            all_accepted *= min(1.0, probability * self._accepted / self._believed)
+        return all_accepted * self._accepted / self._checked > self._rate(cost) * cost
+
+    def planned(self, most: int, cost: float) -> int:
+        """How many to draft, where the draft's probabilities are not to be waited for: as if each were the mean."""
+        mean, number = self._believed / self._checked, 0
+        while self.more([mean] * number, most, cost):
+            number += 1
+        return number
+
+    def _rate(self, cost: float) -> float:
+        """Tokens that the row gets for a dense step's cost."""
+        done = self._drafts
+        drafted = done.drafted - done.looked_up
+        return (done.emitted + 2.0) / (done.checks + cost * drafted + 1.0 + cost)
+
+    def lookup_pays(self, cost: float) -> bool:
+        """Whether a check of what is looked up has lately brought more tokens than the row gets for its cost."""
+        tokens, rounds = self._lookup
+        return tokens > rounds * self._rate(cost)
+
+    def update_lookup(self, accepted: int) -> None:
+        """Take in what became of a round whose drafts were looked up."""
+        self._lookup = (_MEMORY * self._lookup[0] + accepted + 1, _MEMORY * self._lookup[1] + 1)
+
+    def update(self, probabilities: Sequence[float], accepted: int) -> None:
+        """Take in what became of a round: the drafts behind a rejected one were not checked."""
+        checked = probabilities[: accepted + 1]
+        seen = (sum(checked), accepted, len(checked))
+        before = (self._believed, self._accepted, self._checked)
+        self._believed, self._accepted, self._checked = (
+            prior + _MEMORY * (value - prior) + new for prior, value, new in zip(_PRIOR, before, seen, strict=True)
+        )

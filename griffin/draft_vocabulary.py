@@ -1,11 +1,11 @@
 """The draft's vocabulary: rows of the output embedding that a prompt makes likely.
 
 The output embedding is a large part of what a sparse draft still reads, and a text needs few of its rows: the prompt's
-own tokens, and those that the dense model finds most likely at positions of the prompt and at every checked position. A
-token outside of them costs a rejected draft and nothing else. Not in the paper; FR-Spec (arXiv 2502.14856) and
-VocabTrim (arXiv 2506.22694) use lists that are the same for all prompts.
+own tokens, and those that the dense model finds most likely at its positions and at those it checks. A token outside of
+them costs a rejected draft and nothing else. Not in the paper; FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv
+2506.22694) use lists that are the same for all prompts.
 
-Dimensions: S = positions, H = hidden size, V = vocabulary, C = rows that there is room for, M = candidates.
+Dimensions: C = rows that there is room for, M = candidates.
 """
 
 from __future__ import annotations
@@ -33,11 +33,7 @@ _PIECE = 32  # positions whose logits are in memory at a time
 
 
 def output_embedding(model: nn.Module) -> nn.Linear:
-    """The model's output embedding.
-
-    Raises:
-        UnsupportedModelError: it has none that is a linear layer.
-    """
+    """The model's output embedding; an `UnsupportedModelError` where it has none that is a linear layer."""
     whole: Any = model
     head = whole.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -48,11 +44,8 @@ def output_embedding(model: nn.Module) -> nn.Linear:
 
 
 def find_likely(head: nn.Linear, hidden_SH: Tensor) -> Tensor:
-    """Tokens that are likely somewhere: the best `BEST` at up to `POSITIONS` of these positions, some more than once,
-    on the device of the positions.
-
-    What models do to logits after the embedding, such as soft-capping and scaling, leaves their order as it is.
-    """
+    """The best `BEST` tokens at up to `POSITIONS` of these positions, some more than once, on the positions' device.
+    What models do to logits behind the embedding, such as soft-capping and scaling, does not change their order."""
     sampled_SH = hidden_SH[:: max(1, -(-len(hidden_SH) // POSITIONS))].to(head.weight.device)
     pieces = [sampled_SH[first : first + _PIECE] for first in range(0, max(1, len(sampled_SH)), _PIECE)]
     best = [head(piece_SH).topk(min(BEST, head.out_features), dim=-1).indices for piece_SH in pieces]
@@ -66,14 +59,13 @@ class DraftView(View):
     def __init__(self, compact: CompactView, compiler: Compiler | None = None) -> None:
         super().__init__(compact.module, compiler, compact.projections)
         head = output_embedding(self.module)
-        self._head, self._whole_VH = head, head.weight.detach()
-        self.size, hidden = self._whole_VH.shape
+        self._head, self.size, device = head, len(head.weight), head.weight.device
+        self._whole = {name: whole.detach() for name, whole in head.named_parameters(recurse=False)}  # weight, bias
         self._capacity = min(self.size, CAPACITY)
-        device = self._whole_VH.device
         # One row more takes what there is no room for.
-        self._rows_CH = self._whole_VH.new_zeros(self._capacity + 1, hidden)
-        self._bias_C = None if head.bias is None else head.bias.detach().new_zeros(self._capacity + 1)
-        self._whole_bias_V = None if head.bias is None else head.bias.detach()
+        self._rows = {
+            name: whole.new_zeros(self._capacity + 1, *whole.shape[1:]) for name, whole in self._whole.items()
+        }
         self._tokens_C = torch.full((self._capacity + 1,), self.size, device=device)
         self._known_V = torch.zeros(self.size, dtype=torch.bool, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
@@ -101,25 +93,21 @@ class DraftView(View):
         place_M = self.count + new_M.cumsum(0) - 1
         fits_M = new_M & (place_M < self._capacity)
         place_M = place_M.where(fits_M, self._capacity)
-        self._rows_CH.index_copy_(0, place_M, self._whole_VH[tokens_M])
-        if self._bias_C is not None and self._whole_bias_V is not None:
-            self._bias_C.index_copy_(0, place_M, self._whole_bias_V[tokens_M])
+        for name, whole in self._whole.items():
+            self._rows[name].index_copy_(0, place_M, whole[tokens_M])
         self._tokens_C.index_copy_(0, place_M, tokens_M.where(fits_M, self.size))
         self._known_V.index_fill_(0, tokens_M, True)
         self.count += fits_M.sum()
 
     def use(self, rows: int) -> None:
-        """Compute the logits of the first rows: of all that there is room for where calls are compiled, so that their
-        shape stays."""
+        """Compute the logits of so many rows; where calls are compiled, of all that there is room for."""
         rows = self._capacity if self._static else rows
         if rows == self.used:
             return
         self.used = rows
-        parameters: Any = self._head._parameters
-        parameters["weight"] = nn.Parameter(self._rows_CH[: self.used], requires_grad=False)
-        if self._bias_C is not None:
-            parameters["bias"] = nn.Parameter(self._bias_C[: self.used], requires_grad=False)
-        self.tokens_C = self._tokens_C[: self.used]
+        for name, buffer in self._rows.items():
+            self._head._parameters[name] = nn.Parameter(buffer[:rows], requires_grad=False)
+        self.tokens_C = self._tokens_C[:rows]
 
     def allowed(self, logits_C: Tensor) -> Tensor:
         """The logits of a call, minus infinity where the buffer has no token."""

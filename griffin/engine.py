@@ -1,7 +1,4 @@
-"""The engine: the views of a model, and the KV caches that last from prompt to prompt.
-
-Dimensions: B = rows of a batch.
-"""
+"""The engine: the views of a model, and the KV cache that lasts from prompt to prompt."""
 
 from __future__ import annotations
 
@@ -15,12 +12,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from griffin.compact import CompactView
-from griffin.dense import DenseView
 from griffin.draft_vocabulary import DraftView
-from griffin.experts import Experts
 from griffin.feedforward import FeedForwardBlock, UnsupportedModelError, find_feedforward_blocks
+from griffin.hooked import DenseView, MaskedView
 from griffin.kv_cache import KVCache
-from griffin.masked import MaskedView
+from griffin.selection import Experts
 from griffin.views import Compiler, View
 
 # How rows run on their experts.
@@ -31,8 +27,7 @@ class Engine:
     """Runs rows of a model dense or on experts. The model itself is never touched.
 
     Args:
-        model: a `transformers` causal language model.
-        pruning: whether it will be pruned; a model that only runs dense may have any FF blocks.
+        pruning: whether the model will be pruned; one that only runs dense may have any FF blocks.
         mode: how pruned calls run: `masked`; `compact` or `auto`: compact where all rows share their experts, else
             masked. Rows whose tokens choose for themselves are always masked.
         compiler: what compiles decoding steps, see `griffin.compiled_call`; None: nothing.
@@ -62,7 +57,7 @@ class Engine:
         self.widths = [block.width for block in self.blocks]
         self.compiled = compiler is not None
         self.mode, self._compiler, self._offload = mode, compiler, offload_dense
-        self._caches: dict[bool, KVCache] = {}
+        self._cache: KVCache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,11 +82,7 @@ class Engine:
 
     @cached_property
     def draft(self) -> DraftView:
-        """The compact view with a part of the output embedding.
-
-        Raises:
-            UnsupportedModelError: the model's output embedding is no linear layer.
-        """
+        """The compact view with a part of the output embedding, see `output_embedding`."""
         return DraftView(self.compact, self._compiler)
 
     def view(self, rows: Sequence[Experts | None]) -> View:
@@ -106,21 +97,13 @@ class Engine:
         self.masked.load(rows)
         return self.masked
 
-    def decoding_cache(self, rows: int, columns: int, *, verified: bool = False, static: bool = False) -> KVCache:
-        """An empty cache of at least so many rows and columns, the same one as last time where it is large enough.
-
-        Args:
-            rows: of a batch.
-            columns: positions of a row.
-            verified: for a row that is verified, which may run while a batch waits with its own cache.
-            static: whether compiled calls will use it.
-        """
-        cache = self._caches.get(verified)
+    def decoding_cache(self, rows: int, columns: int, *, static: bool = False) -> KVCache:
+        """An empty cache of at least these rows and columns, for compiled calls if `static`; last time's if it fits."""
+        cache = self._cache
         fits = cache is not None and cache.static == static and cache.rows >= rows and cache.columns >= columns
         if cache is None or not fits or (static and cache.rows != rows):
-            del cache
-            self._caches.pop(verified, None)  # its memory is free before the next one is allocated
-            cache = self._caches[verified] = KVCache(rows, columns, static=static)
+            self._cache = cache = None  # its memory is free before the next one is allocated
+            cache = self._cache = KVCache(rows, columns, static=static)
         cache.set_window(rows, 0, 0)
         return cache
 
@@ -128,24 +111,19 @@ class Engine:
         """Free views and buffers; they are made again when they are needed."""
         for name in ("draft", "compact", "masked", "dense"):
             vars(self).pop(name, None)
-        self._caches = {}
+        self._cache = None
 
     def written(self, experts: Experts, layer: int, kept_NK: Tensor) -> Tensor:
-        """What a layer's experts write [N, H] at these activations, corrections included and the bias left out."""
+        """What a layer's experts write [N, H] at these activations of N tokens, corrected, without the bias."""
         if "compact" in vars(self) and self.compact.holds(experts):
             return self.compact.written(layer, kept_NK).float()
         written_NH = self.dense.bring(layer).written(kept_NK, experts.neurons[layer])
-        for correction in experts.corrections[layer]:
-            written_NH = written_NH + correction.output(kept_NK.float())
-        return written_NH
+        return sum((correction.output(kept_NK.float()) for correction in experts.corrections[layer]), written_NH)
 
 
 def refuse_uncroppable(model: nn.Module) -> None:
-    """Refuse models whose layers keep more than keys and values, which cannot be rolled back or copied by column.
-
-    Raises:
-        UnsupportedModelError: names the layer, for example one with a recurrent state.
-    """
+    """Raise an `UnsupportedModelError` where a layer keeps more than keys and values, such as a recurrent state, which
+    cannot be rolled back or copied by column."""
     config: Any = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers language model")

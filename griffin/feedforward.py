@@ -2,8 +2,6 @@
 
 In every supported architecture the activations z are the input of the output projection, so a block is fully
 described by its input projections and its output projection: nothing of the model's own forward is rewritten.
-
-Dimensions: D = FF width (number of neurons), H = hidden size of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from griffin.onednn import OneDNNLinear
+from griffin.views import OneDNNLinear
 
 
 class UnsupportedModelError(ValueError):
@@ -24,10 +22,7 @@ class UnsupportedModelError(ValueError):
 
 
 class Layout(NamedTuple):
-    """The attribute names under which a family of architectures keeps an FF block.
-
-    `parts` is how many D-wide matrices one input projection stacks: 2 where gate and up are fused, else 1.
-    """
+    """The attribute names under which a family of architectures keeps an FF block; see `FeedForwardBlock`."""
 
     inputs: tuple[str, ...]
     output: str
@@ -45,8 +40,8 @@ LAYOUTS = (
 # Attribute names under which mixture-of-experts layers keep their routed experts.
 _ROUTED = ("experts", "router")
 
-# Attribute names that, where set, make a neuron's activation depend on the other neurons (a quantile over all of
-# them), or let the forward go around its output projection. Dropping neurons would then do something else.
+# Attribute names that, where set, make an activation depend on the other neurons (a quantile over all of them), or let
+# the forward go around the output projection.
 _COUPLED = ("activation_sparsity", "slow_but_exact")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,19 +66,12 @@ def gather(weight: Tensor, dim: int, rows: Tensor, out: Tensor | None = None) ->
 
 @dataclass(frozen=True, eq=False)
 class FeedForwardBlock:
-    """One FF block of a model: z = act(x W1^T + b1) or act(x Wg^T) * (x Wu^T), and the output z Wd^T + b2.
+    """One FF block of a model: z = act(x W1^T + b1) or act(x Wg^T) * (x Wu^T), and the output z Wd^T + b2."""
 
-    Attributes:
-        name: the module that holds the projections, as in `model.named_modules()`.
-        inputs: the input projections, gate before up; a single one where the block is plain or fused.
-        output: the output projection, whose input is z [.., D].
-        parts: D-wide matrices stacked in each input projection (2: fused gate and up).
-    """
-
-    name: str
-    inputs: tuple[nn.Module, ...]
-    output: nn.Module
-    parts: int
+    name: str  # of the module that holds the projections, as in `model.named_modules()`
+    inputs: tuple[nn.Module, ...]  # gate before up; a single one where the block is plain or fused
+    output: nn.Module  # its input is z [.., D]
+    parts: int  # D-wide matrices stacked in each input projection (2: fused gate and up)
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
@@ -92,7 +80,7 @@ class FeedForwardBlock:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """The matrices of all projections, the output's last."""
+        """Their matrices."""
         return [module.get_parameter("weight") for module in self.projections]
 
     @cached_property
@@ -130,10 +118,7 @@ def _norms(matrix: Tensor, dim: int, order: int = 2) -> Tensor:
 
 
 def find_feedforward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
-    """The FF blocks of a Hugging Face causal language model, one per decoder layer, in layer order.
-
-    Args:
-        model: a `transformers` model; only its decoder is searched, so vision towers are left alone.
+    """The FF blocks of a `transformers` causal language model, one per decoder layer, in layer order.
 
     Raises:
         UnsupportedModelError: a decoder layer is a mixture of experts, has no block of a known layout or more

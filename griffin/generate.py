@@ -2,59 +2,50 @@
 
 `generate` prepares everything and then calls the decoding method that it is given (`custom_generate`).
 
-Dimensions: B = prompts, S = their tokens, padding included, P = columns of the batch, V = vocabulary.
+Dimensions: S = tokens of the prompts, padding included, P = columns of the batch, N = further tokens.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from griffin.activations import Recorded
 from griffin.decoding import decode
 from griffin.engine import Engine
-from griffin.experts import Experts
 from griffin.kv_cache import append_rows, row_of
 from griffin.method import Method
 from griffin.prompt import PromptState, prefill, wanted
 from griffin.rows import Generation, Row, begin
+from griffin.selection import Experts
 
 # The ways to decode in which one sequence of forward calls fills one cache, prompt first. Beams of one prompt are rows
 # with the same experts, so swapping them is harmless.
-_DECODINGS = {
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-}
+_ALLOWED = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
 
 # What our loop understands of what `generate` prepares for the model; it makes positions of its own.
 _UNDERSTOOD = {"attention_mask", "past_key_values", "use_cache", "cache_position", "position_ids", "logits_to_keep"}
 
 
+@dataclass(eq=False)
 class Loop:
     """A decoding method for `generate`: prompts run dense, and their texts go on under a method."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        method: Method,
-        turns: MutableMapping[Any, list[PromptState]],
-        *,
-        seed: int = 0,
-        shared: bool = False,
-        experts: Experts | None = None,
-        streamer: Any = None,
-    ) -> None:
-        self._engine, self._method, self._turns, self._streamer = engine, method, turns, streamer
-        self._seed, self._shared, self._experts = seed, shared, experts
-        self.rows: list[Row] = []
+    engine: Engine
+    method: Method
+    turns: MutableMapping[Any, list[PromptState]]  # by the KV cache of a conversation, its prompts
+    seed: int
+    shared: bool  # whether the prompts share one set of experts
+    experts: Experts | None
+    streamer: Any
+    rows: list[Row] = field(default_factory=list)
 
     def run(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `generate` with this decoding method; returns what it returns."""
@@ -63,42 +54,40 @@ class Loop:
             stop = StopStringCriteria(kwargs["tokenizer"], kwargs["stop_strings"])
             criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
             kwargs = {**kwargs, "stopping_criteria": criteria, "tokenizer": None, "stop_strings": None}
+        return generate(*args, **kwargs, custom_generate=self._decode)
 
-        def loop(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **model_kwargs: Any,
-        ) -> Any:
-            return self._decode(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-
-        return generate(*args, **kwargs, custom_generate=loop)
-
-    def _decode(self, ids_BS: Tensor, processor: Any, criteria: Any, config: Any, model_kwargs: dict[str, Any]) -> Any:
+    def _decode(
+        self,
+        model: Any,
+        ids_BS: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        config = generation_config
         for name, value in model_kwargs.items():
             if name not in _UNDERSTOOD and value is not None:
                 raise ValueError(f"{name}: expected none of it, since our own decoding loop would not hand it on")
-        if self._streamer is not None and len(ids_BS) > 1:
+        if self.streamer is not None and len(ids_BS) > 1:
             raise ValueError(f"a streamer and {len(ids_BS)} prompts: expected one prompt")
-        engine, method, cache = self._engine, self._method, model_kwargs.get("past_key_values")
-        mask_BP = model_kwargs.get("attention_mask")
+        cache, mask_BP = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         columns = getattr(config, "_mask_length", ids_BS.shape[1]) if mask_BP is None else mask_BP.shape[1]
         begins = [0] * len(ids_BS) if mask_BP is None else mask_BP.int().argmax(dim=1).tolist()
         states = [self._prefilled(cache, ids_BS, place, begin, columns) for place, begin in enumerate(begins)]
         keep = bool(config.return_dict_in_generate and config.use_cache and cache is not None)
-        places = range(len(states))
-        groups = [(states, places)] if self._shared else [([state], [place]) for place, state in enumerate(states)]
-        for group, labels in groups:
-            self.rows += begin(engine, group, method, self._seed, labels, experts=self._experts, keep_cache=keep)
         lengths = [state.length for state in states]
-        del states, groups, group  # the memory of prompts goes as rows begin
-        texts = _Texts(ids_BS, processor, criteria, config, self._streamer)
+        while states:  # the memory of prompts goes as rows begin
+            group, states = (states, []) if self.shared else (states[:1], states[1:])
+            labels, given = range(len(self.rows), len(self.rows) + len(group)), self.experts
+            self.rows += begin(self.engine, group, self.method, self.seed, labels, experts=given, keep_cache=keep)
+        del group
+        texts = _Texts(ids_BS, logits_processor, stopping_criteria, config, self.streamer)
         limit = config.max_length - ids_BS.shape[1]
-        process = texts.process if processor or config.return_dict_in_generate else None
-        generation = Generation(limit, texts.ended, process, _draw if config.do_sample else None)
-        for _ in decode(engine, self.rows, generation, batch_size=len(self.rows), max_prompt_tokens=max(lengths)):
+        process = texts.process if logits_processor or config.return_dict_in_generate else None
+        draw = (lambda row, probabilities_N: probabilities_N.multinomial(1)) if config.do_sample else None
+        generation = Generation(limit, texts.ended, process, draw)
+        for _ in decode(self.engine, self.rows, generation, batch_size=len(self.rows), max_prompt_tokens=max(lengths)):
             pass
         result = texts.result(self.rows)
         if keep:
@@ -106,43 +95,36 @@ class Loop:
             held = [row.state.cache for row in self.rows if row.state.cache is not None]
             width = columns + max(len(row.tokens) for row in self.rows) - 1
             append_rows(cache, held, list(zip(begins, counts, strict=True)), width)
-            self._turns[cache] = [_turn(row) for row in self.rows]
+            # A text is the beginning of the next turn of its conversation.
+            self.turns[cache] = [
+                replace(row.state, cache=None, ids=(*row.state.ids, *row.tokens[:-1])) for row in self.rows
+            ]
             result["past_key_values"] = cache
         for row in self.rows:
-            row.state = row.state.without_cache()
+            row.state = replace(row.state, cache=None)
         return result
 
     def _prefilled(self, cache: Any, ids_BS: Tensor, place: int, begin: int, columns: int) -> PromptState:
         """The state of one prompt, which goes on from what the cache holds."""
-        method, record = self._method, wanted([self._method])
-        given = ids_BS[place].tolist()
+        given, record = ids_BS[place].tolist(), wanted([self.method])
         cached = 0 if cache is None else int(cache.get_seq_length())
         first = max(begin - (columns - len(given)), 0)  # of the given tokens that are no padding
         if not cached:
             prefix, ids = None, given[first:]
         else:
-            device, nothing = self._engine.device, torch.zeros(1, dtype=torch.int64, device=self._engine.device)
-            turns = self._turns.get(cache)
+            turns = self.turns.get(cache)
             new = given[cached - (columns - len(given)) :]
             before = given[first : len(given) - len(new)] if len(given) == columns else None
             if turns is not None:
                 prefix = replace(turns[place], length=cached - begin)
                 before = before or list(prefix.ids)
             else:  # filled elsewhere: what is seen of the prompt is recorded
-                likely = torch.empty(0, dtype=torch.int64, device=device)
-                prefix = PromptState((), cached - begin, None, torch.empty(0), Recorded(nothing), likely=likely)
+                likely = torch.empty(0, dtype=torch.int64, device=self.engine.device)
+                nothing = Recorded(totals=dict.fromkeys(record, ()))
+                prefix = PromptState((), cached - begin, None, torch.empty(0), nothing, likely=likely)
             ids = [*(before or [0] * (cached - begin)), *new]
             prefix = replace(prefix, cache=row_of(cache, place, begin))
-        return prefill(self._engine, [ids], record, prefix=prefix, likely_tokens=method.prunes_vocabulary)[0]
-
-
-def _turn(row: Row) -> PromptState:
-    """A text as the beginning of a conversation's next turn."""
-    return replace(row.state.without_cache(), ids=(*row.state.ids, *row.tokens[:-1]))
-
-
-def _draw(row: Row, probabilities_N: Tensor) -> Tensor:
-    return torch.multinomial(probabilities_N, num_samples=1)
+        return prefill(self.engine, [ids], record, prefix=prefix, likely_tokens=self.method.prunes_vocabulary)[0]
 
 
 class _Texts:
@@ -168,8 +150,9 @@ class _Texts:
         """The processed logits of some rows, each in its own place of the whole batch: processors may ask for it."""
         texts = [self._text(row, drafted_N) for row, drafted_N in zip(rows, drafted, strict=True)]
         places_B = torch.tensor([row.label for row in rows], device=logits_BV.device)
-        ids_BP = self._ids_BS.new_full((len(self._ids_BS), len(texts[0])), self._padding)
-        ids_BP.index_copy_(0, places_B.to(ids_BP.device), torch.stack(texts))
+        texts_BP = pad_sequence(texts, batch_first=True, padding_value=self._padding)  # some may have ended
+        ids_BP = self._ids_BS.new_full((len(self._ids_BS), texts_BP.shape[1]), self._padding)
+        ids_BP.index_copy_(0, places_B.to(ids_BP.device), texts_BP)
         all_BV = logits_BV.new_zeros(len(ids_BP), logits_BV.shape[1]).index_copy_(0, places_B, logits_BV)
         scores_BV = self._processor(ids_BP, all_BV.clone())
         for name, values_BV in (("logits", all_BV), ("scores", scores_BV)):
@@ -198,16 +181,12 @@ class _Texts:
 
 
 def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], own_loop: str | None = None) -> None:
-    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation.
-
-    `generate` takes an option from its arguments, else from the config it is given, else from the model's own.
-    """
-    merged = copy.deepcopy(default)
+    """Refuse ways to decode whose forward calls are not a prompt followed by its continuation."""
+    merged = copy.deepcopy(default)  # options come from arguments, else a given config, else the model's own
     for options in (vars(given) if given is not None else {}, kwargs):
         for name, value in options.items():
             if value is not None and hasattr(merged, name):
                 setattr(merged, name, value)
-
     if merged.use_cache is False:
         raise ValueError("use_cache=False: pruning needs the KV cache to tell the prompt from what follows")
     if merged.guidance_scale not in (None, 1):
@@ -227,6 +206,6 @@ def refuse_decoding(default: Any, given: Any, kwargs: dict[str, Any], own_loop: 
             if merged.return_dict_in_generate and getattr(merged, name):
                 raise ValueError(f"{name}=True: {own_loop} runs tokens as drafts, checks or again; expected False")
     decoding = merged.get_generation_mode(kwargs.get("assistant_model"))
-    if decoding not in _DECODINGS:
-        allowed = ", ".join(sorted(mode.value for mode in _DECODINGS))
+    if decoding not in _ALLOWED:
+        allowed = ", ".join(sorted(mode.value for mode in _ALLOWED))
         raise ValueError(f"{decoding.value} is not supported with pruning; supported: {allowed}")

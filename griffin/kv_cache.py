@@ -1,10 +1,10 @@
-"""The KV cache: one preallocated kind, for prompts, for rows that decode together, and for compiled decoding.
+"""The KV cache: one preallocated kind, for prompts, decoding and compiled decoding.
 
 All rows end in the same column, like a batch padded on the left: every difference of positions, and so every rotary
 angle, sliding window and ALiBi slope, is what it is for the row alone. Layers with a sliding window keep every position
-too; the model's mask hides the old ones. So any cache can be cropped.
+too, behind the model's mask. So any cache can forget its last positions.
 
-Dimensions: B = rows, N = heads of keys and values, S = positions, E = size of a head.
+Dimensions: N = heads of keys and values, E = size of a head.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers for keys and values like these."""
         wide = [
-            torch.empty((), dtype=states.dtype, device=states.device).expand(
-                self._rows, states.shape[1], 0, states.shape[3]
-            )
+            states.new_empty(()).expand(self._rows, states.shape[1], 0, states.shape[3])
             for states in (key_states, value_states)
         ]
         super().lazy_initialization(*wide)  # zeros: attention multiplies what is masked by 0, and 0 * NaN is not 0
@@ -66,7 +64,7 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
         return super().get_seq_length() if self._static else self.end - self.begin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The number of positions that attention will read when so many are added, and the first one's."""
+        """How many positions attention will read when so many are added, and the first one's."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length)
         return sizes if self._static else (self.get_seq_length() + query_length, 0)
 
@@ -85,13 +83,8 @@ class KVCache(StaticCache):  # type: ignore[misc]
         for layer in self.layers:
             layer.set_window(rows, begin, end)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions of every row, so many of them."""
-        for layer in self.layers:
-            layer.set_window(layer.window_rows, layer.begin, layer.end - abs(tokens_to_remove))
-
     def row(self, row: int, begin: int, end: int) -> KVCache:
-        """A cache of one of the rows that shares its memory with this one, with these columns as its window."""
+        """A cache of these columns of one row that shares its memory with this one."""
         view = KVCache(1, self.columns)
         for layer in self.layers:
             mine = copy.copy(layer)
@@ -116,19 +109,6 @@ class KVCache(StaticCache):  # type: ignore[misc]
             layer.keys[row, :, begin:end] = given.keys[0, :, given.begin : given.end]
             layer.values[row, :, begin:end] = given.values[0, :, given.begin : given.end]
 
-    def move(self, source: int, row: int, begin: int, end: int) -> None:
-        """Copy these columns of one row into another."""
-        for buffer in self._buffers():
-            buffer[row, :, begin:end] = buffer[source, :, begin:end]
-
-    def shift(self, rows: int, begin: int, end: int, new_end: int) -> None:
-        """Move these columns of the first rows so that they end in another column."""
-        for buffer in self._buffers():
-            buffer[:rows, :, new_end - (end - begin) : new_end] = buffer[:rows, :, begin:end].clone()
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
-
 
 def copied(cache: KVCache) -> KVCache:
     """A cache of one row with memory of its own, as large as what it holds."""
@@ -139,11 +119,8 @@ def copied(cache: KVCache) -> KVCache:
     return copy_of
 
 
-# -- transformers' caches ---------------------------------------------------------------------------------------------
-
-
 def row_of(cache: Any, row: int, begin: int) -> KVCache:
-    """What a cache of transformers holds of one row, from a column on; positions that a window has forgotten are 0."""
+    """What a cache of transformers holds of one row from a column on; what a window has forgotten is 0."""
     length = int(cache.get_seq_length())
     own = KVCache(1, length - begin)
     for given in cache.layers:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from griffin.compensation import COMPENSATIONS
 from griffin.draft_vocabulary import DRAFT_VOCABULARIES
 from griffin.refresh import REFRESHES
+from griffin.ridge import COMPENSATIONS
 from griffin.selection import BUDGETS, SELECTIONS, kept_per_layer
 from griffin.statistics import STATISTICS, TOKEN_STATISTICS, Statistic, TokenStatistic
 
@@ -24,9 +24,6 @@ VERIFICATIONS = {
 }
 
 MOST_DRAFTED = 16  # tokens before a check
-
-# Compensations that go on learning.
-LEARNING = tuple(name for name, compensation in COMPENSATIONS.items() if compensation and compensation.learns)
 
 
 def axis(default: Any, values: Sequence[str], help: str, word: str = "{}") -> Any:
@@ -83,18 +80,18 @@ class Method:
             value, allowed = getattr(self, one.name), one.metadata["values"]
             if allowed and not isinstance(value, Statistic | TokenStatistic) and value not in allowed:
                 raise ValueError(f"{one.name}={value!r}: expected one of {', '.join(allowed)}")
-        for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
+        several = isinstance(self.sparsity, Sequence) and not isinstance(self.sparsity, str)
+        shares: tuple[Any, ...] = tuple(self.sparsity) if several else (self.sparsity,)  # type: ignore[arg-type]
+        for share in shares:
             if isinstance(share, bool) or not isinstance(share, int | float):
                 raise TypeError(f"sparsity={share!r}: expected a number, 0 <= sparsity < 1, or one for each layer")
             if not 0 <= share < 1:
                 raise ValueError(f"sparsity={share}: expected 0 <= sparsity < 1")
-        if isinstance(self.sparsity, tuple) and self.budget != "uniform" and not self.dense:
+        if not shares:
+            raise ValueError("sparsity=[]: expected a number, 0 <= sparsity < 1, or one for each layer")
+        object.__setattr__(self, "sparsity", tuple(map(float, shares)) if several else float(shares[0]))
+        if several and self.budget != "uniform" and not self.dense:
             raise ValueError(f"budget={self.budget!r} with a sparsity for each layer: expected one of the two")
-        if self.refresh == "compensation" and self.compensation not in LEARNING:
-            raise ValueError(
-                f"refresh={self.refresh!r} with compensation={self.compensation!r}, which cannot go on learning: "
-                f"expected compensation={', '.join(LEARNING)}"
-            )
         if self.by_token and not self.dense:
             plain = Method(sparsity=0.0)
             for key in ("selection", "compensation", "refresh", "verification"):
@@ -103,6 +100,8 @@ class Method:
                         f"{key}={getattr(self, key)!r} with statistic={self.scorer.name!r}, by which each token "
                         f"chooses for itself: expected {key}={getattr(plain, key)!r}"
                     )
+        if self.refresh == "compensation" and self.compensation == "none":
+            raise ValueError("refresh='compensation' with compensation='none': expected compensation='ridge'")
         self._check_verification()
 
     def _check_verification(self) -> None:
@@ -160,21 +159,29 @@ class Method:
         return not any(self.sparsity) if isinstance(self.sparsity, tuple) else not self.sparsity
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its fields that mean something, by name. Methods with the same settings prune alike."""
+        if self.dense:
+            return {"sparsity": 0.0}
+        idle = {"none": DRAFTING, "exact": DRAFTING[-1:]}.get(self.verification, ())
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in idle}
+
+    @property
     def family(self) -> str:
         """The method without its sparsity, in words."""
         if self.dense:
             return "dense"
         name = self.scorer.name if self.compensation == "none" else f"{self.scorer.name}+{self.compensation}"
         words = [name, "(by token, masked)"] if self.by_token else [name]
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name in ("statistic", "compensation", "sparsity") or value == one.default:
+        axes = {one.name: one for one in fields(self)}
+        for name, value in self.settings.items():
+            if name in ("statistic", "compensation", "sparsity") or value == axes[name].default:
                 continue
-            if one.name == "verification":
+            if name == "verification":
                 exact = value == "exact"
                 words.append("verified" if exact else f"p>={self.verification_threshold:g} (not exact)")
-            elif self.verified or one.name not in DRAFTING:
-                words.append(one.metadata["word"].format(value))
+            else:
+                words.append(axes[name].metadata["word"].format(value))
         return " ".join(filter(None, words))
 
     @property
@@ -208,8 +215,11 @@ METHODS: Mapping[str, Method] = {
     "dense": DENSE,
     "griffin": Method(),
     "magnitude": Method("magnitude"),
+    "wanda": Method("wanda"),
+    "teal": Method("teal"),
     "recipe": RECIPE,
     "exact": EXACT,
+    "sirius": Method(verification="threshold", draft_tokens=16, draft_vocabulary="full"),
 }
 
 
@@ -222,8 +232,6 @@ def as_method(method: Method | str | float | Sequence[float] = "griffin", **opti
     """
     if not isinstance(method, str | Method):
         method, options = "griffin", {"sparsity": method, **options}
-    if isinstance(options.get("sparsity"), Sequence) and not isinstance(options["sparsity"], str):
-        options["sparsity"] = tuple(options["sparsity"])
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}, or a griffin.Method")

@@ -1,9 +1,9 @@
 """Offloading: the dense FF weights in host memory, on the device only while their block runs.
 
 In compact mode they are needed during the prompt alone. So every projection of a dense view brings its weights when it
-runs, and compaction gathers the experts from there: all FF weights cross the bus twice per prompt, once for its dense
-pass and once for compaction. (Gathering on the host would move less, but at the speed of scattered reads, and would
-need a second, transposed copy of the output projections.) Where the device is the CPU nothing is moved.
+runs, and compaction gathers the experts from there: all FF weights cross the bus twice per prompt. (Gathering on the
+host would move less, but at the speed of scattered reads, and would need a second, transposed copy of the output
+projections.) Where the device is the CPU nothing is moved.
 """
 
 from __future__ import annotations
@@ -46,13 +46,7 @@ class Offloaded:
 
 
 def move_without_dense(model: nn.Module, device: torch.device | str) -> None:
-    """Move to a device all of a model but its FF weights, so that the device never holds it whole.
-
-    Such a model runs by `griffin.Engine(model, offload_dense=True)`, or `griffin.prune(model, offload_dense=True)`.
-
-    Args:
-        model: a `transformers` causal language model with dense FF blocks, in host memory.
-        device: where the rest of it goes.
+    """Move to a device all of a model in host memory but its FF weights, for `offload_dense=True`.
 
     Raises:
         UnsupportedModelError: an FF block cannot be pruned, or has a weight that another module shares.
@@ -64,15 +58,10 @@ def move_without_dense(model: nn.Module, device: torch.device | str) -> None:
 
 @contextmanager
 def dense_in_host_memory(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, the FF weights of a model are in host memory, pinned where its device is a GPU.
-
-    They are the same `Parameter` objects, and are back where they were when it ends.
-
-    Args:
-        model: a `transformers` causal language model with dense FF blocks, but for them all on one device.
+    """While the context lasts, a model's FF weights, as the same `Parameter`s, are in host memory, pinned for a GPU.
 
     Raises:
-        UnsupportedModelError: as `move_without_dense`; or the model is spread over several devices.
+        UnsupportedModelError: as `move_without_dense`; or the rest of the model is spread over several devices.
     """
     weights = _weights(model)
     away = {id(weight) for weight in weights}

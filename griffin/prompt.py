@@ -1,23 +1,23 @@
-"""Prompts: one dense pass over each, and what it leaves for methods to choose from.
-
-Dimensions: B = rows of a batch, S = positions, T = positions whose logits are kept, V = vocabulary.
-"""
+"""Prompts: one dense pass over each, what it leaves, and the experts that methods choose from that."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.activations import ActivationStatistic, Recorded
-from griffin.compensation import COMPENSATIONS
+from griffin.activations import ActivationStatistic, Recorded, Recorder
 from griffin.draft_vocabulary import find_likely, output_embedding
 from griffin.engine import Engine, refuse_uncroppable
 from griffin.kv_cache import KVCache
 from griffin.method import Method
-from griffin.statistics import Statistic
+from griffin.ridge import COMPENSATIONS, fit_prompt
+from griffin.selection import Experts, select
+from griffin.statistics import Evidence, Statistic, TokenChoice, TokenStatistic, aggregate
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,24 +32,15 @@ class PromptState:
     continuation: Recorded | None = None  # the same over the dense continuation, for oracles; None: not known
     likely: Tensor | None = None  # tokens that the prompt makes likely, some more than once, for a draft's vocabulary
 
-    def without_cache(self) -> PromptState:
-        """The same without its KV cache, whose memory can go once it was copied."""
-        return replace(self, cache=None)
-
-    def without_recorded(self) -> PromptState:
-        """The same without what was recorded, whose memory can go once experts are chosen for good."""
-        return replace(self, recorded=replace(self.recorded, totals={}), continuation=None, likely=None)
-
 
 def wanted(methods: Sequence[Method]) -> list[ActivationStatistic]:
     """What must be recorded of a prompt for these methods to choose from it."""
-    statistics: list[ActivationStatistic] = []
+    statistics: list[ActivationStatistic | None] = []
     for method in methods:
-        scorer, compensation = method.scorer, COMPENSATIONS[method.compensation]
+        scorer = method.scorer
         if not method.dense and isinstance(scorer, Statistic):
-            statistics += [scorer.activations] if scorer.activations and not scorer.oracle else []
-            statistics += [compensation.activations] if compensation is not None else []
-    return list(dict.fromkeys(statistics))
+            statistics += [None if scorer.oracle else scorer.activations, COMPENSATIONS[method.compensation]]
+    return list(dict.fromkeys(statistic for statistic in statistics if statistic is not None))
 
 
 @torch.no_grad()
@@ -65,20 +56,13 @@ def prefill(
 ) -> list[PromptState]:
     """The dense pass over prompts, in one call of the model: rows are padded on the right.
 
-    One prompt at a time is to the bit what it is alone, and keeps a device busy where it is long; for many short ones a
-    batch is faster.
-
     Args:
-        engine: the model.
         prompts: token ids of each, which may go on after the prompt's end.
         record: what to record, see `wanted`.
         prompt_lengths: how many tokens of each are the prompt: only these are recorded and cached. None: all.
         keep_logits: at how many of the last positions of each row logits are kept, at most.
         prefix: a state of tokens that the one prompt begins with, which are not run again.
         likely_tokens: whether to collect the tokens that prompts make likely, see `griffin.draft_vocabulary`.
-
-    Returns:
-        A state for each prompt.
 
     Raises:
         UnsupportedModelError: the model keeps more than keys and values of a prompt, such as a recurrent state.
@@ -90,41 +74,84 @@ def prefill(
     if not all(lengths):
         raise ValueError(f"prompt {lengths.index(0)} is empty: expected at least one token")
     width, device = max(lengths), engine.device
-    before = Recorded(torch.zeros(len(prompts), dtype=torch.int64, device=device))
-    cache, start = KVCache(len(prompts), width), 0
+    cache, start, before = KVCache(len(prompts), width), 0, [Recorded()] * len(prompts)
     before_likely = torch.empty(0, dtype=torch.int64, device=device)
     if prefix is not None and prefix.cache is not None:
         if not {*record} <= {*prefix.recorded.totals} or (likely_tokens and prefix.likely is None):
             raise ValueError("the prefix was run without recording what is to be recorded of the prompt")
-        start, before = prefix.length, prefix.recorded
+        start, before = prefix.length, [prefix.recorded]
         before_likely = before_likely if prefix.likely is None else prefix.likely
         cache.put(0, prefix.cache, start)
         cache.set_window(1, 0, start)
-    counted_BS = None
-    if any(count < width for count in counts):
-        columns_S = torch.arange(start, width, device=device)
-        counted_BS = columns_S < torch.tensor(counts, device=device).unsqueeze(1)
     ids_BS = torch.tensor([[*ids[start:], *[0] * (width - len(ids))] for ids in prompts], device=device)
     kept = min(width - min(length - min(keep_logits, length) for length in lengths), width - start)
-    recorder = engine.dense.recorder(record, before)
-    recorder.expect(len(prompts), width - start, counted_BS)
+    recorder = Recorder(engine.dense.blocks, record, before)
+    recorder.expect([slice(count - start) for count in counts], [count - start for count in counts])
     logits_BTV, hidden_BSH = engine.dense.recording(ids_BS, cache, recorder, hidden=likely_tokens, logits_to_keep=kept)
     states = []
-    likely = None
-    for row, (ids, length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
-        last = kept - width + length  # behind this row's last position among the kept ones
+    for row, (ids, count, recorded) in enumerate(zip(prompts, counts, recorder.recorded_B, strict=True)):
+        last, likely = kept - width + len(ids), None  # behind this row's last position among the kept ones
         if hidden_BSH is not None:
-            run = slice(0, count - start)
+            run = slice(count - start)
             best = find_likely(output_embedding(engine.dense.module), hidden_BSH[row, run])
             likely = torch.cat([before_likely, ids_BS[row, run], best.to(device)])
+        logits_TV = logits_BTV[row, max(last - keep_logits, 0) : last].clone()
         states.append(
-            PromptState(
-                tuple(ids[:count]),
-                count,
-                cache.row(row, 0, count),
-                logits_BTV[row, max(last - keep_logits, 0) : last].clone(),
-                recorder.recorded.row(row, count),
-                likely=likely,
-            )
+            PromptState(tuple(ids[:count]), count, cache.row(row, 0, count), logits_TV, recorded, likely=likely)
         )
     return states
+
+
+@torch.no_grad()
+def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: int = 0) -> Experts | None:
+    """The experts of a prompt, or the one set that several share, by the paper's aggregation; None: nothing is dropped.
+
+    The states have recorded what is `wanted`. A prompt draws the same random numbers in any batch and order.
+    """
+    kept = method.kept(engine.widths)
+    if kept == engine.widths:
+        return None
+    if isinstance(method.scorer, TokenStatistic):
+        everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
+        return Experts(everything, ((),) * len(kept), by_token=TokenChoice(method.scorer, tuple(kept)))
+    scores = score_neurons(engine, states, method, seed)
+    draws = [_draw(engine, layer, states[0], seed) if method.draws else None for layer in range(len(kept))]
+    neurons = tuple(
+        select(scores_D, K, method.selection, draw_D) for K, scores_D, draw_D in zip(kept, scores, draws, strict=True)
+    )
+    experts, activations = Experts(neurons, ((),) * len(kept), tuple(scores)), COMPENSATIONS[method.compensation]
+    if activations is None:
+        return experts
+    rows = ([state.recorded.totals[activations][layer] for state in states] for layer in range(len(kept)))
+    corrections, fits = fit_prompt(
+        (layer, engine.dense.bring(layer), neurons_K.to(rows_TX[0].device), torch.cat(rows_TX))
+        for layer, (neurons_K, rows_TX) in enumerate(zip(neurons, rows, strict=True))
+        if len(neurons_K) < engine.widths[layer]
+    )
+    return replace(experts.corrected(corrections), fits=fits)
+
+
+def score_neurons(engine: Engine, states: Sequence[PromptState], method: Method, seed: int = 0) -> list[Tensor]:
+    """Per layer, the scores [D] float32 of one prompt, or those that several prompts share."""
+    statistic = method.scorer
+    assert isinstance(statistic, Statistic)
+    recorded = [state.continuation if statistic.oracle and state.continuation else state.recorded for state in states]
+    layers = []
+    for layer, block in enumerate(engine.blocks):
+        scores = []
+        for state, evidence in zip(states, recorded, strict=True):
+            total = None if statistic.activations is None else evidence.totals[statistic.activations][layer]
+            draw_D = _draw(engine, layer, state, seed) if statistic.random else None
+            scores.append(statistic.score(Evidence(block, total, draw_D)))
+            if scores[-1].shape != (block.width,):
+                shape = [*scores[-1].shape]
+                raise ValueError(f"statistic={statistic.name!r}: scores of shape {shape}; expected [{block.width}]")
+        layers.append(scores[0] if len(scores) == 1 else aggregate(scores, [evidence.tokens for evidence in recorded]))
+    return layers
+
+
+def _draw(engine: Engine, layer: int, state: PromptState, seed: int) -> Tensor:
+    """Uniform numbers that follow from the seed, the layer and the prompt."""
+    number = zlib.crc32(f"{seed} {layer}".encode(), zlib.crc32(np.asarray(state.ids, dtype=np.int64).tobytes()))
+    draw_D = torch.rand(engine.widths[layer], generator=torch.Generator().manual_seed(number))
+    return draw_D.to(engine.blocks[layer].output.get_parameter("weight").device)

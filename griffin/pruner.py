@@ -2,8 +2,6 @@
 
 It routes `model.forward` and `model.generate` to views of the model (see `griffin.routing`). With `refresh`,
 `verification` or `compiled`, `model.generate` runs our own decoding loop (see `griffin.generate`).
-
-Dimensions: B = rows of a batch, D = FF width, K = kept neurons.
 """
 
 from __future__ import annotations
@@ -21,15 +19,14 @@ from torch import Tensor, nn
 
 from griffin.draft_vocabulary import output_embedding
 from griffin.engine import MODES, Engine, refuse_uncroppable
-from griffin.experts import Experts
 from griffin.feedforward import UnsupportedModelError
 from griffin.generate import Loop, refuse_decoding
 from griffin.method import Method, as_method
 from griffin.offloading import dense_in_host_memory
 from griffin.prompt import PromptState
 from griffin.routing import Call, Router, refuse_batch
-from griffin.rows import DraftStatistics, RowStatistics
-from griffin.traffic import traffic
+from griffin.rows import DraftStatistics, RowStatistics, traffic
+from griffin.selection import Experts
 from griffin.views import compiler_for
 
 _pruned_models: WeakSet[nn.Module] = WeakSet()
@@ -45,9 +42,8 @@ class Pruner:
 
     Prompts run dense, so the first generated token is the dense model's; the following tokens use the prompt's
     experts. Sparsity 0 is bit-identical to the dense model. The model itself is never written to: inside the context
-    its `forward` and `generate` run on views of it (`griffin.views`), which have the hooks that were on it when the
-    first call was made. Copying and saving it give the dense model; move and convert it outside of the context. Calls
-    of other threads wait.
+    its `forward` and `generate` run on views of it (`griffin.views`), with the hooks that it had at the first call.
+    Copying and saving it give the dense model; move and convert it outside of the context. Calls of other threads wait.
 
     Args:
         model: a `transformers` causal language model with dense FF blocks; one with LoRA on its attention goes too.
@@ -56,16 +52,13 @@ class Pruner:
             dropped activations to zero (every sequence of a batch has its own experts; no faster than dense).
         shared_experts: one expert set for the whole batch, by the paper's aggregation.
         seed: of random statistics and selections; a prompt draws the same in any batch.
-        offload_dense: keep the dense FF weights in host memory, and bring them to the device block by block for prompts
-            and their compaction; for `compact` only, and to the bit the same.
+        offload_dense: keep the dense FF weights in host memory, for `compact` only (`griffin.offloading`).
         compiled: decode by compiled steps (CUDA graphs on a GPU), in greedy and sampled decoding; `auto`: on CUDA.
         experts: for every prompt instead of its own, as `chosen` or `Experts.load` gives them. They learn nothing.
         options: fields of `griffin.Method` that are to be others than `method` has.
 
     Attributes:
-        method: how prompts are continued.
-        blocks: the FF blocks, in layer order.
-        kept: how many neurons each layer keeps.
+        method, blocks, kept: how prompts are continued; the FF blocks; how many neurons each layer keeps.
         stats: what each text of the last `model.generate` took.
         drafts: with `verification`, what became of the draft tokens of each of them.
 
@@ -75,8 +68,7 @@ class Pruner:
         UnsupportedModelError: the model has an FF block that cannot be pruned; or, where our own loop decodes, a KV
             cache that cannot be cropped, or no output embedding that a draft could prune.
 
-    Source: Dong, Chen and Chi, "Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation", COLM 2024,
-    arXiv 2404.01365.
+    Source: Dong, Chen and Chi, COLM 2024, arXiv 2404.01365.
     """
 
     def __init__(
@@ -110,10 +102,7 @@ class Pruner:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
             )
-        if experts is not None and method.refresh == "experts":
-            raise ValueError("experts with refresh='experts', which chooses others: expected one of the two")
-        # Why our own loop decodes, if it does. Where nothing is dropped there is nothing to refresh, and decoding stays
-        # dense to the bit.
+        # Why our own loop decodes, if it does. Where nothing is dropped, decoding stays dense to the bit.
         prunes = self.kept != self._engine.widths
         axes = [axis for axis in ("verification", "refresh") if prunes and getattr(method, axis) != "none"]
         self._reason = axes[0] if axes else None if compiler is None else "compiled"
@@ -131,8 +120,6 @@ class Pruner:
         self.stats: list[RowStatistics] = []
         self.drafts: list[DraftStatistics] = []
 
-    # -- the context --------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> Pruner:
         if self.model in _pruned_models:
             raise RuntimeError("this model is being pruned already; leave that context first")
@@ -143,7 +130,8 @@ class Pruner:
 
         @functools.wraps(self.model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(args, kwargs)
+            with self._lock:
+                return self._router.forward(args, kwargs)
 
         attributes, uncompiled = vars(self.model), torch.compiler.disable  # a compiled model is routed as it is
         routed: dict[str, Any] = {"forward": uncompiled(forward), "__reduce_ex__": self._reduce}  # type: ignore[no-untyped-call]
@@ -178,15 +166,9 @@ class Pruner:
         finally:
             self._router.in_prefill = False
 
-    # -- what was chosen ----------------------------------------------------------------------------------------------
-
     @property
     def chosen(self) -> list[Experts | None]:
-        """The experts of each of the last prompts, or of all together; None: dense.
-
-        Raises:
-            RuntimeError: no prompt has run yet.
-        """
+        """The experts of each of the last prompts, or of all together; None: dense. RuntimeError: none has run yet."""
         chosen = self._router.chosen(self._router.last) if self._router.last is not None else self._chosen
         if not chosen:
             raise RuntimeError("no prompt has run yet")
@@ -194,11 +176,8 @@ class Pruner:
 
     @property
     def scores(self) -> list[Tensor]:
-        """Per layer, the scores of the last prompts: [B, D] float32, [1, D] where they share their experts.
-
-        Raises:
-            RuntimeError: no prompt has run yet, nothing is pruned, or each token has scores of its own.
-        """
+        """Per layer, the scores of the last prompts: [B, D] float32; [1, D] where they share their experts.
+        RuntimeError: they have none, or none has run yet."""
         scores = [experts.scores for experts in self.chosen if experts is not None and experts.scores]
         if not scores:
             raise RuntimeError(f"{self.method.label}: it has no scores of the prompt")
@@ -207,25 +186,15 @@ class Pruner:
     @property
     def experts(self) -> list[Tensor]:
         """Per layer, the kept neurons of the last prompts: [B, K] int64, ascending; [1, K] where they share them.
-
-        Raises:
-            RuntimeError: no prompt has run yet, or each token has experts of its own.
-        """
+        RuntimeError: none has run yet, or each token has experts of its own."""
         if self.method.by_token:
             raise RuntimeError(f"{self.method.label}: each token has experts of its own")
         everything = [torch.arange(block.width, device=self.model.device) for block in self.blocks]
         neurons = [everything if experts is None else experts.neurons for experts in self.chosen]
         return [torch.stack(layer) for layer in zip(*neurons, strict=True)]
 
-    # -- calls --------------------------------------------------------------------------------------------------------
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`model.forward`."""
-        with self._lock:
-            return self._router.forward(args, kwargs)
-
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate`, telling the forward calls how long the prompt is; or on our own loop."""
+        """`model.generate`, telling forward calls how long the prompt is, or on our own loop."""
         with self._lock:
             given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
             reason = self._reason
@@ -259,10 +228,9 @@ class Pruner:
         refuse_batch(self._engine, prompts, self._shared_experts or self.method.verified)
         shared = (self._shared_experts or self._engine.mode == "compact") and not self.method.verified
         streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
-        options: dict[str, Any] = {"seed": self._seed, "shared": shared, "experts": self._given, "streamer": streamer}
-        loop = Loop(self._engine, self.method, self._turns, **options)
+        loop = Loop(self._engine, self.method, self._turns, self._seed, shared, self._given, streamer)
         result = loop.run(self._dense_generate, args, kwargs)
-        self._chosen = [row.experts for row in loop.rows if row.place == 0]
+        self._chosen = [row.experts for row in (loop.rows[:1] if shared else loop.rows)]
         self.stats = [row.statistics(self._traffic) for row in loop.rows]
         self.drafts = [row.drafts for row in loop.rows] if self.method.verified else []
         return result
@@ -273,8 +241,7 @@ class Pruner:
 
     def _forget(self) -> None:
         """The last prompts, whose memory goes unless their KV caches live."""
-        self._router.last = None
-        self._chosen, self.stats, self.drafts = [], [], []
+        self._router.last, self._chosen, self.stats, self.drafts = None, [], [], []
 
 
 def _check(method: Method, mode: str, *, shared_experts: bool, offload_dense: bool) -> None:

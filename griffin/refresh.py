@@ -1,13 +1,9 @@
 """Refresh: what was chosen from the prompt follows the text that is being generated.
 
-A prompt tells which neurons matter for the prompt; what is generated moves away from it. So what is generated is read
-by the dense model too, and its activations join the prompt's. Without verification a few steps, after 8, 16, 32, ..
-tokens, run dense over all tokens since the last of them: such a step costs little more than a dense one where decoding
-is bound by memory, and there are few, four in the first 128 tokens. With verification every check is such a pass.
-
+What is generated moves away from the prompt. So the dense model reads it too, and the compensation goes on learning.
+Without verification a few steps, after 8, 16, 32, .. tokens, run dense over all tokens since the last of them: such a
+step costs little more than a dense one where decoding is bound by memory. With verification every check is such a pass.
 Not in the paper, whose experts are the prompt's until the end.
-
-Dimensions: L = layers, N = tokens, D = FF width, K = kept neurons, H = hidden size.
 """
 
 from __future__ import annotations
@@ -17,15 +13,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from griffin.activations import Recorder, row_lengths
-from griffin.correction import Correction
+from griffin.activations import row_lengths
 from griffin.feedforward import FeedForwardBlock
-from griffin.ridge import RidgeFit
+from griffin.ridge import Correction, RidgeFit
 
 # name: what is refreshed.
 REFRESHES = {
     "none": "nothing, as in the paper",
-    "experts": "the experts, and the compensation that goes with them",
     "compensation": "the compensation, which goes on learning with the experts that it has",
 }
 
@@ -47,10 +41,8 @@ def next_refresh(generated: int) -> int:
 
 
 def call_ends(tokens: int) -> list[int]:
-    """Where the forward calls end, from 0 on, that read a given text of so many tokens as if it were generated.
-
-    A refresh comes with one token of its own; the tokens between two of them need one call only.
-    """
+    """Where the calls end, from 0 on, that read a text of so many tokens as if it were generated: a refresh comes with
+    one token of its own, and the tokens between two of them need one call only."""
     ends, refresh_at = [0], next_refresh(0)
     while refresh_at < tokens:
         ends += [refresh_at, refresh_at + 1]
@@ -65,30 +57,21 @@ class Seen:
     def __init__(self, layers: Sequence[int], blocks: Sequence[FeedForwardBlock], tokens: int) -> None:
         mine, like = [blocks[layer] for layer in layers], blocks[layers[0]].output.get_parameter("weight").detach()
         hidden = like.numel() // blocks[layers[0]].width
-        self.layers, self.tokens = tuple(layers), tokens
+        self.layers = tuple(layers)
         self.biases = [getattr(block.output, "bias", None) for block in mine]
         self.z_LTD = like.new_zeros(len(layers), tokens, max(block.width for block in mine))
         self.output_LTH = like.new_zeros(len(layers), tokens, hidden)
-        self.by_layer = {
-            layer: (self.z_LTD[place, :, : block.width], self.output_LTH[place])
-            for place, (layer, block) in enumerate(zip(layers, mine, strict=True))
-        }
 
     def take(self, layer: int, z: Tensor, output: Tensor) -> None:
         """Keep what a layer saw, and what it made of it."""
-        z_TD, output_TH = self.by_layer[layer]
-        count = z.numel() // z.shape[-1]
-        z_TD[:count] = z.detach().reshape(count, -1)
-        output_TH[:count] = output.detach().reshape(count, -1)
-
-    def record(self, recorder: Recorder, count: int) -> None:
-        """Have a recorder, which expects them, take in the first tokens."""
-        for layer, (z_TD, output_TH) in self.by_layer.items():
-            recorder.record(layer, z_TD[:count], output_TH[:count])
+        place, count, width = self.layers.index(layer), z.numel() // z.shape[-1], z.shape[-1]
+        self.z_LTD[place, :count, :width] = z.detach().reshape(count, width)
+        self.output_LTH[place, :count] = output.detach().reshape(count, -1)
 
 
-def to_learn(fit: RidgeFit, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
+def to_learn(fit: RidgeFit, groups: Sequence[Seen], count: int) -> tuple[Tensor, Tensor]:
     """What a fit learns of the first tokens that were seen, on the scale of its rows."""
+    seen = next(group for group in groups if fit.layers[0] in group.layers)
     z_LND, output_LNH = seen.z_LTD[:, :count], seen.output_LTH[:, :count].float()
     if any(bias is not None for bias in seen.biases):
         biases = [output_LNH.new_zeros(()) if bias is None else bias.detach() for bias in seen.biases]
@@ -104,5 +87,6 @@ def learn(
     fit: RidgeFit, kept_LNK: Tensor, target_LNH: Tensor, written: Callable[[int, Tensor], Tensor]
 ) -> tuple[dict[int, Correction], RidgeFit]:
     """One step of recursive least squares."""
-    wrote = [written(layer, fit.of_layer(place, kept_LNK)) for place, layer in enumerate(fit.layers)]
+    layers = zip(fit.layers, kept_LNK, fit.sizes, strict=True)
+    wrote = [written(layer, kept_NK[:, :size]) for layer, kept_NK, size in layers]
     return fit.learn(kept_LNK, target_LNH - torch.stack(wrote).float())

@@ -1,27 +1,28 @@
 """Ridge compensation: the kept neurons learn, by recursive least squares, what the dropped ones wrote.
 
+It needs no training and no calibration data, and decoding is as fast as without it.
+
 The rows that it learns from are the last tokens of the prompt, each two neighbours added to one row: memory and the
 cost of solving are bounded, whatever the length of the prompt, and neighbours are so alike that a row for two of them
-says nearly as much as two rows (measured in docs/selection.md). What is generated later is learned by the same step.
-Nothing here waits for the device.
+says nearly as much as two rows (docs/selection.md). What is generated later is learned by the same step. Nothing here
+waits for the device.
 
-Dimensions: L = layers, B = rows of a batch, S = positions, D = FF width, K = kept neurons, the most of any layer (rows
-of zeros stand for those that others have less), H = hidden size, X = D + H, T = rows of the prompt, N = rows that are
-learned at a time, M = rows that were learned.
+Dimensions: K = kept neurons, the most of any layer (zeros stand for those that others have less), X = D + H, T = rows
+of the prompt, N = rows that are learned at a time, M = rows that were learned.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from griffin.activations import PrefillChunk, TokenPositions, row_lengths
-from griffin.correction import Correction
+from griffin.activations import ActivationStatistic, PrefillChunk, row_lengths
 from griffin.feedforward import FeedForwardBlock
 
 # The ridge penalty relative to the mean energy of a kept neuron; smaller ones overfit (docs/selection.md).
@@ -34,63 +35,49 @@ TOKENS_PER_ROW = 2
 LEARNED = 512
 
 
-# -- what is recorded of the prompt -----------------------------------------------------------------------------------
-
-
 def latest_rows(chunk: PrefillChunk, block: FeedForwardBlock) -> Tensor:
-    """The last rows of the prompts as far as they have come, from a chunk's tokens alone.
-
-    Rows go by token positions in the prompt, so that a prompt in chunks gives what it gives whole.
-
-    Returns:
-        [B, T, D + H] sums of z / ||z|| over the tokens of a row, and of what the block wrote over ||z||, times the root
-        of what a token counts as; the last row last. T is what the longest prompt may have, but at most `ROWS`.
-        What is not in the chunk is zero.
+    """The last rows [T, D + H] that a chunk's tokens are in, at most `ROWS`: sums of z / ||z|| over the tokens of a
+    row, and of what the block wrote over ||z||. Rows go by positions in the prompt, however it is chunked.
     """
-    positions = chunk.positions
-    length = _length(positions)
-    row_BS = positions.positions_BS // TOKENS_PER_ROW + length - 1 - _last_row(positions).unsqueeze(1)
-    scale_BS1 = positions.weight**0.5 / row_lengths(chunk.z_BSD)
-    scaled_BSX = torch.cat([scale_BS1 * chunk.z_BSD, scale_BS1 * chunk.written_BSH(block)], dim=-1)
-    if positions.counted_BS is None and positions.columns > length * TOKENS_PER_ROW:  # earlier tokens are in no row
-        row_BS, scaled_BSX = row_BS[:, -length * TOKENS_PER_ROW :], scaled_BSX[:, -length * TOKENS_PER_ROW :]
-    counted_BS = row_BS >= 0 if positions.counted_BS is None else (row_BS >= 0) & positions.counted_BS
-    rows, _, width = scaled_BSX.shape
-    prompt_B1 = torch.arange(rows, device=scaled_BSX.device).unsqueeze(1)
-    # What counts in no row goes into one more, which is cut off: selecting tokens would wait for the device.
-    target_BS = torch.where(counted_BS, prompt_B1 * length + row_BS, rows * length)
-    sums = scaled_BSX.new_zeros(rows * length + 1, width)
-    sums.index_add_(0, target_BS.flatten(), scaled_BSX.flatten(0, 1))
-    return sums[:-1].view(rows, length, width)
+    first, end = chunk.tokens.start // TOKENS_PER_ROW, -(-chunk.tokens.stop // TOKENS_PER_ROW)
+    begin = max(chunk.tokens.start, (end - ROWS) * TOKENS_PER_ROW)
+    z_SD, written_SH = (values[begin - chunk.tokens.start :].float() for values in (chunk.z_SD, chunk.output_SH))
+    if (bias := getattr(block.output, "bias", None)) is not None:
+        written_SH = written_SH - bias.detach().float()
+    scaled_SX = torch.cat([z_SD, written_SH], dim=-1) / row_lengths(z_SD)
+    before, behind = begin - max(first, end - ROWS) * TOKENS_PER_ROW, end * TOKENS_PER_ROW - chunk.tokens.stop
+    return pad(scaled_SX, (0, 0, before, behind)).view(-1, TOKENS_PER_ROW, scaled_SX.shape[1]).sum(dim=1)
 
 
-def joined_rows(before_BTX: Tensor, part_BTX: Tensor, positions: TokenPositions) -> Tensor:
-    """The last rows of the prompts, from those of their beginning and those of the chunk that follows."""
-    before = replace(positions, columns=0, counted_BS=None)
-    come_B = _last_row(positions) - _last_row(before)  # rows begun since, by which the earlier ones move up
-    earlier, length = before_BTX.shape[1], part_BTX.shape[1]
-    source_BT = torch.arange(length, device=come_B.device) + come_B.unsqueeze(1) + earlier - length
-    there_BT1 = ((source_BT >= 0) & (source_BT < earlier)).unsqueeze(-1)
-    index_BTX = source_BT.clamp(0, earlier - 1).unsqueeze(-1).expand(-1, -1, before_BTX.shape[2])
-    return torch.where(there_BT1, before_BTX.gather(1, index_BTX), 0.0) + part_BTX
+def joined_rows(before_TX: Tensor, part_TX: Tensor, tokens: range) -> Tensor:
+    """The last rows of a prompt, from those of its beginning and of the chunk that follows."""
+    begun = tokens.start % TOKENS_PER_ROW > 0  # the chunk goes on in the last row
+    if begun and len(part_TX) == -(-tokens.stop // TOKENS_PER_ROW) - tokens.start // TOKENS_PER_ROW:
+        part_TX = torch.cat([part_TX[:1] + before_TX[-1:], part_TX[1:]])
+        before_TX = before_TX[:-1]
+    return torch.cat([before_TX, part_TX])[-ROWS:]
 
 
-def _last_row(positions: TokenPositions) -> Tensor:
-    """[B] int64: the number of the row that the last token is in, -1 before the first token."""
-    return (positions.before_B + positions.count_B - 1).div(TOKENS_PER_ROW, rounding_mode="floor")
+# What is recorded for each compensation.
+COMPENSATIONS = {"none": None, "ridge": ActivationStatistic(latest_rows, joined_rows)}
 
 
-def _length(positions: TokenPositions) -> int:
-    columns = positions.columns_before + positions.columns
-    return min(ROWS, max(1, -(-columns // TOKENS_PER_ROW)))
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What is added to the output of a block at the kept activations z_K: z_K basis^T weights, float32. Two factors
+    take less memory than the change [K, H] of the output weights."""
 
+    basis_NK: Tensor  # N directions in the space of the kept activations
+    weights_NH: Tensor  # what is written along each direction
 
-# -- solving ----------------------------------------------------------------------------------------------------------
+    def output(self, kept_SK: Tensor) -> Tensor:
+        """What is added [S, H] at these kept activations."""
+        return (kept_SK @ self.basis_NK.T) @ self.weights_NH
 
 
 @dataclass(eq=False)
 class _Memory:
-    """Rows that were learned, and how many of them there are: fits that follow each other append to the same ones."""
+    """Rows that were learned, so many of them: fits that follow each other append to the same ones."""
 
     rows_LMK: Tensor
     filled: int = 0
@@ -100,10 +87,10 @@ class RidgeFit:
     """A fit of some layers at once that can go on learning: P = (sum of z_K z_K^T + c I)^-1 = I / c - basis^T basis."""
 
     def __init__(self, layers: Sequence[int], neurons: Sequence[Tensor]) -> None:
-        self.layers, self._sizes = tuple(layers), [len(neurons_K) for neurons_K in neurons]
+        self.layers, self.sizes = tuple(layers), [len(neurons_K) for neurons_K in neurons]
         self._neurons_LK = pad_sequence(list(neurons), batch_first=True)
-        places_K = torch.arange(max(self._sizes), device=neurons[0].device)
-        self._size_L = torch.stack([places_K.new_full((), size) for size in self._sizes])
+        places_K = torch.arange(max(self.sizes), device=neurons[0].device)
+        self._size_L = torch.stack([places_K.new_full((), size) for size in self.sizes])
         self._absent_L1K = (places_K >= self._size_L.unsqueeze(1)).unsqueeze(1)
         self._penalty_L11: Tensor | None = None
         self._prompt_LTK: Tensor | None = None
@@ -114,10 +101,6 @@ class RidgeFit:
         """The kept ones [L, N, K] of these activations."""
         index_LNK = self._neurons_LK.unsqueeze(1).expand(-1, z_LND.shape[1], -1)
         return z_LND.gather(2, index_LNK).masked_fill_(self._absent_L1K, 0.0)
-
-    def of_layer(self, place: int, kept_LNK: Tensor) -> Tensor:
-        """The kept activations [N, K] of one of the layers, without the zeros."""
-        return kept_LNK[place, :, : self._sizes[place]]
 
     def learn(self, kept_LNK: Tensor, error_LNH: Tensor) -> tuple[dict[int, Correction], RidgeFit]:
         """Learn N more rows. The first time, of a prompt, this is the ridge solution of them all.
@@ -132,8 +115,7 @@ class RidgeFit:
             error_LNH: what the block wrote there and the kept neurons do not, on the same scale.
 
         Returns:
-            By layer, what is to be added to what the kept neurons write; and the fit that has learned it, since this
-            one stays as it is.
+            By layer, what is to be added to what the kept neurons write; and the fit that has learned it.
         """
         penalty_L11 = self._penalty_L11
         if penalty_L11 is None:
@@ -160,7 +142,7 @@ class RidgeFit:
         learned._remember(basis_LNK)
         corrections = {
             layer: Correction(basis_LNK[place, :, :size], weights_LNH[place])
-            for place, (layer, size) in enumerate(zip(self.layers, self._sizes, strict=True))
+            for place, (layer, size) in enumerate(zip(self.layers, self.sizes, strict=True))
         }
         return corrections, learned
 
@@ -183,3 +165,29 @@ class RidgeFit:
             self._memory.rows_LMK[:, : self._count] = before_LMK
         self._memory.rows_LMK[:, self._count : self._count + more] = basis_LNK
         self._count = self._memory.filled = self._count + more
+
+
+def fit_prompt(
+    layers: Iterable[tuple[int, FeedForwardBlock, Tensor, Tensor]],
+) -> tuple[dict[int, Correction], tuple[RidgeFit, ...]]:
+    """By layer, the least-squares prediction, from the kept activations, of what the dropped neurons wrote during the
+    prompt: (Z_K^T Z_K + c I)^-1 Z_K^T Y for Y = Z_R Wd[:, R]^T and c = RIDGE * mean(diag(Z_K^T Z_K)); and the fit that
+    gave it, by device.
+
+    Args:
+        layers: those that drop neurons: number, block with its weights, kept neurons [K], recorded rows [T, X].
+    """
+    devices: dict[torch.device, list[tuple[int, Tensor, Tensor, Tensor]]] = {}
+    for layer, block, neurons_K, rows_TX in layers:
+        kept_TK = rows_TX[:, : block.width].index_select(1, neurons_K)
+        error_TH = rows_TX[:, block.width :] - block.written(kept_TK, neurons_K)
+        devices.setdefault(kept_TK.device, []).append((layer, neurons_K, kept_TK, error_TH))
+    corrections: dict[int, Correction] = {}
+    fits: list[RidgeFit] = []
+    for group in devices.values():
+        numbers, neurons, kept, errors = zip(*group, strict=True)
+        padded = [pad(kept_TK, (0, max(map(len, neurons)) - kept_TK.shape[1])) for kept_TK in kept]
+        learned, fit = RidgeFit(numbers, neurons).learn(torch.stack(padded), torch.stack(errors))
+        corrections |= learned
+        fits.append(fit)
+    return corrections, tuple(fits)

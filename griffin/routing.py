@@ -4,8 +4,6 @@ That follows from its KV cache, never from the length of its input. An empty cac
 `model.generate` the prompt lasts until the cache holds all of its tokens, however it is chunked; outside of it, until
 the first call has been made, or for as long as `Pruner.prefill()` lasts. Every cache continues with its own prompt's
 experts, in any order of calls.
-
-Dimensions: B = rows of a batch, S = positions of one forward call.
 """
 
 from __future__ import annotations
@@ -20,13 +18,11 @@ import torch
 from torch import Tensor
 
 from griffin.activations import Recorded, Recorder
-from griffin.choosing import choose
 from griffin.engine import Engine
-from griffin.experts import Experts
 from griffin.method import Method
-from griffin.prompt import PromptState, wanted
-from griffin.rows import RowStatistics
-from griffin.traffic import Traffic
+from griffin.prompt import PromptState, choose, wanted
+from griffin.rows import RowStatistics, Traffic
+from griffin.selection import Experts
 from griffin.views import logit_positions
 
 
@@ -92,9 +88,7 @@ class Router:
         cache = call.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         prompt = None if cache is None else self._prompts.get(cache)
-        in_prompt = cached == 0 or self.in_prefill
-        if self.call is not None:
-            in_prompt = cached < self.call.prompt_length
+        in_prompt = cached < self.call.prompt_length if self.call is not None else cached == 0 or self.in_prefill
         if in_prompt and (prompt is None or cached == 0 or cached != prompt.positions):
             prompt = self._begin(inputs.shape[0])  # a cache filled elsewhere begins a new prompt too
         if prompt is None:
@@ -118,8 +112,8 @@ class Router:
         prompts = self.call.prompts if self.call is not None else rows
         refuse_batch(self._engine, prompts, self._shared_experts)
         self.last = None  # its memory goes, unless its KV cache lives
-        nothing = Recorded(torch.zeros(rows, dtype=torch.int64, device=self._engine.device))
-        recorder = self._engine.dense.recorder([] if self._given else wanted([self._method]), nothing)
+        record = [] if self._given else wanted([self._method])
+        recorder = Recorder(self._engine.dense.blocks, record, [Recorded()] * rows)
         return CachedPrompt(rows, rows // prompts, recorder, [[] for _ in range(rows)])
 
     def _run_prompt(self, prompt: CachedPrompt, call: dict[str, Any], cached: int, inputs: Tensor) -> Any:
@@ -128,15 +122,18 @@ class Router:
             raise ValueError(f"the prompt has {prompt.rows} rows and its next chunk {rows}")
         if prompt.recorder is None:
             raise ValueError("this prompt is over: its KV cache cannot begin another turn")
-        valid_BS = self._valid_positions(call, cached, rows, columns)
-        prompt.recorder.expect(rows, columns, valid_BS)
+        columns_B: list[slice | Tensor] = [slice(None)] * rows
+        if (valid_BS := self._valid_positions(call, cached, rows, columns)) is not None and not valid_BS.all():
+            columns_B = [valid_S.nonzero().squeeze(1) for valid_S in valid_BS]
+        counts = [columns if isinstance(valid, slice) else len(valid) for valid in columns_B]
+        prompt.recorder.expect(columns_B, counts)
         prompt.experts = []
         if self._method.draws:
             ids_BS = call.get("input_ids")
             if ids_BS is None:
                 raise ValueError("random statistics and selections need input_ids: their seed is the prompt")
-            for row, known in enumerate(prompt.ids):
-                known += (ids_BS[row] if valid_BS is None else ids_BS[row][valid_BS[row].to(ids_BS.device)]).tolist()
+            for ids_S, valid, known in zip(ids_BS, columns_B, prompt.ids, strict=True):
+                known += ids_S[valid].tolist()
         self._engine.dense.taps.recorder = prompt.recorder
         return self._engine.dense.module.forward
 
@@ -170,11 +167,9 @@ class Router:
         """The experts of a prompt, once it is complete."""
         if not prompt.experts:
             assert prompt.recorder is not None
-            recorded = prompt.recorder.recorded
-            states = [
-                PromptState(tuple(prompt.ids[row]), 0, None, torch.empty(0), recorded.row(row, recorded.columns))
-                for row in range(0, prompt.rows, prompt.rows_per_prompt)
-            ]
+            rows = zip(prompt.ids, prompt.recorder.recorded_B, strict=True)
+            states = [PromptState(tuple(ids), 0, None, torch.empty(0), recorded) for ids, recorded in rows]
+            states = states[:: prompt.rows_per_prompt]
             groups = [states] if self._shared else [[state] for state in states]
             prompt.experts = [self._given or choose(self._engine, group, self._method, self._seed) for group in groups]
             if self.call is not None and self.call.ends:

@@ -1,7 +1,4 @@
-"""Rows: what is continued, how texts are generated, and what that took.
-
-Dimensions: B = rows of a batch, V = vocabulary, N = tokens.
-"""
+"""Rows: what is continued, how texts are generated, and what that took."""
 
 from __future__ import annotations
 
@@ -12,15 +9,54 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from griffin.choosing import choose
+from griffin.activations import Recorded
 from griffin.engine import Engine
-from griffin.experts import Experts
+from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks
 from griffin.method import Method
-from griffin.prompt import PromptState
+from griffin.prompt import PromptState, choose
 from griffin.refresh import next_refresh
-from griffin.traffic import Traffic
+from griffin.selection import Experts
+from griffin.statistics import TokenStatistic
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of weights that a step reads; the KV cache comes on top."""
+
+    dense: int  # of the dense model
+    pruned: int  # with the kept neurons only
+    output_row: int  # of one row of the output embedding; 0 where it has none
+    vocabulary: int  # rows of the output embedding
+
+    def draft(self, tokens: int | None) -> int:
+        """With the kept neurons, and so many rows of the output embedding; None: all."""
+        return self.pruned if tokens is None else self.pruned - (self.vocabulary - tokens) * self.output_row
+
+
+def traffic(model: nn.Module, kept: Sequence[int], statistic: object = None) -> Traffic:
+    """What a step of a model reads that keeps so many neurons of each layer; a `TokenStatistic` reads more, to choose.
+    An embedding table counts only where it is the output layer too: decoding looks up one row of it."""
+    whole: Any = model
+    blocks = find_feedforward_blocks(model)
+    embedding, output = whole.get_input_embeddings().weight, whole.get_output_embeddings()
+    weights = {id(weight): weight for weight in whole.parameters()}
+    if output is None or output.weight is not embedding:
+        weights.pop(id(embedding))
+    dense = sum(weight.nbytes for weight in weights.values())
+    dropped = sum(
+        round(neuron * (statistic.skippable(block) if isinstance(statistic, TokenStatistic) else 1.0))
+        * (block.width - left)
+        for block, left, neuron in zip(blocks, kept, neuron_bytes(blocks), strict=True)
+    )
+    rows = 0 if output is None else len(output.weight)
+    return Traffic(dense, dense - dropped, output.weight[0].nbytes if rows else 0, rows)
+
+
+def neuron_bytes(blocks: Sequence[FeedForwardBlock]) -> list[int]:
+    """Per block, the bytes of one neuron's weights in all projections."""
+    return [sum(weight.nbytes for weight in block.weights) // block.width for block in blocks]
 
 
 @dataclass
@@ -33,11 +69,11 @@ class DraftStatistics:
     accepted: int = 0  # those of them that became part of the text
     emitted: int = 0  # new tokens but the first: accepted ones, and one of the dense model's own a check
     draft_bytes: int = 0  # of weights that the drafts have read
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn", "choose"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn"), 0.0))
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the time of this context as drafting, checking, learning or choosing anew."""
+        """Count the time of this context as drafting, checking or learning."""
         began = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - began
@@ -62,16 +98,11 @@ class RowStatistics:
 
 @dataclass(eq=False)
 class Row:
-    """A prompt that one method continues.
+    """A prompt that one method continues. Rows that share their experts have the same object."""
 
-    Rows that share their experts have the same list of states, and the same experts.
-    """
-
-    states: list[PromptState]  # of all rows that share its experts; with `refresh=experts`, also what was generated
-    place: int  # which of them is its own
+    state: PromptState
     method: Method
     experts: Experts | None  # what it computes with; None: dense
-    seed: int = 0  # of random selections
     label: Any = None  # whatever tells the row from others, for whoever asked for it
     keep_cache: bool = False  # whether its state has the dense KV cache of all but its last token when it ends
     tokens: list[int] = field(default_factory=list)  # new ones so far; the last one has not run yet
@@ -80,15 +111,6 @@ class Row:
     since_refresh: list[Tensor] = field(default_factory=list)  # [T] each: those that ran pruned since its last refresh
     refreshed: int = 0  # how many of its steps were refreshes, and so dense
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
-
-    @property
-    def state(self) -> PromptState:
-        """Its prompt."""
-        return self.states[self.place]
-
-    @state.setter
-    def state(self, state: PromptState) -> None:
-        self.states[self.place] = state
 
     @property
     def refreshes(self) -> bool:
@@ -104,12 +126,12 @@ class Row:
         """What it took, by the traffic of its model with as many neurons as it keeps."""
         drafts, steps = self.drafts, max(len(self.tokens) - 1, 0)
         if self.method.verified and self.experts is not None:
-            read = drafts.checks * traffic.dense + drafts.draft_bytes
-            acceptance = drafts.accepted / drafts.drafted if drafts.drafted else None
-            return RowStatistics(len(self.tokens), drafts.checks, read, steps * traffic.dense, self.seconds, acceptance)
-        dense = steps if self.experts is None else self.refreshed
-        read = dense * traffic.dense + (steps - dense) * traffic.pruned
-        return RowStatistics(len(self.tokens), dense, read, steps * traffic.dense, self.seconds)
+            dense, pruned = drafts.checks, drafts.draft_bytes
+        else:
+            dense = steps if self.experts is None else self.refreshed
+            pruned = (steps - dense) * traffic.pruned
+        read, acceptance = dense * traffic.dense + pruned, drafts.accepted / drafts.drafted if drafts.drafted else None
+        return RowStatistics(len(self.tokens), dense, read, steps * traffic.dense, self.seconds, acceptance)
 
 
 def begin(
@@ -125,36 +147,19 @@ def begin(
     """The row of a prompt under a method, with its experts; or those of several prompts that share one set of experts,
     which must run in one batch.
 
-    Args:
-        engine: the model.
-        states: of the prompts.
-        method: how they are continued.
-        seed: of random selections.
-        labels: of the rows.
-        experts: chosen before, of this or another prompt; None: they are chosen now.
-        keep_cache: see `Row`.
+    Experts that were chosen before, of this or another prompt, may be given; else they are chosen now, with the seed of
+    random statistics and selections. `keep_cache`: see `Row`; what was recorded is kept then too.
     """
     began = time.perf_counter()
     experts = replace(experts, fits=()) if experts is not None else choose(engine, states, method, seed)
     seconds = (time.perf_counter() - began) / len(states)
-    rechosen = method.refresh == "experts" and experts is not None
-    shared = [state if rechosen or keep_cache else _light(state, method) for state in states]
+    if not keep_cache:  # the memory of what was recorded can go, since experts are chosen for good
+        light = [replace(state, recorded=Recorded(state.recorded.tokens), continuation=None) for state in states]
+        states = [state if method.prunes_vocabulary else replace(state, likely=None) for state in light]
     return [
-        Row(shared, place, method, experts, seed, label, keep_cache, seconds=seconds)
-        for place, label in zip(range(len(shared)), labels, strict=True)
+        Row(state, method, experts, label, keep_cache, seconds=seconds)
+        for state, label in zip(states, labels, strict=True)
     ]
-
-
-def _light(state: PromptState, method: Method) -> PromptState:
-    return replace(state.without_recorded(), likely=state.likely if method.prunes_vocabulary else None)
-
-
-# -- how texts are generated ------------------------------------------------------------------------------------------
-
-
-def never(row: Row) -> bool:
-    """No text ends before its limit."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -162,17 +167,21 @@ class Generation:
     """How texts are generated.
 
     Attributes:
-        max_new_tokens: of a row.
-        ended: whether a row that got its newest token is done. It is asked once for each token.
+        ended: whether a row is done with its newest token. It is asked once for each token.
         process_logits: (rows, of each the draft tokens behind its own [N] or None, logits [B, V]) -> the logits [B, V]
             that the next tokens are picked by; None: as they are.
         draw: (row, probabilities [N]) -> a number drawn by these, [1]; None: the most likely token is picked.
     """
 
     max_new_tokens: int
-    ended: Callable[[Row], bool] = never
+    ended: Callable[[Row], bool] = lambda row: False
     process_logits: Callable[[Sequence[Row], Sequence[Tensor | None], Tensor], Tensor] | None = None
     draw: Callable[[Row, Tensor], Tensor] | None = None
+
+    def ends(self, row: Row, token: int) -> bool:
+        """Give a row its next token; whether that ends it."""
+        row.tokens.append(token)
+        return self.ended(row) or len(row.tokens) >= self.max_new_tokens
 
     def processed(self, row: Row, drafted_N: Tensor | None, logits_V: Tensor) -> Tensor:
         """The logits [V] that a token of one row is picked by."""

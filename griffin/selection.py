@@ -1,14 +1,17 @@
-"""From scores to experts: how many neurons each layer keeps (its budget), and which.
-
-Dimensions: B = batch rows, D = FF width, K = kept neurons.
-"""
+"""From scores to experts: how many neurons each layer keeps, which, and what is added to what they write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from griffin.ridge import Correction, RidgeFit
+from griffin.statistics import TokenChoice
 
 SELECTIONS = ("topk", "sample", "topk_sample")
 
@@ -18,19 +21,8 @@ def kept_neurons(width: int, sparsity: float) -> int:
     return max(1, int(width * (1 - sparsity)))
 
 
-def sparsity_per_layer(sparsity: float | Sequence[float], layers: int) -> list[float]:
-    """One sparsity for each layer."""
-    values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
-    if len(values) != layers:
-        raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
-    for value in values:
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity={value}: expected 0 <= sparsity < 1")
-    return values
-
-
-def select(scores_BD: Tensor, kept: int, selection: str = "topk", draw_BD: Tensor | None = None) -> Tensor:
-    """The kept neurons of each row.
+def select(scores_D: Tensor, kept: int, selection: str = "topk", draw_D: Tensor | None = None) -> Tensor:
+    """The kept neurons [.., K], int64, ascending.
 
     `topk` takes the best. `sample` draws without replacement with probabilities in proportion to the scores.
     `topk_sample` takes the best K // 2 and draws the others from the rest (the sampled variants of arXiv 2404.01365).
@@ -40,83 +32,65 @@ def select(scores_BD: Tensor, kept: int, selection: str = "topk", draw_BD: Tenso
     than K scores are positive.
 
     Args:
-        scores_BD: non-negative scores, or [1, D] for all rows of `draw_BD`.
+        scores_D: non-negative scores [.., D].
         kept: K, 1 to D.
         selection: one of `SELECTIONS`.
-        draw_BD: uniform numbers in [0, 1), needed unless `topk`.
-
-    Returns:
-        [B, K] int64, ascending in each row.
+        draw_D: uniform numbers in [0, 1) of that shape, needed unless `topk`.
 
     Raises:
-        ValueError: unknown `selection`, `kept` out of range, or no `draw_BD` where it is needed.
+        ValueError: unknown `selection`, `kept` out of range, or no `draw_D`.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection={selection!r}: expected one of {', '.join(SELECTIONS)}")
-    if not 1 <= kept <= scores_BD.shape[-1]:
-        raise ValueError(f"kept={kept}: expected 1 to {scores_BD.shape[-1]}")
-    if selection == "topk":
-        keys_BD = scores_BD
-    else:
-        if draw_BD is None:
+    if not 1 <= kept <= scores_D.shape[-1]:
+        raise ValueError(f"kept={kept}: expected 1 to {scores_D.shape[-1]}")
+    keys_D = scores_D
+    if selection != "topk":
+        if draw_D is None:
             raise ValueError(f"selection={selection!r} needs random numbers")
-        draw_BD = draw_BD.to(scores_BD.device)  # drawn beside the weights, which may be in host memory
-        scores_BD = scores_BD.expand_as(draw_BD)
-        keys_BD = scores_BD.log() - (-draw_BD.log()).log()
+        draw_D = draw_D.to(scores_D.device)  # drawn beside the weights, which may be in host memory
+        keys_D = scores_D.log() - (-draw_D.log()).log()
         if selection == "topk_sample":
-            best = scores_BD.topk(kept // 2, dim=-1).indices
-            keys_BD = keys_BD.scatter(-1, best, torch.inf)
-    return keys_BD.topk(kept, dim=-1).indices.sort(dim=-1).values
+            keys_D = keys_D.scatter(-1, scores_D.topk(kept // 2, dim=-1).indices, torch.inf)
+    return keys_D.topk(kept, dim=-1).indices.sort(dim=-1).values
 
 
-# -- budgets: how the layers share what is kept -----------------------------------------------------------------------
+BUDGETS = {
+    "uniform": "every layer keeps the same share, as in the paper",
+    "late": "the first half of the layers keeps less, the second more",
+}
 
 # How far a layer's share may be from the mean at 50%, where there is most to choose from.
 _SPREAD = 0.1
 
 
-def uniform(layers: int) -> list[float]:
-    """Every layer keeps the same share, as in the paper."""
-    return [0.0] * layers
-
-
 def late(layers: int) -> list[float]:
-    """Early layers keep less: their shares rise up to the middle of the model and stay there.
+    """Per layer, how its share departs from the mean, together 0: shares rise up to the middle.
 
-    On both models that it was measured on, dropping half of one of the first layers moves the next-token
-    distributions several times less than half of a middle one (docs/selection.md). The very first layer, which they
-    disagree about, keeps the mean share.
+    Dropping half of one of the first layers moves the next-token distributions several times less than half of a middle
+    one (docs/selection.md). The very first layer, which models disagree about, keeps the mean share.
     """
     tilts = [min(1.0, 2 * layer / max(layers - 1, 1)) for layer in range(1, layers)]
     mean = sum(tilts) / max(len(tilts), 1)
     return [0.0] * min(layers, 1) + [2 * (tilt - mean) for tilt in tilts]
 
 
-# name: number of layers -> per layer, in which direction its share departs from the mean; they add up to 0.
-BUDGETS: dict[str, Callable[[int], list[float]]] = {"uniform": uniform, "late": late}
-
-
 def kept_per_layer(widths: Sequence[int], sparsity: float | Sequence[float], budget: str = "uniform") -> list[int]:
-    """K of each layer, the same sum under every budget.
-
-    Args:
-        widths: D of each layer.
-        sparsity: share of FF neurons dropped over all layers, or, where the budget is uniform, of each layer.
-        budget: one of `BUDGETS`.
+    """K of each layer, by its width D; the same sum under every budget. The sparsity is what share is dropped of all
+    layers together or, where the budget is uniform, of each.
 
     Raises:
-        ValueError: an argument is out of range, or says twice what each layer keeps.
+        ValueError: the sparsities are not as many as the layers.
     """
-    if budget not in BUDGETS:
-        raise ValueError(f"budget={budget!r}: expected one of {', '.join(BUDGETS)}")
-    values = sparsity_per_layer(sparsity, len(widths))
+    layers = len(widths)
+    values = [sparsity] * layers if isinstance(sparsity, int | float) else list(sparsity)
+    if len(values) != layers:
+        raise ValueError(f"sparsity has {len(values)} values: expected one number, or one for each of {layers} layers")
     even = [kept_neurons(width, value) for width, value in zip(widths, values, strict=True)]
     if budget == "uniform" or not any(values):
         return even
-    if not isinstance(sparsity, int | float):
-        raise ValueError(f"budget={budget!r} with a sparsity for each layer: expected one of the two")
-    room = _SPREAD * 4 * sparsity * (1 - sparsity)
-    shifts = [width * room * tilt for width, tilt in zip(widths, BUDGETS[budget](len(widths)), strict=True)]
+    room = _SPREAD * 4 * values[0] * (1 - values[0])  # with a sparsity for each layer, budgets are uniform
+    shifts = [width * room * tilt for width, tilt in zip(widths, late(layers), strict=True)]
     excess = sum(shifts) / len(shifts)  # not 0 where widths differ
     kept = [
         min(width, max(1, round(count + shift - excess)))
@@ -129,3 +103,50 @@ def kept_per_layer(widths: Sequence[int], sparsity: float | Sequence[float], bud
         kept[layer] += moved
         missing -= moved
     return kept
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """What a row computes with, layer by layer."""
+
+    neurons: tuple[Tensor, ...]  # the kept ones [K], int64, ascending; a layer that keeps all of them is dense
+    corrections: tuple[tuple[Correction, ...], ...]  # what the compensation adds to the output, one after the other
+    scores: tuple[Tensor, ...] = ()  # what the neurons were chosen by [D], float32; none where they are not known
+    by_token: TokenChoice | None = None  # how each token chooses among these neurons, which are all; None: none does
+    fits: tuple[RidgeFit, ...] = ()  # what the corrections were fitted by, by device, where they can go on learning
+
+    def corrected(self, further: dict[int, Correction]) -> Experts:
+        """The same with further corrections of some layers."""
+        corrections = tuple(
+            (*before, further[layer]) if layer in further else before for layer, before in enumerate(self.corrections)
+        )
+        return replace(self, corrections=corrections)
+
+    def follows(self, before: Experts) -> bool:
+        """Whether these are the experts of before with further corrections, if any."""
+        corrections = zip(self.corrections, before.corrections, strict=True)
+        return self.neurons is before.neurons and all(now[: len(then)] == then for now, then in corrections)
+
+    def save(self, path: str | Path) -> None:
+        """Write the neurons and corrections, without scores and fits, as one safetensors file; a ValueError where each
+        token chooses its own neurons."""
+        if self.by_token is not None:
+            raise ValueError("each token has experts of its own: there are none to save")
+        tensors = {f"{layer}.neurons": neurons_K for layer, neurons_K in enumerate(self.neurons)}
+        for layer, corrections in enumerate(self.corrections):
+            for number, correction in enumerate(corrections):
+                tensors |= {f"{layer}.{number}.{name}": factor for name, factor in vars(correction).items()}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Experts:
+        """What `save` wrote, on the device of the model."""
+        tensors = load_file(path, device=str(device))
+        neurons: list[Tensor] = []
+        corrections: list[tuple[Correction, ...]] = []
+        while (name := f"{len(neurons)}.neurons") in tensors:
+            numbers = sum(key.startswith(f"{len(neurons)}.") for key in tensors) // 2  # two factors each
+            factors = [[tensors[f"{len(neurons)}.{n}.{f}"] for f in ("basis_NK", "weights_NH")] for n in range(numbers)]
+            corrections.append(tuple(Correction(*both) for both in factors))
+            neurons.append(tensors[name])
+        return cls(tuple(neurons), tuple(corrections))

@@ -1,23 +1,14 @@
 """Verified decoding: the experts draft some tokens, and one step of the dense model checks them all.
 
 A pruned model is a draft model of itself: it needs no second model and no training. What the check keeps is the dense
-model's text (`exact`, greedy), or of its distribution (`exact`, sampling: speculative sampling, Leviathan et al. 2023,
-arXiv 2211.17192), or what it finds likely enough (`threshold`: Sirius, Zhou et al. 2024, arXiv 2409.03856; not exact).
-The KV cache holds entries of the dense model only, and what the check saw of the accepted tokens teaches the draft
-model: the compensation learns from it at every check, the vocabulary grows, and with `refresh=experts` experts are
-chosen anew.
-
-One round:
-
-    draft.draft(..)     k steps on the experts
-    engine.dense(..)    one dense step over the last token and the k drafts
-    accept(..)          how many of the drafts stay, and one token of the dense model's own
-    draft.learn(..)     from what was accepted
+model's text or of its distribution (`exact`), or what it finds likely enough (`threshold`). The KV cache holds entries
+of the dense model only. What the check saw of the accepted tokens teaches the draft model: the compensation learns from
+it, and the vocabulary grows.
 
 The host waits for the device once a round, to read what was accepted; with `draft_tokens=auto` and steps that are not
 compiled, also for the probability of each draft token.
 
-Dimensions: k = draft tokens, T = k + 1, the tokens of a check, V = vocabulary.
+Dimensions: k = draft tokens, T = k + 1, the tokens of a check.
 """
 
 from __future__ import annotations
@@ -28,8 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from griffin.draft import DraftModel, DraftTokens
-from griffin.draft_length import DraftLength
+from griffin.draft import DraftLength, DraftModel, DraftTokens
 from griffin.engine import Engine
 from griffin.kv_cache import KVCache, copied
 from griffin.rows import Generation, Row
@@ -43,12 +33,12 @@ def decode_verified(engine: Engine, row: Row, generation: Generation, columns: i
     length = DraftLength(row.method.draft_tokens, row.drafts)
     # A compiled check has one length, whatever was drafted: the last token is there more than once, and discarded.
     width = length.most + 1 if engine.compiled else 0
-    cache = engine.decoding_cache(1, columns + width, verified=True, static=engine.compiled)
+    cache = engine.decoding_cache(1, columns + width, static=engine.compiled)
     cache.put(0, row.state.cache, row.state.length)
     cache.set_window(1, 0, row.state.length)
     first = generation.pick([row], row.state.logits_TV[-1:].float())
-    row.state = row.state.without_cache()
-    if _goes_on(row, int(first), generation):
+    row.state = replace(row.state, cache=None)
+    if not generation.ends(row, int(first)):
         draft = DraftModel(engine, row)
         while _round(engine, row, draft, length, cache, generation, width):
             pass
@@ -58,18 +48,11 @@ def decode_verified(engine: Engine, row: Row, generation: Generation, columns: i
     row.seconds += time.perf_counter() - began
 
 
-def _goes_on(row: Row, token: int, generation: Generation) -> bool:
-    row.tokens.append(token)
-    return not generation.ended(row) and len(row.tokens) < generation.max_new_tokens
-
-
 def _round(
     engine: Engine, row: Row, draft: DraftModel, length: DraftLength, cache: KVCache, generation: Generation, width: int
 ) -> bool:
-    """Draft, check (at least `width` tokens), accept, learn; returns whether the row goes on.
-
-    The cache ends before the row's last token, and after the round before the last one that it has then.
-    """
+    """Draft, check (at least `width` tokens), accept, learn; whether the row goes on. Before and after, the cache ends
+    before the row's last token."""
     ran = row.state.length + len(row.tokens) - 1
     with row.drafts.timed("draft"):
         drafts = draft.draft(length, cache, generation)
@@ -87,47 +70,39 @@ def _round(
         logits_TV = logits_1TV[0, :count].float()
         kept, own = accept(row, drafts, logits_TV, generation)
         known = draft.meet(logits_TV, own)
-        read = on_host(torch.cat([kept, own, known, *drafts.tokens]), drafts.probabilities)
-    accepted, token, known_tokens, *drafted = read[0]
+        (accepted, token, known_tokens, *drafted), probabilities = on_host(
+            torch.cat([kept, own, known, *drafts.tokens]), drafts.probabilities
+        )
     tokens = [*drafted[:accepted], token]
-    if len(read[1]) == len(drafts):
-        length.update(read[1], accepted)
+    if len(probabilities) == len(drafts):
+        length.update(probabilities, accepted)
     else:
         length.update_lookup(accepted)
     row.drafts.checks += 1
     row.drafts.drafted += len(drafts)
     cache.set_window(1, 0, ran + accepted + 1)
-    draft.learn(groups, accepted + 1, tokens, known_tokens)
+    draft.learn(groups, accepted + 1, known_tokens)
     for place, token in enumerate(tokens):
         row.drafts.emitted += 1
         row.drafts.accepted += place < accepted
-        if not _goes_on(row, token, generation):
+        if generation.ends(row, token):
             return False
     return True
 
 
 def on_host(numbers: Tensor, probabilities: list[Tensor]) -> tuple[list[int], list[float]]:
-    """What a round gave, in one read: here the host waits for the device."""
+    """What a round gave: here the host waits for the device, once."""
     packed = torch.cat([numbers.double(), *(probability.double() for probability in probabilities)]).tolist()
     return [int(number) for number in packed[: len(numbers)]], packed[len(numbers) :]
-
-
-# -- accepting --------------------------------------------------------------------------------------------------------
 
 
 def accept(row: Row, drafts: DraftTokens, logits_TV: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
     """How many drafts stay, and the dense model's own token behind them; [1] each, on the device.
 
-    `exact`: while they are its best token; or speculative sampling (arXiv 2211.17192, algorithm 1): a token x that was
-    drawn from q stays with probability min(1, p(x) / q(x)), and instead of the first one that does not, one is drawn
-    from max(p - q, 0), normalised. `threshold`: while the dense model gives each at least a probability (Sirius,
-    arXiv 2409.03856).
-
-    Args:
-        row: the row.
-        drafts: k of them.
-        logits_TV: the dense model's, float32.
-        generation: how tokens are picked.
+    `exact`: while they are its best token; or speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm
+    1): a token x that was drawn from q stays with probability min(1, p(x) / q(x)), and instead of the first one that
+    does not, one is drawn from max(p - q, 0), normalised. `threshold`: while the dense model gives each at least a
+    probability (Sirius, Zhou et al. 2024, arXiv 2409.03856). The logits are the dense model's, float32.
     """
     drafted_k = torch.cat(drafts.tokens) if drafts.tokens else logits_TV.new_empty(0, dtype=torch.int64)
     if generation.process_logits is not None:

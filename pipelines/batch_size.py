@@ -7,7 +7,7 @@ is missing is run with half as many; batches hold rows of like length, the longe
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ def evaluated(
     config: RunConfig,
     methods: Sequence[Method],
     done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+) -> Generator[tuple[Method, list[Sample]], None, None]:
     """What `kind.evaluate` gives, with the configuration's batch size or, where it is auto, with what fits.
 
     Samples of an automatic batch size say what it was, at most. `done` grows by what was given.

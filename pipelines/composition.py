@@ -24,9 +24,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pipelines.config import GridConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.config_keys import CONF, help_text, unknown_key
 from pipelines.errors import UserError
+from pipelines.method_keys import GridConfig
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS
 

@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipelines.config import GridConfig, RunConfig, WandbConfig
+from pipelines.config import RunConfig, WandbConfig
 from pipelines.errors import UserError
+from pipelines.method_keys import GridConfig
 from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS, HubDataset
 
@@ -76,25 +77,36 @@ def help_text() -> str:
         "configuration: --cfg job. In brackets: the default; a model or a task may have its own.",
         "",
         "A run",
-        *(f"  {key:26} {text}" for key, text in _GROUPS.items()),
+        *(f"  {key:26} {text}" for key, text in GROUPS.items()),
     ]
     for prefix, node in _NODES:
         if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
         for item in fields(node):
-            if prefix + item.name not in (*_GROUPS, "grid", "wandb"):
+            if prefix + item.name not in (*GROUPS, "grid", "wandb"):
                 lines.append(f"  {prefix + item.name:26} {item.metadata['help']}{_default(item)}")
     lines += ["", "Choices"]
-    for group in _GROUPS:
+    for group in GROUPS:
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
         lines.append(fill(names, 118, initial_indent=f"  {group:26} ", subsequent_indent=" " * 29))
     return "\n".join([*lines, ""])
 
 
+def shown_keys() -> list[tuple[str, str, str]]:
+    """Every key of a run but those of the task and the model: its name, what it means, and its default."""
+    return [
+        (prefix + item.name, item.metadata["help"], _default(item)[2:-1])
+        for prefix, node in _NODES[:3]
+        for item in fields(node)
+        if prefix + item.name not in (*GROUPS, "grid", "wandb")
+    ]
+
+
 # The keys that choose a file of conf/, and what each group is.
-_GROUPS = {
+GROUPS = {
     "model": "which model, and how it is loaded: a file of conf/model (smollm2_135m)",
     "task": "what is measured, and on which data: a file of conf/task (briefs)",
+    "method": "a method by its name, on top of which single keys go: a file of conf/method (griffin)",
     "launcher": "where the points of a sweep run: here, in processes of this machine, or as SLURM jobs (local)",
     "experiment": "a preset that sets several of the keys below, often as a sweep (null)",
 }

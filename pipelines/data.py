@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.hub import prepare_hub, what_to_do
+from pipelines.hub import NEVER_LOADED, commit_of, prepare_hub, what_to_do
 from pipelines.task_config import CodeTask, GenerationTask, HubDataset, PerplexityTask
 
 EMBEDDED = Path(__file__).parent / "data"
 
 Row = dict[str, Any]
+
+# Of each data set that this process read from the hub, the commit.
+revisions: dict[str, str | None] = {}
 
 
 def read_rows(
@@ -31,13 +37,7 @@ def read_rows(
         UserError: the data is missing, malformed or unreachable.
     """
     stop = None if limit is None else offset + limit
-    if task.data_files is not None:
-        rows = read_jsonl(Path(task.data_files), needed, "task.data_files", stop)
-    elif task.embedded is not None:
-        rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", stop)
-    else:
-        assert task.hub is not None
-        rows = _read_hub(task.hub, task.hub.split, needed, stop)
+    rows = _rows(task, _DATA, needed, stop)
     if offset >= len(rows):
         raise UserError(f"offset={offset}: expected less than {len(rows)}, the rows there are")
     return rows[offset:]
@@ -51,14 +51,7 @@ def read_shots(task: GenerationTask) -> list[Row]:
     """
     if task.shots == 0:
         return []
-    needed = (task.article_field, task.summary_field)
-    if task.shots_file is not None:
-        rows = read_jsonl(Path(task.shots_file), needed, "task.shots_file", task.shots)
-    elif task.embedded_shots is not None:
-        rows = read_jsonl(EMBEDDED / task.embedded_shots, needed, "task.embedded_shots", task.shots)
-    else:
-        assert task.hub is not None
-        rows = _read_hub(task.hub, task.hub.shots_split, needed, task.shots)
+    rows = _rows(task, _SHOTS, (task.article_field, task.summary_field), task.shots)
     if len(rows) < task.shots:
         raise UserError(f"task.shots={task.shots}: expected at most {len(rows)}, the rows there are to show")
     return rows
@@ -70,17 +63,23 @@ def read_text(task: PerplexityTask) -> str:
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    needed = (task.text_field,)
-    if task.data_files is not None and Path(task.data_files).suffix in (".jsonl", ".json"):
-        rows = read_jsonl(Path(task.data_files), needed, "task.data_files", None)
-    elif task.data_files is not None:
+    if task.data_files is not None and Path(task.data_files).suffix not in (".jsonl", ".json"):
         return read_text_file(task.data_files)
-    elif task.embedded is not None:
-        rows = read_jsonl(EMBEDDED / task.embedded, needed, "task.embedded", None)
-    else:
-        assert task.hub is not None
-        rows = _read_hub(task.hub, task.hub.split, needed, None)
+    rows = _rows(task, _DATA, (task.text_field,), None)
     return task.separator.join(row[task.text_field] for row in rows)
+
+
+# The keys of a task that name a file and one of our own files, and the key of its hub data that names a split.
+_DATA = ("data_files", "embedded", "split")
+_SHOTS = ("shots_file", "embedded_shots", "shots_split")
+
+
+def _rows(task: Any, keys: tuple[str, str, str], needed: tuple[str, ...], limit: int | None) -> list[Row]:
+    """The first rows of a task's file, else of the one of ours that it names, else of its data on the hub."""
+    for key, folder in zip(keys, (Path(), EMBEDDED), strict=False):
+        if (name := getattr(task, key)) is not None:
+            return read_jsonl(folder / name, needed, f"task.{key}", limit)
+    return _read_hub(task.hub, getattr(task.hub, keys[2]), needed, limit)
 
 
 def read_text_file(path: str) -> str:
@@ -116,9 +115,35 @@ def read_jsonl(path: Path, needed: tuple[str, ...], key: str, limit: int | None)
     return rows
 
 
+def data_revision(task: Any) -> str | None:
+    """The commit of the hub's data set that the task read; None where it read none."""
+    hub = getattr(task, "hub", None)
+    return revisions.get(hub.path) if hub is not None and task.data_files is None else None
+
+
 def digest(path: Path) -> str:
     """Names a file by what is in it, so that a run is the same run wherever its data lies."""
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def folder_digest(folder: Path) -> str:
+    """Names a model's folder by the names and contents of the files that loading may read there.
+
+    The files are read whole, side by side, once in a process, at about two gigabytes a second where the disk gives
+    them; loading then finds them in memory.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in files if not any(fnmatch(path.name, pattern) for pattern in NEVER_LOADED)]
+    with ThreadPoolExecutor() as pool:
+        contents = pool.map(lambda path: _content(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns), files)
+        lines = [f"{path.name} {content}\n" for path, content in zip(files, contents, strict=True)]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse_row(line: bytes, needed: tuple[str, ...], where: str) -> Row:
@@ -152,6 +177,7 @@ def _read_hub(hub: HubDataset, split: str, needed: tuple[str, ...], limit: int |
             f"task.hub.path={hub.path}: cannot be loaded from the hub ({reason}); {what_to_do()}, or name a local file "
             "with task.data_files=FILE (and task.shots_file=FILE for shots)"
         ) from error
+    revisions[hub.path] = commit_of(table.cache_files[0]["filename"] if table.cache_files else None)
     missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise UserError(f"task.hub.path={hub.path}: no field {missing[0]!r} (fields: {', '.join(table.column_names)})")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
-from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+import torch
 from tqdm import tqdm
 
 from griffin.offloading import dense_in_host_memory
 from pipelines.batch_size import batch_size, evaluated
 from pipelines.composition import Call
 from pipelines.config import RunConfig
+from pipelines.data import data_revision
 from pipelines.errors import UserError
 from pipelines.methods import Method, data_digests, described, engine_for, evaluation, label, run_config
 from pipelines.model_config import ModelConfig
-from pipelines.records import Record
+from pipelines.records import Record, code_versions
 from pipelines.run_folder import RunFolder
 from pipelines.tasks import drafting
 from pipelines.tracking import Media, Tracker, track
@@ -58,9 +59,13 @@ def evaluate(
     seed = config.seed if config.model.source == "random" else 0  # of the weights: a sweep over seeds loads once
     offloaded = config.offload_dense and config.task.kind != "latency"  # which times dense on the device
     by_onednn = config.cpu_onednn and not config.compile and config.task.kind != "latency"  # which times both ways
-    yaml = OmegaConf.to_yaml(OmegaConf.structured(config.model))
-    loaded = kept_model(yaml, config.device, seed, offloaded, by_onednn)
+    loaded = kept_model(config.model, config.device, seed, offloaded, by_onednn)
     load_seconds = time.perf_counter() - began
+    versions = kind.versions(items) if hasattr(kind, "versions") else {}
+    revisions = {"model_revision": loaded.revision, "data_revision": data_revision(config.task)}
+    versions |= {key: commit for key, commit in revisions.items() if commit}
+    for folder in folders.values():
+        folder.write_by(code_versions() | versions)
 
     records: dict[Method, Record] = {}
     trackers: dict[Method, Tracker] = {}
@@ -76,7 +81,6 @@ def evaluate(
             **drafting.timing(samples[method]),
         }
         media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
-        versions = kind.versions(items) if hasattr(kind, "versions") else {}
         origin = {"data": data_digests(config), "command": call.command} | batch_size(samples[method])
         records[method] = folders[method].finish(
             run_config(config, method),
@@ -122,16 +126,20 @@ def evaluate(
         possible = [method for method in together if method not in refusals]
         stack.enter_context(dense_in_host_memory(loaded.model) if offloaded else nullcontext())
         batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
+        due = dict.fromkeys(folders, 0.0)
         for method, batch in batches if possible else ():
             folders[method].append(batch)
             samples[method] += batch
-            metrics = kind.metrics(samples[method])
             bar.update(len(batch))
-            # Shown when the bar is next drawn: a log file gets a line now and then.
-            bar.set_description(f"{what} {label(config, method)}", refresh=False)
-            bar.set_postfix_str(_headline(metrics), refresh=False)
-            trackers[method].log(len(samples[method]), metrics)
-            if len(samples[method]) == len(items):
+            count = len(samples[method])
+            if count >= due[method] or count == len(items):
+                due[method] = 1.01 * count  # metrics are over all samples: at each new one they would take longer
+                metrics = kind.metrics(samples[method])
+                # Shown when the bar is next drawn: a log file gets a line now and then.
+                bar.set_description(f"{what} {label(config, method)}", refresh=False)
+                bar.set_postfix_str(_headline(metrics), refresh=False)
+                trackers[method].log(count, metrics)
+            if count == len(items):
                 finish(method)
         for method in possible:
             if method in folders and method not in records:
@@ -156,11 +164,22 @@ def _headline(metrics: dict[str, float]) -> str:
     return f"{name}={metrics[name]:.4g}" if name else ""
 
 
-@lru_cache(maxsize=1)
-def kept_model(model_yaml: str, device: str, seed: int, offload_dense: bool, onednn: bool) -> LoadedModel:
-    """The model, kept from one job of a sweep to the next that uses it too."""
+_kept: dict[tuple[Any, ...], LoadedModel] = {}
+
+
+def kept_model(model: ModelConfig, device: str, seed: int, offload_dense: bool, onednn: bool) -> LoadedModel:
+    """The model, kept from one job of a sweep to the next that uses it too; another one goes before it is loaded."""
     from pipelines.models import load
 
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(model_yaml)))
-    assert isinstance(config, ModelConfig)
-    return load(config, device, seed, offload_dense=offload_dense, onednn=onednn)
+    key = (repr(model), device, seed, offload_dense, onednn)
+    if key not in _kept:
+        forget_model()
+        _kept[key] = load(model, device, seed, offload_dense=offload_dense, onednn=onednn)
+    return _kept[key]
+
+
+def forget_model() -> None:
+    """Free the memory of the model that is kept."""
+    _kept.clear()
+    gc.collect()  # a model's views and its modules may refer to each other
+    torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import seaborn as sns
+from cycler import cycler
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.4, 3.1  # inches
@@ -49,7 +50,7 @@ DARK = Theme(ink="#e6edf3", grid="#2b323b", paper="#161b22", heat="mako")
 @contextmanager
 def drawn_in(theme: Theme) -> Iterator[None]:
     """Figures that are made and saved inside look like this theme, and are the same bytes every time."""
-    options: dict[str, Any] = {
+    options: dict[Any, Any] = {
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 9,
         "axes.titlesize": 9,
@@ -61,7 +62,7 @@ def drawn_in(theme: Theme) -> Iterator[None]:
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS),
         "legend.frameon": False,
         "lines.linewidth": 1.8,
         "lines.markersize": 5,

@@ -1,8 +1,8 @@
 """`python -m pipelines.harness`: lm-eval's own command line with one more model.
 
-The model is called `griffin`, and takes the arguments of `GriffinLM`:
+The model is called `griffin`, and takes the name of a method and the fields of `griffin.Method`:
 
-    python -m pipelines.harness --model griffin --model_args pretrained=NAME,sparsity=0.5,statistic=griffin --tasks piqa
+    python -m pipelines.harness --model griffin --model_args pretrained=NAME,method=griffin,sparsity=0.5 --tasks piqa
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from pipelines.errors import UserError
-from pipelines.tasks.lm_eval_adapter import arguments_help, command_line
+from pipelines.tasks.harness_model import arguments_help, command_line
 
 
 def main() -> None:

@@ -6,13 +6,34 @@ Left alone, the hub's clients retry for most of a minute, noisily, for every fil
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 _CONNECT_SECONDS = 3
+
+# Weights in other formats than safetensors are never loaded; some repositories hold them twice more.
+NEVER_LOADED = (
+    *("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*"),
+    *("*.md", ".*"),
+)
+
+
+@cache
+def check_reachable(address: str) -> None:
+    """Try to connect to a server, where clients would try for minutes.
+
+    Raises:
+        OSError: it cannot be reached within seconds.
+    """
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):
+        pass
 
 
 @cache
@@ -25,11 +46,8 @@ def prepare_hub() -> None:
 
     if hub.HF_HUB_OFFLINE or getproxies():
         return
-    parts = urlsplit(hub.ENDPOINT)
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):
-            pass
+        check_reachable(hub.ENDPOINT)
     except OSError as error:
         print(f"warning: {hub.ENDPOINT} cannot be reached ({error}); using cached files only", file=sys.stderr)
         hub.HF_HUB_OFFLINE = True
@@ -41,3 +59,8 @@ def what_to_do() -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return f"HF_HUB_OFFLINE is set and it is not in the cache: unset it, or without a connection {fetch}"
     return f"check the connection and the name, or {fetch}"
+
+
+def commit_of(path: str | None) -> str | None:
+    """The commit that a file of the hub's caches belongs to, which is a folder's name; None where there is none."""
+    return next((part for part in Path(path or "").parts if re.fullmatch("[0-9a-f]{40}", part)), None)

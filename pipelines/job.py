@@ -18,10 +18,9 @@ from pipelines import tasks
 from pipelines.composition import Call, current_call
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
-from pipelines.description import unused
 from pipelines.errors import UserError, out_of_memory
-from pipelines.evaluation import evaluate, kept_model
-from pipelines.methods import Method, identity, label, methods, run_config
+from pipelines.evaluation import evaluate, forget_model
+from pipelines.methods import Method, identity, label, unused
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.sweeps import run_status
 from pipelines.sweeps.manifest import ManifestEntry
@@ -57,7 +56,7 @@ def attempt(config: RunConfig, call: Call) -> list[RunStatus]:
     words = f"{config.task.name} {config.model.name}"
     with suppress(UserError):
         ManifestEntry(config).fail(reason)
-    return [RunStatus(words, label(config, method), FAILED, reason=reason) for method in methods(config)]
+    return [RunStatus(words, label(config, method), FAILED, reason=reason) for method in config.methods()]
 
 
 def run(config: RunConfig, call: Call) -> list[RunStatus]:
@@ -66,16 +65,16 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
     Raises:
         UserError: bad data, or an output folder that cannot be written. What goes wrong later is in the statuses.
     """
-    kind = tasks.module_of(config.task.kind)
-    items = kind.read(config)
+    kind, here = tasks.module_of(config.task.kind), config.settled()
+    items = kind.read(here)
     from pipelines.models import device_kind
 
-    for override in unused(call.overrides, run_config(config, methods(config)[-1])):
+    for override in unused(call.overrides, config):
         print(f"note: {override} changes nothing in this call", file=sys.stderr)
     device = device_kind(config.device)
     words = f"{config.task.name} {config.model.name}"
     folders: dict[Method, RunFolder] = {}
-    for method in methods(config):
+    for method in config.methods():
         readable = "-".join([config.task.name, config.model.name, method.label.replace(" ", "-").replace("%", "")])
         folders[method] = RunFolder(Path(config.output_dir), run_id(readable, identity(config, method, device)))
     ManifestEntry(config).began([folder.run_id for folder in folders.values()])
@@ -95,7 +94,7 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
         unfinished = {method: folder for method, folder in folders.items() if method not in states}
         if unfinished:
             try:
-                evaluate(config, kind, items, unfinished, folders, call)
+                evaluate(here, kind, items, unfinished, folders, call)
             except Exception as error:
                 reason = _told(error)
         for method, folder in unfinished.items():
@@ -117,7 +116,7 @@ def _told(error: Exception) -> str:
         reason = str(error)
     elif out_of_memory(error):
         reason = f"out of memory ({first}); use a smaller batch_size or model, or a larger device"
-        kept_model.cache_clear()
+        forget_model()
     else:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {first}"

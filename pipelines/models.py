@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import griffin
 from pipelines.errors import UserError, out_of_memory
-from pipelines.hub import prepare_hub, what_to_do
+from pipelines.hub import commit_of, prepare_hub, what_to_do
 from pipelines.model_config import ModelConfig
 from pipelines.packaged_models import converted
 
@@ -36,6 +37,7 @@ class LoadedModel:
     Attributes:
         context_length: the most tokens, prompt and generation together, that the model was made for.
         device: what it runs on, in words.
+        revision: the commit of its hub repository; None where it comes from elsewhere.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class LoadedModel:
     add_bos_token: bool
     context_length: int
     device: str
+    revision: str | None = None
 
     def encode(self, prompt: str, chat_template: bool = False, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt's token ids, with the BOS token in front where the model's configuration asks for it.
@@ -134,7 +137,15 @@ def load(
         config.add_bos_token,
         model.config.get_text_config().max_position_embeddings,
         torch.cuda.get_device_name() if kind == "cuda" else kind,
+        _revision(config),
     )
+
+
+def _revision(config: ModelConfig) -> str | None:
+    if config.source != "hub" or config.repo is None or Path(config.repo).is_dir():
+        return None
+    path = try_to_load_from_cache(config.repo, "config.json", revision=config.revision or "main")
+    return commit_of(path if isinstance(path, str) else None)
 
 
 def _pretrained(config: ModelConfig, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

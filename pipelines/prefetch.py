@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -17,10 +19,8 @@ from pipelines import tasks
 from pipelines.composition import compose_and_call
 from pipelines.config_keys import typed
 from pipelines.errors import UserError
+from pipelines.hub import NEVER_LOADED, prepare_hub
 from pipelines.model_config import ModelConfig
-
-# Weights in other formats than safetensors are never loaded; some repositories hold them twice more.
-_NEVER_LOADED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")
 
 failed: list[str] = []
 
@@ -44,10 +44,11 @@ def fetch(cfg: DictConfig) -> None:
     except UserError as error:
         _tell(error)
         return
-    for what, get in (
-        (f"model={config.model.name}", lambda: _model(config.model)),
-        (f"task={config.task.name}", lambda: _data(config)),
-    ):
+    wanted = {f"model={config.model.name}": lambda: _model(config.model)}
+    if config.assistant:
+        wanted[f"assistant={config.assistant}"] = lambda: _model(replace(config.model, repo=config.assistant))
+    wanted[f"task={config.task.name}"] = lambda: _data(config)
+    for what, get in wanted.items():
         try:
             print(f"{what}: {get()}", flush=True)
         except UserError as error:
@@ -66,13 +67,14 @@ def _model(model: ModelConfig) -> str:
         from pipelines.packaged_models import converted
 
         return str(converted(model))
+    assert model.repo is not None
+    if Path(model.repo).is_dir():
+        return f"{model.repo}, a folder"
     from huggingface_hub import snapshot_download
-
-    from pipelines.hub import prepare_hub
 
     prepare_hub()
     try:
-        return str(snapshot_download(model.repo, revision=model.revision, ignore_patterns=list(_NEVER_LOADED)))
+        return str(snapshot_download(model.repo, revision=model.revision, ignore_patterns=list(NEVER_LOADED)))
     except Exception as error:  # the hub's failures have no common type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         gate = f" (a gated model: accept its licence at {model.licence_gate})" if model.licence_gate else ""

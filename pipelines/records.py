@@ -6,24 +6,27 @@ The folder they lie in is `run_folder`'s. This module knows neither models nor t
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import secrets
-import statistics
 import subprocess
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipelines.errors import UserError
 
 Sample = dict[str, Any]
 Record = dict[str, Any]
@@ -38,22 +41,92 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
+def whole_samples(path: Path) -> tuple[list[Sample], int]:
+    """The samples of a `samples.jsonl`, with their arrays, up to the first line that is none, or one that was there
+    before; and the bytes that they take there."""
+    samples: dict[Any, Sample] = {}
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            sample = from_json(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(sample, dict) or not isinstance(sample.get("index"), int):
+            break
+        if "arrays" in sample:
+            sample["arrays"] = read_arrays(path.parent / sample["arrays"])
+        if sample["index"] in samples or sample.get("arrays", {}) is None:
+            break
+        samples[sample["index"]] = sample
+        whole += len(line)
+    return list(samples.values()), whole
+
+
+def append_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Append samples to a `samples.jsonl`, on disk; a sample's `arrays` go into a file of their own, first."""
+    lines = []
+    for sample in samples:
+        if "arrays" in sample:
+            name = f"arrays/{sample['index']}.npz"
+            (path.parent / "arrays").mkdir(exist_ok=True)
+            content = io.BytesIO()
+            np.savez_compressed(content, **sample["arrays"])
+            write_in_one_step(path.parent / name, content.getvalue())
+            sample = sample | {"arrays": name}
+        lines.append(to_json(sample) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that every strict reader takes. NaN and infinity, for which JSON has no number, are `{"float": "nan"}`,
+    `{"float": "inf"}` and `{"float": "-inf"}`; `from_json` makes numbers of them again."""
+    return json.dumps(_strict(value), ensure_ascii=False, allow_nan=False, **options)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(text: str | bytes) -> Any:
+    """What `to_json` wrote.
+
+    Raises:
+        ValueError: the text is not JSON, or not UTF-8.
+    """
+    return json.loads(text, object_hook=lambda found: float(found["float"]) if found.keys() == {"float"} else found)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or it holds anything else."""
+    try:
+        value = from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error (0 for a single value).
+    """The mean and its standard error (0 for a single value); of values that are not all finite, neither is.
 
     Raises:
         ValueError: no values.
     """
     if not values:
         raise ValueError("no values to average")
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return sum(values) / len(values), spread  # summed as lm-eval does: the same last digit
+    mean = sum(values) / len(values)  # summed as lm-eval does: the same last digit
+    squares = sum((value - mean) * (value - mean) for value in values)
+    return mean, math.sqrt(squares / max(len(values) - 1, 1) / len(values))
 
 
 def environment(device: str) -> dict[str, Any]:
     """What ran: versions and the kind of machine, and nothing that names a site or a person."""
-    from griffin import __version__  # takes torch along, which readers of records do without
-
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -61,6 +134,15 @@ def environment(device: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
+        **code_versions(),
+    }
+
+
+def code_versions() -> dict[str, Any]:
+    """The commit and the versions of the code that runs."""
+    from griffin import __version__  # takes torch along, which readers of records do without
+
+    return {
         **_source(),
         "griffin-pruning": __version__,  # what runs; an editable installation may name an earlier one
         **{package: _version(package) for package in ("torch", "transformers", "rouge-score")},
@@ -109,7 +191,7 @@ def _version(package: str) -> str | None:
 
 def digests(metrics: dict[str, float], samples: Path) -> dict[str, str]:
     """What a record says of its own metrics and of `samples.jsonl`, so that a change of either is found."""
-    return {"metrics": _digest(json.dumps(metrics, sort_keys=True).encode()), "samples": _digest(samples.read_bytes())}
+    return {"metrics": _digest(to_json(metrics, sort_keys=True).encode()), "samples": _digest(samples.read_bytes())}
 
 
 def _digest(content: bytes) -> str:
@@ -117,46 +199,34 @@ def _digest(content: bytes) -> str:
 
 
 def contradiction(record: Record, folder: Path) -> str | None:
-    """How a finished run's files contradict each other, as a sentence; None if they do not.
-
-    Records of older versions have no digests; there the number of samples and the means of their scores are compared.
-
-    Args:
-        record: of the run.
-        folder: that it lies in.
-    """
-    path, metrics = folder / "samples.jsonl", record.get("metrics") or {}
-    if not path.is_file():
-        return "samples.jsonl is missing"
+    """How a finished run's files contradict each other, as a sentence; None if they do not."""
+    written = record.get("digests")
+    if not isinstance(written, dict):
+        return "record.json is of an unknown version: it has no digests"
     try:
-        reason = _miscounted(metrics, path.read_text(encoding="utf-8"))
-        if reason or "digests" not in record:
-            return reason
-        found = digests(metrics, path)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        digest = digests(record.get("metrics") or {}, folder / "samples.jsonl")
+    except FileNotFoundError:
+        return "samples.jsonl is missing"
+    except OSError as error:
         return f"samples.jsonl cannot be read ({error})"
-    differing = [name for name, digest in found.items() if record["digests"].get(name) != digest]
-    if "samples" in differing:
+    if digest["samples"] != written.get("samples"):
         return "samples.jsonl is not what record.json was made from"
-    return "the metrics in record.json are not those that were written" if differing else None
+    return None if digest == written else "the metrics in record.json are not those that were written"
 
 
-def _miscounted(metrics: dict[str, float], lines: str) -> str | None:
-    samples = []
-    for line in lines.split("\n"):
-        if line:
-            sample = json.loads(line)
-            samples.append(sample | (sample.get("metrics") or {}))
-    samples = [sample for sample in samples if "skipped" not in sample]
-    if "samples" in metrics and metrics["samples"] != len(samples):
-        return f"record.json counts {metrics['samples']} samples, samples.jsonl holds {len(samples)}"
-    for name in metrics:
-        values = [sample[name] for sample in samples if isinstance(sample.get(name), int | float)]
-        if f"{name}_stderr" in metrics and values and len(values) == len(samples):
-            mean = sum(values) / len(values)
-            if not math.isclose(mean, metrics[name], rel_tol=1e-6, abs_tol=1e-9):
-                return f"record.json says {name}={metrics[name]:g}, the mean of samples.jsonl is {mean:g}"
-    return None
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says of writing here, as a user's error.
+
+    Raises:
+        UserError: the path cannot be written, or its file system has no locks.
+    """
+    try:
+        yield
+    except OSError as error:
+        no_locks = error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+        reason = "its file system has no file locks (flock)" if no_locks else error.strerror
+        raise UserError(f"output_dir: cannot write {path}: {reason}") from error
 
 
 def write_in_one_step(path: Path, content: str | bytes) -> None:

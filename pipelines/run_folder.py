@@ -13,22 +13,36 @@ A run that was cut off anywhere continues after its last whole sample. This modu
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import hashlib
-import io
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
-from pipelines.errors import UserError
-from pipelines.records import Record, Sample, contradiction, digests, environment, now, read_arrays, write_in_one_step
+from pipelines.records import (
+    Record,
+    Sample,
+    append_samples,
+    contradiction,
+    digests,
+    environment,
+    now,
+    read_object,
+    to_json,
+    whole_samples,
+    write_in_one_step,
+    writing,
+)
+
+_NOTHING_KNOWN: dict[str, Any] = {"samples": None, "failed": None, "beside": [], "started": None, "versions": []}
 
 
 def run_id(readable: str, identity: dict[str, Any]) -> str:
@@ -69,15 +83,12 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written, or its file system has no locks.
         """
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=wait_seconds)
-        except Timeout:
-            return False
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise UserError(f"output_dir: the file system of {self.path} has no file locks (flock)") from error
-            raise _unwritable(self.path, error) from error
+            try:
+                self._lock.acquire(timeout=wait_seconds)
+            except Timeout:
+                return False
         return True
 
     def release(self) -> None:
@@ -89,15 +100,14 @@ class RunFolder:
             self._lock.release()
 
     def held(self) -> bool:
-        """Whether a process is writing here."""
-        if not (self.path / ".lock").exists():
-            return False
-        probe = FileLock(self.path / ".lock", fallback_to_soft=False)
+        """Whether a process is writing here, of whichever user; a lock that may not even be read counts as held."""
         try:
-            probe.acquire(timeout=0)
-        except (Timeout, OSError):
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
             return True
-        probe.release()
         return False
 
     def record(self) -> Record | None:
@@ -114,11 +124,8 @@ class RunFolder:
         return "record.json cannot be read" if record is None else contradiction(record, self.path)
 
     def _written(self) -> Record | None:
-        try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-            return None
-        return record if isinstance(record, dict) and record.get("status") == "finished" else None
+        record = read_object(self._record)
+        return record if record and record.get("status") == "finished" else None
 
     def start(self, config: dict[str, Any], total: int | None = None, beside: Sequence[str] = ()) -> None:
         """Create the folder, write its configuration and forget an earlier failure.
@@ -132,18 +139,23 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._forget_changed_samples()
             for left_behind in self.path.glob(".*.tmp"):  # by a process that was killed
                 left_behind.unlink()
             write_in_one_step(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-            before = self.state() if self._samples.exists() else {"beside": [], "started": None}
-            state = {"samples": total, "failed": None, "beside": before["beside"] or list(beside)}
-            state["started"] = before["started"] or now()
-            write_in_one_step(self._state, json.dumps(state) + "\n")
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+            before = self.state() if self._samples.exists() else _NOTHING_KNOWN
+            state = before | {"samples": total, "failed": None, "beside": before["beside"] or list(beside)}
+            self._note(state | {"started": before["started"] or now()})
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration; empty where it cannot be read."""
+        try:
+            config: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+            return config if isinstance(config, dict) else {}
+        except Exception:  # of reading, of YAML and of OmegaConf
+            return {}
 
     def _forget_changed_samples(self) -> None:
         """Where the samples of a finished run have been changed since, nobody knows which: none is used again."""
@@ -163,91 +175,62 @@ class RunFolder:
         new = [tag for tag in dict.fromkeys(tags) if tag not in record["config"].get("tags", [])]
         if new:
             record["config"]["tags"] = [*record["config"].get("tags", []), *new]
-            try:
-                write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise _unwritable(self._record, error) from error
+            with writing(self._record):
+                write_in_one_step(self._record, to_json(record, indent=2) + "\n")
         return new
+
+    def write_by(self, versions: dict[str, Any]) -> None:
+        """Note what code, model and data the samples come from, from now on; and say so on stderr where those that are
+        there come from others.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        state, record = self.state(), self._written()
+        if record and self._samples.exists():  # which is contradicted, and about to be made again from its samples
+            state["versions"] = [{key: record["environment"].get(key) for key in versions}]
+        if state["versions"] and state["versions"][-1] != versions:
+            before = state["versions"][-1]
+            changed = [key for key in {**before, **versions} if before.get(key) != versions.get(key)]
+            words = ", ".join(f"{key} {versions.get(key)} instead of {before.get(key)}" for key in changed)
+            tqdm.write(f"warning: {self.path}: its samples so far were made by another version: {words}", sys.stderr)
+        others = [known for known in state["versions"] if known != versions]
+        with writing(self._state):
+            self._note(state | {"versions": [*others, versions]})
 
     def fail(self, reason: str) -> None:
         """Note why the run failed, for people: the next call tries again. On a full disk nothing is noted."""
         with contextlib.suppress(OSError):
-            write_in_one_step(self._state, json.dumps(self.state() | {"failed": reason}, ensure_ascii=False) + "\n")
+            self._note(self.state() | {"failed": reason})
 
     def state(self) -> dict[str, Any]:
         """Of an unfinished run, as far as known: {samples: how many it will be, failed: why, beside: see `start`,
-        started: when}."""
-        try:
-            state = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-            state = None
-        return {"samples": None, "failed": None, "beside": [], "started": None} | (
-            state if isinstance(state, dict) else {}
-        )
+        started: when, versions: see `write_by`, the last one last}."""
+        return _NOTHING_KNOWN | (read_object(self._state) or {})
+
+    def _note(self, state: dict[str, Any]) -> None:
+        write_in_one_step(self._state, to_json(state) + "\n")
 
     def samples(self) -> list[Sample]:
         """The whole samples written so far. What follows the last whole one is cut off the file."""
-        samples, whole = self._whole()
+        samples, whole = whole_samples(self._samples)
         if self._samples.exists() and whole < self._samples.stat().st_size:
             os.truncate(self._samples, whole)
         return samples
 
     def progress(self) -> tuple[int, float]:
         """The number of whole samples and the seconds they took, without touching the file."""
-        samples, _ = self._whole()
+        samples, _ = whole_samples(self._samples)
         return len(samples), sum(sample.get("seconds", 0.0) for sample in samples)
 
-    def _whole(self) -> tuple[list[Sample], int]:
-        """The samples up to the first line that is none, or one that was there before; and their bytes."""
-        try:
-            data = self._samples.read_bytes()
-        except FileNotFoundError:
-            return [], 0
-        samples: dict[Any, Sample] = {}
-        whole = 0
-        for line in data.splitlines(keepends=True):
-            try:
-                sample = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                break
-            if not line.endswith(b"\n") or not isinstance(sample, dict) or not isinstance(sample.get("index"), int):
-                break
-            if sample["index"] in samples:
-                break
-            if "arrays" in sample:
-                arrays = read_arrays(self.path / sample["arrays"])
-                if arrays is None:
-                    break
-                sample["arrays"] = arrays
-            samples[sample["index"]] = sample
-            whole += len(line)
-        return list(samples.values()), whole
-
     def append(self, samples: Sequence[Sample]) -> None:
-        """Append samples, and return once they are on disk; a sample's `arrays` go into a file of their own, first.
+        """Append samples, and return once they are on disk.
 
         Raises:
             UserError: the file cannot be written, for example because the disk is full.
         """
-        try:
-            written = [
-                sample | {"arrays": self._write_arrays(sample)} if "arrays" in sample else sample for sample in samples
-            ]
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in written)
-            with self._samples.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _unwritable(self._samples, error) from error
-
-    def _write_arrays(self, sample: Sample) -> str:
-        name = f"arrays/{sample['index']}.npz"
-        (self.path / "arrays").mkdir(exist_ok=True)
-        content = io.BytesIO()
-        np.savez_compressed(content, **sample["arrays"])
-        write_in_one_step(self.path / name, content.getvalue())
-        return name
+        with writing(self._samples):
+            append_samples(self._samples, samples)
 
     def finish(
         self,
@@ -274,6 +257,7 @@ class RunFolder:
         Raises:
             UserError: the file cannot be written.
         """
+        state = self.state()
         record: Record = {
             "run_id": self.run_id,
             "status": "finished",
@@ -283,18 +267,13 @@ class RunFolder:
             "metrics": metrics,
             "timing": timing,
             "environment": environment(device)
-            | {"started": self.state()["started"], "finished": now()}
+            | {"started": state["started"], "finished": now()}
+            | ({"earlier_versions": state["versions"][:-1]} if state["versions"][1:] else {})
             | (versions or {}),
         }
-        try:
+        with writing(self._record):
             self._samples.touch()
             record["digests"] = digests(metrics, self._samples)
-            write_in_one_step(self._record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise _unwritable(self._record, error) from error
+            write_in_one_step(self._record, to_json(record, indent=2) + "\n")
         self._state.unlink(missing_ok=True)
         return record
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"output_dir: cannot write {path}: {error.strerror}")

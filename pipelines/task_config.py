@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.config_fields import at_least, described, is_file, lengths, one_of
 from pipelines.errors import UserError
@@ -171,10 +171,14 @@ class LatencyTask:
             for value in getattr(self, key):
                 at_least(f"task.{key}", value, 1)
 
-    def fill_in(self, gpu: bool) -> None:
-        """Give the lengths that were left open the values that suit the device."""
-        self.prompt_lengths = self.prompt_lengths or ([2048] if gpu else [256])
-        self.generation_lengths = self.generation_lengths or ([128, 2048] if gpu else [32])
+    def settled(self, gpu: bool) -> LatencyTask:
+        """With the lengths that were left open as they suit the device."""
+        prompts, generations = ([2048], [128, 2048]) if gpu else ([256], [32])
+        return replace(
+            self,
+            prompt_lengths=self.prompt_lengths or prompts,
+            generation_lengths=self.generation_lengths or generations,
+        )
 
 
 @dataclass

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from pipelines.errors import UserError
-from pipelines.records import Record, Sample
-
-_CONNECT_SECONDS = 3
+from pipelines.hub import check_reachable
+from pipelines.records import Record, Sample, to_json, write_in_one_step, writing
 
 
 class Settings(Protocol):
@@ -63,9 +60,9 @@ class Tracker:
         self.show(Media(media.images, {"samples": rows, **media.tables}))
         if self._run is not None:
             with _files_in(self._folder):
-                parts = ("method", "evaluation", "metrics", "timing", "environment", "digests")
+                parts = ("run_id", "method", "evaluation", "metrics", "timing", "environment", "digests")
                 self._run.summary.update({**record["metrics"], **record["timing"]})
-                self._run.summary.update({"record": json.dumps({part: record[part] for part in parts})})
+                self._run.summary.update({"record": to_json({part: record[part] for part in parts})})
             self.close(0)
 
     def show(self, media: Media) -> None:
@@ -76,7 +73,7 @@ class Tracker:
 
         shown: dict[str, Any] = {f"{path.stem}_image": wandb.Image(str(path)) for path in media.images}
         for name, rows in media.tables.items():
-            columns = list(dict.fromkeys(key for row in rows for key in row))
+            columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[_cell(row.get(key)) for key in columns] for row in rows]
             shown[f"{name}_table"] = wandb.Table(columns=columns, data=cells)
         with _files_in(self._folder):
@@ -92,7 +89,7 @@ class Tracker:
 
 def _cell(value: Any) -> Any:
     """A value as a table takes it: every column has one type, so what is nested is text."""
-    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
+    return value if value is None or isinstance(value, str | int | float) else to_json(value)
 
 
 @contextlib.contextmanager
@@ -106,7 +103,8 @@ def track(
     Args:
         settings: mode, project and entity.
         folder: the run folder; all of wandb's files stay in it.
-        run_id: our run id, and W&B's.
+        run_id: our run id. W&B's has some letters more, drawn once for the folder: two people, or one with two output
+            folders, may log the same run to one project.
         name: for people.
         group: what the runs of a sweep share.
         job_type: the task's kind.
@@ -120,7 +118,7 @@ def track(
         "project": settings.project,
         "entity": settings.entity,
         "dir": str(folder),
-        "id": run_id,
+        "id": f"{run_id}-{_drawn_for(folder)}",
         "resume": "allow",
         "reinit": "create_new",  # the methods of a grid are runs side by side
         "name": name,
@@ -137,6 +135,15 @@ def track(
         tracker.close(1)
         raise
     tracker.close(0)
+
+
+def _drawn_for(folder: Path) -> str:
+    path = folder / "wandb" / "id"
+    with writing(path):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_in_one_step(path, secrets.token_hex(4))
+        return path.read_text(encoding="ascii")
 
 
 def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
@@ -158,7 +165,7 @@ def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
         return wandb.init(mode="offline", settings=quiet, **arguments)
     address = wandb.setup().settings.base_url
     try:
-        _check_reachable(address)
+        check_reachable(address)
         return wandb.init(mode="online", settings=quiet, **arguments)
     except (OSError, wandb.Error) as error:
         _warn_offline(address, " ".join(str(error).split()), str(Path(arguments["dir"]).parent))
@@ -175,7 +182,7 @@ def check_server() -> None:
 
     address = wandb.setup().settings.base_url
     try:
-        _check_reachable(address)
+        check_reachable(address)
     except OSError as error:
         where = "WANDB_BASE_URL" if os.environ.get("WANDB_BASE_URL") else "wandb's settings"
         raise UserError(f"the W&B server cannot be reached: {address}, from {where} ({error})") from error
@@ -188,15 +195,6 @@ def _warn_offline(address: str, reason: str, output_dir: str) -> None:
         f"later with: python -m pipelines.sync {output_dir}",
         file=sys.stderr,
     )
-
-
-@cache
-def _check_reachable(address: str) -> None:
-    """Raises OSError within seconds where wandb itself would try for minutes."""
-    parts = urlsplit(address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):
-        pass
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 _LONGEST_POLL_SECONDS = 30
 
 
-class GriffinSlurmLauncher(SlurmLauncher):  # type: ignore[misc]
+class GriffinSlurmLauncher(SlurmLauncher):
     """hydra-submitit-launcher's job, submitted and preempted as there, but waited for otherwise.
 
     submitit asks `sacct` for a job's state: without accounting it waits for a killed job for ever, and with it the

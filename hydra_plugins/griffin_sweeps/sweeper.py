@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 _WHERE = ("launcher", "output_dir", "wandb.mode", "wandb.project", "wandb.entity")
 
 
-class GriffinSweeper(BasicSweeper):  # type: ignore[misc]
+class GriffinSweeper(BasicSweeper):
     """Every combination of the comma-separated values is a point; at most `max_batch_size` are launched at once.
 
     A point that is wrong fails before anything runs. A point that is finished is not launched. What other processes
     hold is waited for. A worker that dies takes its own point with it, and no other.
     """
+
+    config: DictConfig  # as of `setup`
+    hydra_context: Any
+    launcher: Any
 
     def setup(self, *, config: DictConfig, **arguments: Any) -> None:
         """As Hydra's sweepers.

@@ -17,12 +17,28 @@ from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.methods import identity, methods
-from pipelines.records import write_in_one_step
+from pipelines.methods import identity, run_config
+from pipelines.records import read_object, to_json, write_in_one_step, writing
 from pipelines.run_folder import RunFolder
 from pipelines.sweeps.run_status import FAILED, FINISHED, HELD, RunStatus
 
 FOLDER = ".sweep"
+
+# Settings that say how and where a run is made. A try that failed is mended by changing some of them.
+_HOW = ("batch_size", "mode", "compile", "cpu_onednn", "offload_dense", "device", "output_dir", "tags", "wandb")
+_WHERE = {"model": ("repo", "revision"), "task": ("data_files", "shots_file")}
+
+
+def measured(config: dict[str, Any]) -> str:
+    """Names what a run measures, whatever it takes to make it.
+
+    Args:
+        config: the resolved configuration of one run.
+    """
+    parts = {key: value for key, value in config.items() if key not in _HOW}
+    for part, places in _WHERE.items():
+        parts[part] = {key: value for key, value in config.get(part, {}).items() if key not in places}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ManifestEntry:
@@ -30,10 +46,11 @@ class ManifestEntry:
 
     def __init__(self, config: RunConfig) -> None:
         self.output_dir = Path(config.output_dir)
-        self.labels = [method.label for method in methods(config)]
+        self.measured = [measured(run_config(config, method)) for method in config.methods()]
+        self.labels = [method.label for method in config.methods()]
         self.words = f"{config.task.name} {config.model.name}"
         try:
-            content = [identity(config, method, config.device) for method in methods(config)]
+            content = [identity(config, method, config.device) for method in config.methods()]
         except OSError as error:
             raise UserError(f"task={config.task.name}: cannot read {error.filename}: {error.strerror}") from error
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -51,13 +68,11 @@ class ManifestEntry:
         """
         before = read_entry(self.path)
         runs = before["runs"] if before and before["launcher"] == launcher else None
-        words = {"words": self.words, "swept": swept, "methods": self.labels}
+        words = {"words": self.words, "swept": swept, "methods": self.labels, "measured": self.measured}
         entry = words | {"launcher": launcher, "runs": runs, "failed": None}
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_in_one_step(self.path, json.dumps(entry) + "\n")
-        except OSError as error:
-            raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
+            write_in_one_step(self.path, to_json(entry) + "\n")
 
     def finished_runs(self, launcher: str) -> list[Path] | None:
         """The point's run folders, if all of them have a record and the same launcher made them."""
@@ -102,14 +117,11 @@ class ManifestEntry:
         with contextlib.suppress(OSError):
             entry = read_entry(self.path)
             if entry is not None:
-                write_in_one_step(self.path, json.dumps(entry | values, ensure_ascii=False) + "\n")
+                write_in_one_step(self.path, to_json(entry | values) + "\n")
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
     """What is written down about a point; None if nothing is, or it is damaged."""
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    known = isinstance(entry, dict) and {"words", "swept", "methods", "launcher", "runs", "failed"} <= set(entry)
-    return entry if known else None
+    entry = read_object(path)
+    keys = {"words", "swept", "methods", "measured", "launcher", "runs", "failed"}
+    return entry if entry and keys <= entry.keys() else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from pipelines.run_folder import RunFolder
-from pipelines.sweeps.manifest import FOLDER, read_entry
+from pipelines.sweeps.manifest import FOLDER, measured, read_entry
 
 DONE, RUNNING, FAILED, BROKEN_OFF, MISSING = "done", "running", "failed", "broken off", "missing"
 
@@ -27,6 +27,7 @@ class Row:
         total: samples in the end; None where unknown.
         seconds: computing time of the samples so far.
         reason: of a failure.
+        measured: what it measures; see `manifest.measured`.
     """
 
     run: str
@@ -36,20 +37,27 @@ class Row:
     total: int | None = None
     seconds: float = 0.0
     reason: str = ""
+    measured: str = ""
 
 
 def read(output_dir: Path) -> list[Row]:
-    """The runs of an output folder and the planned ones, by name. Changes nothing, and may be called at any time."""
+    """The runs of an output folder and the planned ones, by name. Changes nothing, and may be called at any time.
+
+    A try that failed is left out once a run that measures the same is done.
+    """
     rows = {path.name: _of_folder(path) for path in output_dir.iterdir() if (path / "config.yaml").exists()}
     planned = []
     for path in sorted((output_dir / FOLDER).glob("*.json")):
         entry = read_entry(path)
         if entry is not None and not rows.keys() & set(entry["runs"] or ()):
             state = FAILED if entry["failed"] else MISSING
-            for method in entry["methods"]:
+            like, reason = entry["words"].replace(" ", "-"), entry["failed"] or ""
+            for method, what in zip(entry["methods"], entry["measured"], strict=True):
                 words = f"{entry['words']} {method}" + (f" ({entry['swept']})" if entry["swept"] else "")
-                planned.append(Row(words, entry["words"].replace(" ", "-"), state, reason=entry["failed"] or ""))
-    return sorted([*rows.values(), *planned], key=lambda row: row.run)
+                planned.append(Row(words, like, state, reason=reason, measured=what))
+    done = {row.measured for row in rows.values() if row.state == DONE}
+    shown = (row for row in (*rows.values(), *planned) if row.state != FAILED or row.measured not in done)
+    return sorted(shown, key=lambda row: row.run)
 
 
 def _of_folder(path: Path) -> Row:
@@ -59,12 +67,14 @@ def _of_folder(path: Path) -> Row:
     state = folder.state()
     samples, seconds = folder.progress()
     if record is not None:
-        return Row(path.name, _like(path.name), DONE, samples, samples, seconds)
+        what = measured(record["config"])
+        return Row(path.name, _like(path.name), DONE, samples, samples, seconds, measured=what)
     name = RUNNING if held else FAILED if state["failed"] else BROKEN_OFF
+    what = measured(folder.config()) if name == FAILED else ""
     damage = folder.damage()
     damaged = f"{damage}; the next call of its command mends it" if damage else ""
     reason = "" if held else state["failed"] or damaged
-    return Row(path.name, _like(path.name), name, samples, state["samples"], seconds, reason)
+    return Row(path.name, _like(path.name), name, samples, state["samples"], seconds, reason, what)
 
 
 def _like(run_id: str) -> str:

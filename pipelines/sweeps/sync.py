@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.run_folder import RunFolder
@@ -29,7 +29,7 @@ def offline_runs(output_dir: Path) -> dict[Path, list[Path]]:
     return found
 
 
-def sync(runs: dict[Path, Sequence[Path]]) -> dict[Path, str]:
+def sync(runs: Mapping[Path, Sequence[Path]]) -> dict[Path, str]:
     """Upload what is not uploaded, and return what became of each run folder.
 
     Raises:

@@ -15,20 +15,49 @@ and may have
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
-_MODULES = {
-    "generation": "generation",
-    "code": "code_generation",
-    "classification": "classification_and_qa",
-    "question_answering": "classification_and_qa",
-    "perplexity": "perplexity",
-    "fidelity": "fidelity",
-    "latency": "latency",
-    "flocking": "flocking",
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of task can do.
+
+    Attributes:
+        module: of this package, which runs it.
+        title: in reports.
+        metric: its headline; empty where lm-eval's task says it.
+        batched: its rows, prompts times methods, run together.
+        generates: text is decoded, so drafts can be checked, and dense weights are for prompts only.
+        compiles: its decoding can be compiled.
+        prunes: it compares methods; else it looks at the dense model.
+        oracles: it knows the dense continuation, which statistics that are oracles score.
+        timed: it measures times, so the machine counts.
+    """
+
+    module: str
+    title: str
+    metric: str
+    batched: bool = False
+    generates: bool = False
+    compiles: bool = False
+    prunes: bool = True
+    oracles: bool = False
+    timed: bool = False
+
+
+KINDS = {
+    "generation": Kind("generation", "Generation", "rouge1", batched=True, generates=True, compiles=True),
+    "code": Kind("code_generation", "Code generation", "pass_at_1", batched=True, generates=True),
+    "classification": Kind("classification_and_qa", "Classification", "acc", batched=True),
+    "question_answering": Kind("classification_and_qa", "Question answering", "", batched=True, generates=True),
+    "perplexity": Kind("perplexity", "Perplexity", "perplexity", batched=True),
+    "fidelity": Kind("fidelity", "Fidelity to the dense model", "kl", batched=True, oracles=True),
+    "latency": Kind("latency", "Latency", "decode_speedup", generates=True, compiles=True, timed=True),
+    "flocking": Kind("flocking", "Flocking", "jaccard_sequences_natural", prunes=False),
 }
 
 
 def module_of(kind: str) -> ModuleType:
     """The module that runs a kind of task, imported only now because that takes seconds."""
-    return importlib.import_module(f"pipelines.tasks.{_MODULES[kind]}")
+    return importlib.import_module(f"pipelines.tasks.{KINDS[kind].module}")

@@ -60,6 +60,17 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return values | effective_density(samples) | drafting.metrics(samples)
 
 
+def scored_metrics(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
+    """The means of these scores with standard errors, counts, and what answers took, over all samples of a run."""
+    scored = [sample for sample in samples if "skipped" not in sample]
+    values: dict[str, float] = {}
+    for name in names if scored else ():
+        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in scored])
+    counts = {name: sum(sample[name] for sample in scored) for name in ("prompt_tokens", "generated_tokens")}
+    skipped = {"samples": len(scored), "skipped_prompts": len(samples) - len(scored)}
+    return values | skipped | counts | answer_metrics(scored)
+
+
 def effective_density(samples: Sequence[Sample]) -> dict[str, float]:
     """`effective_density` of decoding that nothing was verified in; none of dense decoding."""
     counted = [sample["weight_bytes"] for sample in samples if "weight_bytes" in sample]

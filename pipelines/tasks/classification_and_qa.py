@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from pipelines.records import Sample, mean_and_stderr
 from pipelines.task_config import HarnessTask
 from pipelines.tasks.answers import DecodingCost, answer_metrics
 from pipelines.tasks.generation import end_tokens, sampled
-from pipelines.tasks.grouping import BATCHES, groups
+from pipelines.tasks.grouping import BATCHES, begun, groups
 from pipelines.tasks.lm_eval_adapter import (
+    HFLM,
     Document,
-    GriffinLM,
     TextRequest,
+    around,
     asked,
     finished_text,
     read,
@@ -32,11 +34,21 @@ from pipelines.tasks.scoring import Request, score
 
 __all__ = ["evaluate", "metrics", "read", "versions"]
 
-# Log-likelihoods of so many documents are computed together, and samples are written when a block is done.
+# Log-likelihoods of so many documents are batched together.
 _BLOCK_DOCUMENTS = 64
 
-# Per method, the answer to each request, by the request's identity.
-Answers = dict[Method, dict[int, Any]]
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What lm-eval takes for one request, the seconds it took, and the row that a text was generated as."""
+
+    value: Any
+    seconds: float
+    row: Row | None = None
+
+
+# Of those that come together: the method, the request's identity, and its answer.
+_Answers = Generator[list[tuple[Method, int, _Answer]], None, None]
 
 
 def evaluate(
@@ -46,33 +58,37 @@ def evaluate(
     methods: Sequence[Method],
     done: dict[Method, set[int]],
 ) -> Iterator[tuple[Method, list[Sample]]]:
-    """Answer the requests of every document under every method, block by block: each prompt runs once for all."""
+    """Answer the requests of every document under every method: each prompt runs once for all, and a document's sample
+    is there when its last request is answered."""
     if config.task.chat_template:
         loaded.need_chat_template()
-    lm = GriffinLM.around(loaded, config)
+    lm = around(loaded, config)
     documents = asked(lm, documents, config.task)
     engine = engine_for(loaded.model, methods, config)
     cost = DecodingCost(engine, methods)
-    for block in _blocks(lm, documents, methods, config):
-        needed = [method for method in methods if any(document.index not in done[method] for document in block)]
-        if not needed:
-            continue
-        run = needed if config.batch_size == 1 else methods
-        instances = [instance for document in block for instance in document.instances]
-        began = time.perf_counter()
-        answers = _loglikelihoods(lm, loaded, engine, instances, config, run)
-        texts = _texts(lm, loaded, engine, instances, config, run)
-        for method in run:
-            answers[method] |= {instance: text.text for instance, text in texts[method].items()}
-        seconds = (time.perf_counter() - began) / len(run) / len(block)
-        for method in needed:
-            samples = [
-                _sample(document, [answers[method][id(one)] for one in document.instances], config.task, seconds)
-                | cost.sample_part(method, _rows(document, texts[method]))
-                for document in block
-                if document.index not in done[method]
-            ]
-            yield method, samples
+    generates = config.kind.generates
+    if generates and config.batch_size > 1:  # of like length, the longest first, as in HFLM
+        lengths = {one.index: len(lm.tok_encode(one.instances[0].args[0])) for one in documents}
+        documents = sorted(documents, key=lambda document: -lengths[document.index])
+    size = None if generates else _BLOCK_DOCUMENTS
+    for block, run in groups(documents, methods, config, done, BATCHES, size):
+        document_of = {id(instance): document for document in block for instance in document.instances}
+        answered: dict[tuple[Method, int], dict[int, _Answer]] = {}
+        with closing(_answers(lm, loaded, engine, block, config, run)) as answers:
+            for together in answers:
+                samples: dict[Method, list[Sample]] = {}
+                for method, instance, answer in together:
+                    document = document_of[instance]
+                    given = answered.setdefault((method, document.index), {})
+                    given[instance] = answer
+                    if len(given) < len(document.instances):
+                        continue
+                    del answered[method, document.index]
+                    if document.index not in done[method]:
+                        ordered = [given[id(one)] for one in document.instances]
+                        part = cost.sample_part(method, [one.row for one in ordered if one.row])
+                        samples.setdefault(method, []).append(_sample(document, ordered, config.task) | part)
+                yield from samples.items()
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -86,45 +102,28 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return values | counts | answer_metrics(samples)
 
 
-def _blocks(
-    lm: GriffinLM, documents: Sequence[Document], methods: Sequence[Method], config: RunConfig
-) -> Iterator[Sequence[Document]]:
-    """The documents that are run, and whose samples are written, together.
-
-    Where text is generated they are of like length, the longest first, as in HFLM.
-    """
-    if not any(instance.request_type == "generate_until" for document in documents for instance in document.instances):
-        for start in range(0, len(documents), _BLOCK_DOCUMENTS):
-            yield documents[start : start + _BLOCK_DOCUMENTS]
-        return
-    if config.batch_size > 1:
-        lengths = {one.index: len(lm.tok_encode(one.instances[0].args[0])) for one in documents}
-        documents = sorted(documents, key=lambda document: -lengths[document.index])
-    shared = config.shared_experts
-    yield from groups(documents, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES)
-
-
-def _loglikelihoods(
-    lm: GriffinLM,
+def _answers(
+    lm: HFLM,
     loaded: LoadedModel,
     engine: griffin.Engine,
-    instances: Sequence[Any],
+    block: Sequence[Document],
     config: RunConfig,
     methods: Sequence[Method],
-) -> Answers:
-    """The (log-likelihood, greedy) of each log-likelihood request."""
+) -> _Answers:
+    """The answers to all requests of a block, as they come."""
+    instances = [instance for document in block for instance in document.instances]
     wanted = [instance for instance in instances if instance.request_type == "loglikelihood"]
-    if not wanted:
-        return {method: {} for method in methods}
     tokens = [Request(*map(tuple, _encode(lm, *instance.args))) for instance in wanted]
     scores = score(loaded, tokens, methods, engine, config.task.protocol, config.batch_size, config.seed)
-    return {
-        method: {id(instance): (one.loglikelihood, one.greedy) for instance, one in zip(wanted, each, strict=True)}
-        for method, each in scores.items()
-    }
+    for batch in scores:
+        yield [
+            (method, id(wanted[number]), _Answer((one.loglikelihood, one.greedy), one.seconds))
+            for method, number, one in batch
+        ]
+    yield from _texts(lm, loaded, engine, instances, config, methods)
 
 
-def _encode(lm: GriffinLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def _encode(lm: HFLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
     if context == "":
         return [lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False)
     return lm._encode_pair(context, continuation)
@@ -139,57 +138,41 @@ class _Wanted:
     request: TextRequest
 
 
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """A text as lm-eval takes it, and the row that it was generated as."""
-
-    text: str
-    row: Row
-
-
-def _rows(document: Document, texts: dict[int, _Text]) -> list[Row]:
-    return [texts[id(one)].row for one in document.instances if id(one) in texts]
-
-
 def _texts(
-    lm: GriffinLM,
+    lm: HFLM,
     loaded: LoadedModel,
     engine: griffin.Engine,
     instances: Sequence[Any],
     config: RunConfig,
     methods: Sequence[Method],
-) -> dict[Method, dict[int, _Text]]:
-    """Per method, the text of each generation request, by the request's identity."""
+) -> _Answers:
+    """The text of each generation request, as rows end."""
     wanted = [
         _Wanted(instance.doc_id, id(instance), text_request(lm, instance, config.task.max_new_tokens))
         for instance in instances
         if instance.request_type == "generate_until"
     ]
-    texts: dict[Method, dict[int, _Text]] = {method: {} for method in methods}
     if not wanted:
-        return texts
+        return
     record, likely = griffin.wanted(methods), any(method.prunes_vocabulary for method in methods)
+    prefill_seconds: dict[int, float] = {}
 
-    def rows() -> Iterator[Row]:
-        for one in wanted:
-            (state,) = griffin.prefill(engine, [one.request.ids], record, likely_tokens=likely)
-            for method in methods:
-                yield from griffin.begin(engine, [state], method, config.seed, [one])
+    def prefilled(text: _Wanted) -> griffin.PromptState:
+        began = time.perf_counter()
+        (state,) = griffin.prefill(engine, [text.request.ids], record, likely_tokens=likely)
+        prefill_seconds[text.instance] = time.perf_counter() - began
+        return state
 
-    batches: list[tuple[Iterable[Row], int]] = [(rows(), config.batch_size)]
-    if config.shared_experts:
-        states = [griffin.prefill(engine, [one.request.ids], record)[0] for one in wanted]
-        batches = [(griffin.begin(engine, states, method, config.seed, wanted), len(wanted)) for method in methods]
-    longest = max(len(one.request.ids) for one in wanted)
+    longest = max(len(text.request.ids) for text in wanted)
     generation = _generation(lm, loaded, wanted, config)
-    for batch, size in batches:
-        for row in griffin.decode(engine, batch, generation, batch_size=size, max_prompt_tokens=longest):
+    for rows, size in begun(engine, wanted, methods, config, prefilled):
+        for row in griffin.decode(engine, rows, generation, batch_size=size, max_prompt_tokens=longest):
             text = finished_text(lm, row.tokens, row.label.request.stop)
-            texts[row.method][row.label.instance] = _Text(text, row)
-    return texts
+            seconds = row.seconds + prefill_seconds[row.label.instance] / len(methods)
+            yield [(row.method, row.label.instance, _Answer(text, seconds, row))]
 
 
-def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], config: RunConfig) -> griffin.Generation:
+def _generation(lm: HFLM, loaded: LoadedModel, wanted: Sequence[_Wanted], config: RunConfig) -> griffin.Generation:
     ends, temperature = end_tokens(loaded), wanted[0].request.temperature  # a task has one
 
     def ended(row: Row) -> bool:
@@ -205,12 +188,13 @@ def _generation(lm: GriffinLM, loaded: LoadedModel, wanted: Sequence[_Wanted], c
     return griffin.Generation(limit, ended)
 
 
-def _sample(document: Document, answers: list[Any], task: HarnessTask, seconds: float) -> Sample:
+def _sample(document: Document, answers: Sequence[_Answer], task: HarnessTask) -> Sample:
+    values = [answer.value for answer in answers]
     return {
         "index": document.index,
         "id": str(document.doc.get("id", document.doc.get("idx", document.index))),
-        "seconds": round(seconds, 4),
-        "answers": answers,
+        "seconds": round(sum(answer.seconds for answer in answers), 4),
+        "answers": values,
         "target": document.task.doc_to_target(document.doc),
-        "metrics": results(document, answers, task.filter),
+        "metrics": results(document, values, task.filter),
     }

@@ -1,17 +1,24 @@
-"""Runs programs that a model wrote, each in a process that can do little (see `pipelines.tasks.sandbox`)."""
+"""Runs programs that a model wrote, each in a process that can do little (see `pipelines.tasks.sandbox`).
+
+`python -m pipelines.tasks.code_execution` prints what this system can keep them from.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import secrets
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pipelines.tasks.sandbox import landlock_version
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 
@@ -34,47 +41,74 @@ class Outcome:
     missing: tuple[str, ...] = ()
 
 
-def run_program(program: str, seconds: int) -> Outcome:
-    """Run a program with an empty environment, in a temporary folder of its own, and end all that it started.
+def run_program(program: str, seconds: int, test: str = "", function: str = "") -> Outcome:
+    """Run a program and its tests, each in a process with an empty environment and in a temporary folder of its own,
+    and end all that they started.
 
     Args:
         program: Python, with nothing but the standard library to import.
         seconds: of time, on the clock and of the processor, after which it is ended.
+        test: a program that raises where `candidate`, the program's function, is wrong; it gives and takes plain data.
+            Without one, a program that runs to its end has passed, and one that is bent on it can say so itself.
+        function: the name of that function in the program.
     """
-    token = secrets.token_hex(16)  # so that a program that just ends is not taken for one that passed
     limits = {"seconds": seconds, "memory": MEMORY, "file": FILE}
-    request = json.dumps({"program": program, "token": token, "limits": limits}).encode()
-    # A file, and no pipe, so that whatever the program writes ends at its limit.
-    with (
-        tempfile.TemporaryFile() as told,
-        tempfile.TemporaryDirectory(prefix="griffin-", ignore_cleanup_errors=True) as folder,
-    ):
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SANDBOX)],
-            stdin=subprocess.PIPE,
-            stdout=told,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
-        late = False
+    calls, answers = os.pipe(), os.pipe()
+    late = False
+    # A file, and no pipe, so that whatever is written ends at its limit.
+    with tempfile.TemporaryFile() as told, ExitStack() as stack:
         try:
-            process.communicate(request, timeout=seconds + 1)
+            tested = _started(stack, {"program": program, "limits": limits}, calls[0], answers[1], subprocess.DEVNULL)
+            tests = {"test": test, "function": function, "limits": limits}
+            testing = _started(stack, tests, answers[0], calls[1], told.fileno())
+        finally:
+            for end in (*calls, *answers):
+                os.close(end)
+        try:
+            testing.wait(timeout=seconds + 1)
         except subprocess.TimeoutExpired:
             late = True
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        stack.close()
         told.seek(0)
         answer = told.read()
-    try:
-        result = json.loads(answer)
-        known = result.get("token") == token
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        late = late or process.returncode == -signal.SIGXCPU
-        return Outcome(False, "timed out" if late else "ended before its tests did")
+    if late or -signal.SIGXCPU in (tested.returncode, testing.returncode):
+        return Outcome(False, "timed out")
+    result = json.loads(answer or '{"error": "ended before its tests did", "missing": []}')
     return Outcome(result["error"] is None, result["error"] or "", tuple(result["missing"]))
+
+
+def _started(stack: ExitStack, request: dict[str, Any], read: int, write: int, output: int) -> subprocess.Popen[bytes]:
+    """A process of the sandbox that has its request. The stack ends it, with all that it started."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="griffin-", ignore_cleanup_errors=True))
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(SANDBOX), str(read), str(write)],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env={},
+        pass_fds=(read, write),
+        start_new_session=True,
+    )
+    stack.callback(_end, process)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(json.dumps(request).encode())
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> None:
+    """Print what this system can keep generated programs from."""
+    missing = run_program("", 10).missing
+    print(f"{platform.system()} {platform.release()} {platform.machine()}, Landlock version {landlock_version()}")
+    print(f"Generated programs cannot be kept from {' and '.join(missing)}." if missing else "Nothing is missing.")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_rows
 from pipelines.models import LoadedModel
-from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks.answers import answer_metrics
+from pipelines.records import Sample
+from pipelines.tasks.answers import scored_metrics
 from pipelines.tasks.code_execution import run_program
 from pipelines.tasks.generation import generate
 from pipelines.tasks.prompts import Prompt
@@ -77,7 +77,7 @@ def evaluate(
         tqdm.write(f"warning: this system cannot keep generated programs from {' and '.join(missing)}", file=sys.stderr)
 
     def scored(problem: Problem, text: str) -> Sample:
-        outcome = run_program(program(problem, text), config.task.timeout)
+        outcome = run_program(program(problem, text), config.task.timeout, judging(problem), problem.entry_point)
         return {
             "pass_at_1": float(outcome.passed),
             "reason": outcome.reason,
@@ -91,17 +91,7 @@ def evaluate(
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """`pass_at_1`, the share of functions that pass their tests, with its standard error; counts, and what answers
     took."""
-    run = [sample for sample in samples if "skipped" not in sample]
-    values: dict[str, float] = {}
-    if run:
-        values["pass_at_1"], values["pass_at_1_stderr"] = mean_and_stderr([sample["pass_at_1"] for sample in run])
-    return values | {
-        "samples": len(run),
-        "skipped_prompts": len(samples) - len(run),
-        "prompt_tokens": sum(sample["prompt_tokens"] for sample in run),
-        "generated_tokens": sum(sample["generated_tokens"] for sample in run),
-        **answer_metrics(run),
-    }
+    return scored_metrics(samples, ("pass_at_1",))
 
 
 def versions(problems: Sequence[Problem]) -> dict[str, Any]:
@@ -120,7 +110,7 @@ def whole_chat(text: str) -> bool:
 
 
 def program(problem: Problem, text: str) -> str:
-    """The program that tells whether a generated function is right: it raises where it is not.
+    """The program that defines a generated function.
 
     Args:
         problem: what was asked for.
@@ -134,4 +124,10 @@ def program(problem: Problem, text: str) -> str:
     else:
         ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
         written = problem.begun + text[: min(ends, default=len(text))]
-    return f"{written}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+    return written
+
+
+def judging(problem: Problem) -> str:
+    """The program that raises where `candidate` is not right: the problem's own beginning, which may have helpers for
+    its tests, and these."""
+    return f"{problem.begun}\n    pass\n{problem.entry_point} = candidate\n{problem.test}\n\ncheck(candidate)\n"

@@ -36,20 +36,22 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     The predicted speed-up is the one of bytes of weights read, of the dense steps over those of drafts and checks.
     """
     found = [sample["drafting"] for sample in samples if "drafting" in sample]
-    values = _ratios(found)
-    without = [_ratios(found[:place] + found[place + 1 :]) for place in range(len(found))]
+    totals = {name: sum(sample[name] for sample in found) for name in _COUNTS}
+    dense_bytes = found[0]["step_bytes"] if found else 0
+    values = _ratios(totals, dense_bytes)
+    # What the others come to without one sample is the total less its counts.
+    without = [_ratios({name: totals[name] - sample[name] for name in _COUNTS}, dense_bytes) for sample in found]
     for name in sorted(values.keys() & ERRORS) if len(found) > 1 else ():
-        left = [one[name] for one in without if name in one]
+        left = [ratios[name] for ratios in without if name in ratios]
         mean = sum(left) / len(left)
-        values[f"{name}_stderr"] = ((len(left) - 1) / len(left) * sum((one - mean) ** 2 for one in left)) ** 0.5
+        values[f"{name}_stderr"] = ((len(left) - 1) / len(left) * sum((ratio - mean) ** 2 for ratio in left)) ** 0.5
     return values
 
 
-def _ratios(found: Sequence[Sample]) -> dict[str, float]:
-    checks, drafted, accepted, emitted, draft_bytes = (sum(one[name] for one in found) for name in _COUNTS)
+def _ratios(counts: dict[str, int], dense_bytes: int) -> dict[str, float]:
+    checks, drafted, accepted, emitted, draft_bytes = (counts[name] for name in _COUNTS)
     if not checks:
         return {}
-    dense_bytes = found[0]["step_bytes"]
     density = (checks * dense_bytes + draft_bytes) / (emitted * dense_bytes)
     values = {
         "tokens_per_check": emitted / checks,
@@ -66,7 +68,7 @@ def timing(samples: Sequence[Sample]) -> dict[str, float]:
     run to run, and for latency, where times are what is measured."""
     found = [sample["drafting"]["seconds"] for sample in samples if "drafting" in sample]
     checking = sum(seconds["check"] for seconds in found)
-    learning = sum(seconds["learn"] + seconds["choose"] for seconds in found)
+    learning = sum(seconds["learn"] for seconds in found)
     return {"learning_overhead": learning / checking} if checking else {}
 
 

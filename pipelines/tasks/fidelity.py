@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, Method, Row
+from griffin import DENSE, Method
 from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
@@ -26,7 +26,7 @@ from pipelines.records import Sample, mean_and_stderr
 from pipelines.tasks.answers import DecodingCost, effective_density
 from pipelines.tasks.drafting import predicted
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import groups
+from pipelines.tasks.grouping import begun, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
 
@@ -51,32 +51,22 @@ def evaluate(
     room = loaded.context_length - steps
     engine = engine_for(loaded.model, methods, config)
     cost = DecodingCost(engine, methods)
-    fitting = []
+    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template, prompt.said) for prompt in prompts}
+    fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
     for prompt in prompts:
-        ids = loaded.encode(prompt.text, config.task.chat_template, prompt.said)
+        ids = encoded[prompt.index]
         if len(ids) <= room:
-            fitting.append((prompt, ids))
             continue
         skipped = _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
         for method in methods:
             if prompt.index not in done[method]:
                 yield method, [skipped]
-    for group in groups(fitting, methods, config.batch_size):
-        needed = [method for method in methods if any(prompt.index not in done[method] for prompt, _ in group)]
-        if not needed:
-            continue
-        run = needed if config.batch_size == 1 else methods
+    for group, run in groups(fitting, methods, config, done):
         began = time.perf_counter()
-        dense = _dense(loaded, engine, group, config, methods)
+        dense = _dense(loaded, engine, group, encoded, config, methods)
         dense_seconds = (time.perf_counter() - began) / len(group) / len(run)
 
-        def rows(dense: Sequence[_Dense] = dense, run: Sequence[Method] = run) -> Iterator[tuple[Row, list[int]]]:
-            for one in dense:
-                for method in run:
-                    if not method.dense:
-                        (row,) = griffin.begin(engine, [one.state], method, config.seed, [one])
-                        yield row, one.tokens
-
+        pruning = [method for method in run if not method.dense]
         scored: Iterator[tuple[Method, _Dense, Tensor, float, Sample]] = itertools.chain(
             ((method, one, one.logprobs_CV, 0.0, {}) for one in dense for method in run if method.dense),
             (
@@ -84,7 +74,8 @@ def evaluate(
                     *(row.method, row.label, logits_CV.float().log_softmax(dim=-1), row.seconds),
                     cost.sample_part(row.method, [row]),
                 )
-                for row, logits_CV in griffin.score(engine, rows(), config.batch_size)
+                for rows, size in begun(engine, dense, pruning, config, lambda one: one.state)
+                for row, logits_CV in griffin.score(engine, ((row, row.label.tokens) for row in rows), size)
             ),
         )
         for method, one, logprobs_CV, seconds, part in scored:
@@ -129,7 +120,8 @@ def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
 def _dense(
     loaded: LoadedModel,
     engine: griffin.Engine,
-    group: Sequence[tuple[Prompt, list[int]]],
+    group: Sequence[Prompt],
+    encoded: dict[int, list[int]],
     config: RunConfig,
     methods: Sequence[Method],
 ) -> list[_Dense]:
@@ -140,22 +132,22 @@ def _dense(
     ends = end_tokens(loaded)
     scorers = [method.scorer for method in methods if method.oracle and not method.dense]
     oracles = [scorer.activations for scorer in scorers if isinstance(scorer, griffin.Statistic) and scorer.activations]
-    states = [griffin.prefill(engine, [ids], griffin.wanted(methods))[0] for _, ids in group]
+    states = [griffin.prefill(engine, [encoded[prompt.index]], griffin.wanted(methods))[0] for prompt in group]
     rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], DENSE, 0, [number])]
     generation = griffin.Generation(config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
     texts = {row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=config.batch_size)}
     found = []
-    for number, (prompt, _) in enumerate(group):
+    for number, prompt in enumerate(group):
         state, tokens = states[number], texts[number]
         cache = engine.decoding_cache(1, state.length + len(tokens))
+        assert state.cache is not None
         cache.put(0, state.cache, state.length)
         cache.set_window(1, 0, state.length)
-        nothing = griffin.Recorded(torch.zeros(1, dtype=torch.int64, device=engine.device))
-        recorder = engine.dense.recorder(oracles, nothing)
-        recorder.expect(1, len(tokens), None)
+        recorder = griffin.Recorder(engine.dense.blocks, oracles, [griffin.Recorded()])
+        recorder.expect([slice(None)], [len(tokens)])
         (logits_CV,), _ = engine.dense.recording(torch.tensor([tokens], device=engine.device), cache, recorder)
         logprobs_CV = logits_CV.float().log_softmax(dim=-1)
-        found.append(_Dense(prompt, replace(state, continuation=recorder.recorded), tokens, logprobs_CV))
+        found.append(_Dense(prompt, replace(state, continuation=recorder.recorded_B[0]), tokens, logprobs_CV))
     return found
 
 

@@ -58,22 +58,27 @@ class Text:
 
 
 def read(config: RunConfig) -> list[Text]:
-    """`limit` sequences, or 16 at most.
+    """`limit` sequences after the first `offset`, or 16 at most.
 
     Raises:
-        UserError: the data is missing or malformed.
+        UserError: the data is missing or malformed, or there is none after the offset.
     """
     task, count = config.task, config.limit or _SEQUENCES
     if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
         text = read_text_file(task.data_files)
-        return [Text(index, str(index), text, True) for index in range(count)]
+        return [Text(index, str(index), text, True) for index in range(config.offset, config.offset + count)]
     path, key = (
         (EMBEDDED / task.embedded, "task.embedded")
         if task.data_files is None
         else (Path(task.data_files), "task.data_files")
     )
-    rows = read_jsonl(path, (task.text_field,), key, count)
-    return [Text(index, str(row.get("id", index)), row[task.text_field], False) for index, row in enumerate(rows)]
+    rows = read_jsonl(path, (task.text_field,), key, config.offset + count)[config.offset :]
+    if not rows:
+        raise UserError(f"offset={config.offset}: expected less than the number of rows of {path}")
+    return [
+        Text(index, str(row.get("id", index)), row[task.text_field], False)
+        for index, row in enumerate(rows, start=config.offset)
+    ]
 
 
 def evaluate(
@@ -152,8 +157,10 @@ def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) ->
             "which is task.sequence_length"
         )
     # Evenly over the text, so that the sequences are about different things.
-    count = min(len(texts), len(ids) // length)
-    for text in texts[:count]:
+    count = min(texts[-1].index + 1, len(ids) // length)
+    if texts[0].index >= count:
+        raise UserError(f"offset={config.offset}: expected less than {count}, the sequences that the text has")
+    for text in (text for text in texts if text.index < count):
         start = text.index * (len(ids) // count)
         yield text, (bos + ids[start : start + length])[:length]
 
@@ -190,7 +197,7 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
 
     End tokens are not taken, so that every generation has the same length.
     """
-    task, engine = config.task, engine_for(loaded.model, [], config)
+    task = config.task
 
     def look(layer: int, z_SD: Tensor) -> dict[str, Any]:
         relative_SD = relative_activations(z_SD)
@@ -217,12 +224,13 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
         logits_BV[:, ends] = -torch.inf
         return logits_BV
 
-    with record_activations(engine.dense.module, look) as seen:
-        (state,) = griffin.prefill(engine, [ids], [])
-        if steps:
-            rows = griffin.begin(engine, [state], DENSE)
-            # The last token that is picked does not run.
-            list(griffin.decode(engine, rows, griffin.Generation(steps + 1, process_logits=without_ends)))
+    view, seen = record_activations(loaded.model, look)
+    engine = engine_for(view, [], config)
+    (state,) = griffin.prefill(engine, [ids], [])
+    if steps:
+        rows = griffin.begin(engine, [state], DENSE)
+        # The last token that is picked does not run.
+        list(griffin.decode(engine, rows, griffin.Generation(steps + 1, process_logits=without_ends)))
     return seen
 
 

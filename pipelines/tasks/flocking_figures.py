@@ -42,13 +42,15 @@ def save_figures(folder: Path, samples: Sequence[Sample], rows: Sequence[dict[st
         The PNG files.
     """
     with drawn_in(LIGHT):
-        figures = {f"jaccard_{name.removeprefix('jaccard_')}": jaccard_figure(rows, name, kept) for name in MEASURES}
+        measured = {row["measure"] for row in rows}
+        figures = {name: jaccard_figure(rows, name, kept) for name in MEASURES if name in measured}
         figures["scores"] = score_figure(np.stack([sample["arrays"]["natural_scores"] for sample in samples]))
-        for layer in shown_layers(len(samples[0]["arrays"]["natural_scores"])):
+        layers = len(samples[0]["arrays"]["natural_scores"])
+        for layer in shown_layers(layers) if panels(samples) else ():
             for ordered in (False, True):
                 name = f"heatmap_layer{layer:02d}{'_sorted' if ordered else ''}"
                 figures[name] = heatmap_figure(samples, layer, ordered)
-        return [save(figure, folder / name) for name, figure in figures.items() if figure is not None]
+        return [save(figure, folder / name) for name, figure in figures.items()]
 
 
 def shown_layers(layers: int) -> list[int]:
@@ -72,17 +74,15 @@ def panels(samples: Sequence[Sample]) -> dict[str, tuple[np.ndarray, np.ndarray]
     return {words: found[words] for words in order if words in found}
 
 
-def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False) -> Figure | None:
+def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False) -> Figure:
     """Relative activations of one layer, tokens down and neurons across: vertical lines are flocking.
 
     Args:
-        samples: by index.
+        samples: by index, with `panels`.
         layer: which.
         ordered: neurons by their score in text A, the same order in all panels; else as the model has them.
     """
     shown = panels(samples)
-    if not shown:
-        return None
     first, scores_LD = shown["text A"] if "text A" in shown else next(iter(shown.values()))
     neurons = first.shape[-1]
     place_M = np.argsort(-scores_LD[layer][:neurons], kind="stable") if ordered else np.arange(neurons)
@@ -103,6 +103,7 @@ def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False)
     for axis in axes[:, 0]:
         axis.set_ylabel("token")
     figure.suptitle(f"layer {layer}", fontsize=9)
+    assert image is not None
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("relative activation |z| / ‖z‖")
@@ -131,17 +132,15 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     return figure
 
 
-def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) -> Figure | None:
+def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) -> Figure:
     """One measure by layer, a line for every kind of text, dotted what it is to be seen against, and random sets.
 
     Args:
         rows: layer, text, measure, value and stderr.
-        measure: one of `MEASURES`.
+        measure: one of `MEASURES` that the rows have.
         kept: share of the neurons in a top-k set.
     """
     words, against = MEASURES[measure]
-    if not any(row["measure"] == measure for row in rows):
-        return None
     figure, axis = new_figure(height=3.5)
     for text, (colour, marker) in _LOOKS.items():
         for name, looks in ((measure, {"marker": marker, "label": text}), (against, {"linestyle": ":"})):

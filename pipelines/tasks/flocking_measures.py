@@ -66,8 +66,10 @@ def between_sequences(one_NLD: np.ndarray, other_NLD: np.ndarray) -> tuple[np.nd
     means = each_LNN[:, different].mean(axis=1)
     if count < 3:
         return means, np.zeros_like(means)
-    rest = np.array([different & (np.arange(count) != i) & (np.arange(count) != i)[:, None] for i in range(count)])
-    without = np.array([each_LNN[:, pairs].mean(axis=1) for pairs in rest])
+    # The sum over the pairs without a sequence is that of all, less its row and its column.
+    each_LNN[:, ~different] = 0.0
+    sums_LN = each_LNN.sum(axis=(1, 2))[:, None] - each_LNN.sum(axis=1) - each_LNN.sum(axis=2)
+    without = (sums_LN / ((count - 1) * (count - 2))).T
     return means, np.sqrt((count - 1) / count * ((without - means) ** 2).sum(axis=0))
 
 

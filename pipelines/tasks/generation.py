@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
@@ -18,11 +18,11 @@ from griffin import Method, Row
 from pipelines.config import RunConfig
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
-from pipelines.records import Sample, mean_and_stderr
+from pipelines.records import Sample
 from pipelines.tasks import drafting
-from pipelines.tasks.answers import DecodingCost, answer_metrics
+from pipelines.tasks.answers import DecodingCost, scored_metrics
 from pipelines.tasks.assisted import Assisted
-from pipelines.tasks.grouping import BATCHES, groups
+from pipelines.tasks.grouping import BATCHES, begun, groups
 from pipelines.tasks.prompts import Prompt, read_prompts
 
 P = TypeVar("P", bound=Prompt)
@@ -121,91 +121,56 @@ def generate(
         return
     engine = engine_for(loaded.model, methods, config)
     cost = DecodingCost(engine, methods)
-    texts = _Texts(engine, config, methods, encoded, loaded, prompts[0].beginning if prompts else "", ended)
-    shared = config.shared_experts
-    for group in groups(fitting, methods[:1] if shared else methods, config.batch_size, 1 if shared else BATCHES):
-        needed = [method for method in methods if any(prompt.index not in done[method] for prompt in group)]
-        if not needed:
-            continue
-        run = needed if shared or config.batch_size == 1 else methods
-        with closing(texts.shared(group, run) if shared else texts.each(group, run)) as rows:
-            for row in rows:
-                if row.label.index not in done[row.method]:
-                    seconds = row.seconds + texts.prefill_seconds[row.label.index] / len(methods)
-                    part = cost.sample_part(row.method, [row])
-                    yield row.method, [sample(row.label, row.state.length, row.tokens, seconds) | part]
+    prompts_run = _Prompts(engine, methods, encoded, loaded, prompts[0].beginning if prompts else "")
+    generation = _generation(config, ended)
+    for group, run in groups(fitting, methods, config, done, BATCHES):
+        for rows, size in begun(engine, group, run, config, prompts_run.prefilled):
+            # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
+            longest = max(map(len, encoded.values()))
+            with closing(griffin.decode(engine, rows, generation, batch_size=size, max_prompt_tokens=longest)) as ends:
+                for row in ends:
+                    if row.label.index not in done[row.method]:
+                        seconds = row.seconds + prompts_run.seconds[row.label.index] / len(methods)
+                        part = cost.sample_part(row.method, [row])
+                        yield row.method, [sample(row.label, row.state.length, row.tokens, seconds) | part]
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """ROUGE F-scores x 100 with standard errors, counts, and what answers took, over all samples of a run."""
-    scored = [sample for sample in samples if "skipped" not in sample]
-    values: dict[str, float] = {}
-    for name in ROUGE if scored else ():
-        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in scored])
-    return values | {
-        "samples": len(scored),
-        "skipped_prompts": len(samples) - len(scored),
-        "prompt_tokens": sum(sample["prompt_tokens"] for sample in scored),
-        "generated_tokens": sum(sample["generated_tokens"] for sample in scored),
-        **answer_metrics(scored),
-    }
+    return scored_metrics(samples, ROUGE)
 
 
-class _Texts:
-    """Continues the prompts of a task.
+class _Prompts:
+    """Runs the prompts of a task; what all begin with runs once.
 
     Args:
         engine: the model.
-        config: of the run.
         methods: all methods of the call.
         encoded: token ids of each prompt, by its index.
         loaded: the model and its tokenizer.
-        beginning: what all prompts begin with; it runs once.
-        ended: whether a text with these tokens is done.
+        beginning: what all prompts begin with.
 
     Attributes:
-        prefill_seconds: what the dense pass over each prompt took, by the prompt's index.
+        seconds: what the dense pass over each prompt took, by the prompt's index.
     """
 
     def __init__(
         self,
         engine: griffin.Engine,
-        config: RunConfig,
         methods: Sequence[Method],
         encoded: dict[int, list[int]],
         loaded: LoadedModel,
         beginning: str,
-        ended: Callable[[Sequence[int]], bool],
     ) -> None:
-        self._ended = ended
-        self._engine, self._config, self._encoded, self._loaded = engine, config, encoded, loaded
-        self._record = griffin.wanted(methods)
+        self._engine, self._encoded, self._record = engine, encoded, griffin.wanted(methods)
         self._likely = any(method.prunes_vocabulary for method in methods)
         # The last token may be another one where an article follows.
         self._beginning = loaded.encode(beginning)[:-1]
         self._prefix: griffin.PromptState | None = None
-        self._longest = max(map(len, encoded.values()), default=0)
-        self.prefill_seconds: dict[int, float] = {}  # by the prompt's index
+        self.seconds: dict[int, float] = {}
 
-    def each(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[Row]:
-        """Every prompt under every method, each with experts of its own."""
-
-        def rows() -> Iterator[Row]:
-            for prompt in group:
-                state = self._prefilled(prompt)
-                for method in methods:
-                    yield from griffin.begin(self._engine, [state], method, self._config.seed, [prompt])
-
-        return self._decoded(rows(), self._config.batch_size)
-
-    def shared(self, group: Sequence[Prompt], methods: Sequence[Method]) -> Iterator[Row]:
-        """As `each`, with one set of experts for all prompts of the group."""
-        states = [self._prefilled(prompt) for prompt in group]
-        for method in methods:
-            rows = griffin.begin(self._engine, states, method, self._config.seed, group)
-            yield from self._decoded(rows, len(rows))
-
-    def _prefilled(self, prompt: Prompt) -> griffin.PromptState:
+    def prefilled(self, prompt: Prompt) -> griffin.PromptState:
+        """The prompt, after it has run dense."""
         began = time.perf_counter()
         if self._prefix is None and self._beginning:
             (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record, likely_tokens=self._likely)
@@ -213,7 +178,7 @@ class _Texts:
         (state,) = griffin.prefill(
             self._engine, [ids], self._record, prefix=self._shared_prefix(ids), likely_tokens=self._likely
         )
-        self.prefill_seconds[prompt.index] = time.perf_counter() - began
+        self.seconds[prompt.index] = time.perf_counter() - began
         return state
 
     def _shared_prefix(self, ids: Sequence[int]) -> griffin.PromptState | None:
@@ -224,22 +189,12 @@ class _Texts:
         pays = length < len(ids) < length * WORTH and tuple(ids[:length]) == self._prefix.ids
         return self._prefix if pays else None
 
-    def _decoded(self, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
-        # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
-        return griffin.decode(
-            self._engine, rows, self._generation(), batch_size=batch_size, max_prompt_tokens=self._longest
-        )
 
-    def _generation(self) -> griffin.Generation:
-        """The task's way to pick tokens. An end token counts as one."""
-        task = self._config.task
-
-        def ended(row: Row) -> bool:
-            return self._ended(row.tokens)
-
-        if task.decoding == "reference_sampling":
-            return sampled(self._config.seed, task.max_new_tokens, ended)
-        return griffin.Generation(task.max_new_tokens, ended)
+def _generation(config: RunConfig, ended: Callable[[Sequence[int]], bool]) -> griffin.Generation:
+    """The task's way to pick tokens. An end token counts as one."""
+    if config.task.decoding == "reference_sampling":
+        return sampled(config.seed, config.task.max_new_tokens, lambda row: ended(row.tokens))
+    return griffin.Generation(config.task.max_new_tokens, lambda row: ended(row.tokens))
 
 
 def _ended(loaded: LoadedModel, whole: Callable[[str], bool]) -> Callable[[Sequence[int]], bool]:

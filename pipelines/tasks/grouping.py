@@ -6,26 +6,72 @@ same rows, whatever of it was finished before: a run that was cut off ends with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from griffin import Method
+import griffin
+from griffin import Method, PromptState, Row
+from pipelines.config import RunConfig
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Any)  # with an `index`, as samples have
+Done = dict[Method, set[int]]
 
 # Batches that a group of generated texts has at least: rows that end early make room for others of their group.
 BATCHES = 4
 
 
-def groups(items: Sequence[Item], methods: Sequence[Method], batch_size: int, batches: int = 1) -> Iterator[list[Item]]:
-    """The items in groups of at least so many batches of rows; one by one where rows run alone.
+def groups(
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    config: RunConfig,
+    done: Done,
+    batches: int = 1,
+    size: int | None = None,
+) -> Iterator[tuple[list[Item], Sequence[Method]]]:
+    """The items in groups of at least so many batches of rows, one by one where rows run alone; and the methods that
+    run with a group. A group whose samples are all there is left out.
 
     Args:
         items: prompts or other items, each a row under every method.
         methods: all methods of the call.
-        batch_size: rows at a time.
-        batches: how many batches of rows a group has.
+        config: of the call.
+        done: of each method, the indices of the items that it has samples of.
+        batches: how many batches of rows a group has; one, of one method, where experts are shared.
+        size: of a group, where it does not follow from the batch size.
     """
-    size = 1 if batch_size == 1 else max(1, -(-batches * batch_size // len(methods)))
+    shared, rows = config.shared_experts, config.batch_size
+    size = size or (rows if shared or rows == 1 else max(1, -(-batches * rows // len(methods))))
     for start in range(0, len(items), size):
-        yield list(items[start : start + size])
+        group = list(items[start : start + size])
+        needed = [method for method in methods if any(item.index not in done[method] for item in group)]
+        if needed:
+            yield group, needed if shared or rows == 1 else methods
+
+
+def begun(
+    engine: griffin.Engine,
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    config: RunConfig,
+    prefilled: Callable[[Item], PromptState],
+) -> Iterator[tuple[Iterator[Row], int]]:
+    """The rows of a group, and how many of them run at a time: each prompt runs when there is room for its first row.
+
+    Where experts are shared the rows of one method are together.
+
+    Args:
+        engine: the model.
+        items: of a group; they label their rows.
+        methods: that run with it.
+        config: of the call.
+        prefilled: an item's prompt, after it has run dense.
+    """
+    if not config.shared_experts:
+        states = ((item, prefilled(item)) for item in items)
+        pairs = ((item, state, method) for item, state in states for method in methods)
+        rows = (griffin.begin(engine, [state], method, config.seed, [item])[0] for item, state, method in pairs)
+        yield rows, config.batch_size
+        return
+    together = [prefilled(item) for item in items]
+    for method in methods:
+        yield iter(griffin.begin(engine, together, method, config.seed, items)), len(items)

@@ -79,7 +79,7 @@ def evaluate(
                 f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
             )
     model, device = loaded.model, loaded.model.device
-    fast = griffin.with_onednn(model) if config.cpu_onednn and not config.compile else model
+    fast = griffin.with_onednn(model) if config.cpu_onednn and config.compile is not True else model
     dense_settings = replace(config, offload_dense=False)
     plain_engine = engine_for(model, [DENSE], dense_settings)
     for method in methods:
@@ -176,7 +176,7 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
         values["pruned_decode_speedup"] = dense * generation / median("unverified", "decode")
     if drafts:
         values |= drafts | drafting.timing(samples)
-        for part, name in (("draft", "draft"), ("check", "check"), ("learn", "learn"), ("choose", "choose_anew")):
+        for part, name in (("draft", "draft"), ("check", "check"), ("learn", "learn")):
             each = [one["seconds"][part] / one["emitted"] for one in (sample["drafting"] for sample in samples)]
             values[f"{name}_ms"] = 1e3 * statistics.median(each)
     if dense > pruned:  # else no number of tokens pays for the preparation

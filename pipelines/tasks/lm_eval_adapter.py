@@ -1,15 +1,11 @@
-"""lm-eval: its tasks, its metrics, its HFLM, our experts.
+"""lm-eval's tasks in our pipeline: their documents, requests, metrics, and texts as its HFLM takes them.
 
-The only module that imports lm-eval. `python -m pipelines.harness` is lm-eval's own command line with one more model,
-`griffin`, which importing this module registers.
+`harness_model` has the other direction, our model in lm-eval. Nothing else imports lm-eval.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,22 +16,15 @@ from typing import Any
 import lm_eval.tasks
 import yaml
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import simple_parse_args_string
-from torch import Tensor
 
-import griffin
-from griffin import LEARNING, Method
 from pipelines.config import RunConfig
-from pipelines.config_fields import one_of
 from pipelines.data import EMBEDDED
 from pipelines.errors import UserError
-from pipelines.hub import prepare_hub
+from pipelines.hub import commit_of, prepare_hub
 from pipelines.models import LoadedModel
-from pipelines.task_config import PROTOCOLS, HarnessTask
-from pipelines.tasks.scoring import Request, score
+from pipelines.task_config import HarnessTask
 from pipelines.tasks.squad import provide_to_lm_eval
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -71,7 +60,18 @@ def read(config: RunConfig) -> list[Document]:
     return [Document(index, doc, task) for index, doc in documents[config.offset :]]
 
 
-def asked(lm: GriffinLM, documents: Sequence[Document], settings: HarnessTask) -> list[Document]:
+def around(loaded: LoadedModel, config: RunConfig) -> HFLM:
+    """The model of our pipeline as lm-eval sees it, for its tokens and texts."""
+    return HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=config.batch_size,
+        max_length=loaded.context_length,
+        add_bos_token=loaded.add_bos_token,
+    )
+
+
+def asked(lm: HFLM, documents: Sequence[Document], settings: HarnessTask) -> list[Document]:
     """The documents with their requests, as lm-eval makes them.
 
     Args:
@@ -112,7 +112,8 @@ def results(document: Document, answers: Sequence[Any], chosen: str | None) -> d
         answers: one for each request.
         chosen: the filter whose metrics go by their own names, those of others by `<metric>_<filter>`; None: the first.
     """
-    task, found = document.task, {}
+    task = document.task
+    found: dict[str, float] = {}
     instances = [
         replace(one, resps=[answer], filtered_resps={}) for one, answer in zip(document.instances, answers, strict=True)
     ]
@@ -128,118 +129,10 @@ def results(document: Document, answers: Sequence[Any], chosen: str | None) -> d
 
 def versions(documents: Sequence[Document]) -> dict[str, Any]:
     """What lm-eval ran: its version and the task's."""
-    return {"lm-eval": version("lm-eval"), "task_version": documents[0].task.VERSION}
-
-
-@register_model("griffin")
-class GriffinLM(HFLM):
-    """lm-eval's HFLM, pruned: log-likelihoods under a protocol, generations with each request's own experts.
-
-    Args:
-        sparsity: share of FF neurons dropped; 0 is HFLM.
-        statistic: one of `griffin.STATISTICS`.
-        selection: one of `griffin.SELECTIONS`.
-        compensation: one of `griffin.COMPENSATIONS`.
-        budget: one of `griffin.BUDGETS`.
-        refresh: one of `griffin.REFRESHES`.
-        protocol: `paper` or `continuation`, for log-likelihoods.
-        seed: of random statistics and selections.
-        arguments: HFLM's own, `pretrained` first.
-
-    Raises:
-        UserError: a value that is not allowed, before the model is loaded.
-    """
-
-    def __init__(
-        self,
-        *,
-        sparsity: float = 0.5,
-        statistic: str = "griffin",
-        selection: str = "topk",
-        compensation: str = "none",
-        budget: str = "uniform",
-        refresh: str = "none",
-        protocol: str = "paper",
-        seed: int = 0,
-        **arguments: Any,
-    ) -> None:
-        realisable = tuple(name for name, one in griffin.STATISTICS.items() if not one.oracle)
-        for key, value, allowed in (
-            ("statistic", statistic, realisable),
-            ("selection", selection, griffin.SELECTIONS),
-            ("compensation", compensation, tuple(griffin.COMPENSATIONS)),
-            ("budget", budget, tuple(griffin.BUDGETS)),
-            ("refresh", refresh, tuple(griffin.REFRESHES)),
-            ("protocol", protocol, PROTOCOLS),
-        ):
-            one_of(key, value, allowed)
-        if not 0 <= sparsity < 1:
-            raise UserError(f"sparsity={sparsity}: expected a number, 0 <= sparsity < 1")
-        if refresh == "compensation":
-            one_of("compensation", compensation, sorted(LEARNING))
-        super().__init__(**arguments)
-        self.method = Method(statistic, selection, float(sparsity), compensation, budget, refresh)
-        self.protocol = protocol
-        self.seed = int(seed)
-
-    @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> GriffinLM:
-        """As lm-eval's; a mistake is told before a model is loaded, and the settings are printed."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> GriffinLM:
-        """As `create_from_arg_string`, of parsed arguments."""
-        own = inspect.signature(cls.__init__).parameters
-        known = own.keys() | inspect.signature(HFLM.__init__).parameters.keys()
-        for key in arg_dict.keys() - known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"--model_args {key}={arg_dict[key]}: no such argument{hint}")
-        if not arg_dict.get("pretrained"):
-            raise UserError("--model_args: expected pretrained=NAME, a model of the hub or a folder")
-        settings = {
-            name: arg_dict.get(name, parameter.default)
-            for name, parameter in own.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
-        print("griffin: " + ", ".join(f"{name}={value}" for name, value in settings.items()), file=sys.stderr)
-        return cls(**arg_dict, **{key: value for key, value in (additional_config or {}).items() if value is not None})
-
-    @classmethod
-    def around(cls, loaded: LoadedModel, config: RunConfig) -> GriffinLM:
-        """The model of our own pipeline as lm-eval sees it, for its tokens and texts."""
-        return cls(
-            sparsity=0.0,
-            seed=config.seed,
-            pretrained=loaded.model,
-            tokenizer=loaded.tokenizer,
-            batch_size=config.batch_size,
-            max_length=loaded.context_length,
-            add_bos_token=loaded.add_bos_token,
-        )
-
-    def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        if self.method.dense:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        loaded = LoadedModel(self.model, self.tokenizer, False, self.max_length, str(self.device))
-        tokens = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        batch_size = override_bs or (1 if self.batch_size == "auto" else self.batch_size)
-        engine = griffin.Engine(self.model)
-        scores = score(loaded, tokens, [self.method], engine, self.protocol, batch_size, self.seed)[self.method]
-        return [(one.loglikelihood, one.greedy) for one in scores]
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        """As HFLM, with each row's own experts."""
-        method = self.method
-        if method.dense:
-            return super()._model_generate(context, max_length, stop, **options)
-        with griffin.prune(self.model, method, mode="masked" if len(context) > 1 else "compact", seed=self.seed):
-            return super()._model_generate(context, max_length, stop, **options)
+    task = documents[0].task
+    files = next((split.cache_files for split in task.dataset.values() if split.cache_files), [{"filename": ""}])
+    commit = commit_of(files[0]["filename"])
+    return {"lm-eval": version("lm-eval"), "task_version": task.VERSION} | ({"data_revision": commit} if commit else {})
 
 
 @dataclass(frozen=True)
@@ -259,7 +152,7 @@ class TextRequest:
     temperature: float
 
 
-def text_request(lm: GriffinLM, instance: Instance, limit: int | None = None) -> TextRequest:
+def text_request(lm: HFLM, instance: Instance, limit: int | None = None) -> TextRequest:
     """What a `generate_until` request asks for.
 
     Args:
@@ -288,7 +181,7 @@ def text_request(lm: GriffinLM, instance: Instance, limit: int | None = None) ->
     return TextRequest(ids[0].tolist(), limit, stop, temperature)
 
 
-def finished_text(lm: GriffinLM, tokens: list[int], stop: list[str]) -> str:
+def finished_text(lm: HFLM, tokens: list[int], stop: list[str]) -> str:
     """The text of a generation, cut as HFLM does it."""
     text: str = postprocess_generated_text(generation=lm.tok_decode(tokens), stop=stop, think_end_token=None)
     return text
@@ -339,26 +232,3 @@ def _build(task: HarnessTask) -> Any:
 def _definition(task: HarnessTask) -> Path:
     own = OWN_TASKS / task.definition
     return own if own.is_file() else LM_EVAL_TASKS / task.definition
-
-
-def arguments_help() -> str:
-    """The arguments of the model `griffin` with their meanings and defaults, beside HFLM's own."""
-    described = (GriffinLM.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    texts = {
-        name.strip(): text.strip().replace("`", "")
-        for line in described.splitlines()
-        for name, colon, text in [line.partition(":")]
-        if colon
-    }
-    lines = ["--model griffin takes HFLM's --model_args, and these (defaults in brackets):"]
-    for name, parameter in inspect.signature(GriffinLM.__init__).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            lines.append(f"  {name:14} {texts[name].rstrip('.')} ({parameter.default})")
-    return "\n".join([*lines, ""])
-
-
-def command_line() -> None:
-    """lm-eval's own command line, `lm_eval`, which now knows the model `griffin`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()

@@ -22,6 +22,7 @@ from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.grouping import begun, groups
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,10 @@ def evaluate(
         raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
     device = loaded.model.device
     engine, record = engine_for(loaded.model, methods, config), griffin.wanted(methods)
-    for window in windows:
-        if window.index >= len(ids) // width:
-            break
-        needed = [method for method in methods if window.index not in done[method]]
-        if not needed:
-            continue
+    whole = [window for window in windows if window.index < len(ids) // width]
+    for (window,), run in groups(whole, methods, config, done, size=1):
         tokens = ids[window.index * width : (window.index + 1) * width]
         following = tokens[longest:]
-        run = needed if config.batch_size == 1 else methods
         nll: dict[Method, dict[str, float]] = {method: {} for method in run}
         seconds = dict.fromkeys(run, 0.0)
         for prompt_length in task.prompt_lengths:
@@ -95,18 +91,10 @@ def evaluate(
                 for generation_length in task.generation_lengths:
                     nll[method][_cell(prompt_length, generation_length)] = float(each_G[:generation_length].mean())
                 seconds[method] += shared_seconds + own_seconds
-        for method in needed:
-            yield (
-                method,
-                [
-                    {
-                        "index": window.index,
-                        "id": str(window.index),
-                        "nll": nll[method],
-                        "seconds": round(seconds[method], 4),
-                    }
-                ],
-            )
+        for method in run:
+            if window.index not in done[method]:
+                sample = {"index": window.index, "id": str(window.index), "nll": nll[method]}
+                yield method, [sample | {"seconds": round(seconds[method], 4)}]
 
 
 def _continued(
@@ -116,9 +104,9 @@ def _continued(
     if not ids:
         yield from ((method, state.logits_TV[:0], 0.0) for method in methods)
         return
-    rows = ((row, ids) for method in methods for row in griffin.begin(engine, [state], method, config.seed))
-    for row, logits_CV in griffin.score(engine, rows, config.batch_size):
-        yield row.method, logits_CV, row.seconds
+    for rows, size in begun(engine, [None], methods, config, lambda _: state):
+        for row, logits_CV in griffin.score(engine, ((row, ids) for row in rows), size):
+            yield row.method, logits_CV, row.seconds
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -132,8 +120,8 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         if not cells:
             continue
         mean, stderr = mean_and_stderr([sum(sample["nll"][key] for key in keys) / len(keys) for sample in samples])
-        values[name] = math.exp(mean)
-        values[f"{name}_stderr"] = stderr * math.exp(mean)
+        values[name] = math.inf if mean > 700 else math.exp(mean)  # which overflows
+        values[f"{name}_stderr"] = stderr * values[name]
     return values | {"samples": len(samples)}
 
 

@@ -1,18 +1,23 @@
-"""Runs one program that a model wrote, in a process of its own that has given up what could do harm.
+"""Runs one program that a model wrote, or the tests of it, in a process that has given up what could do harm.
 
-`pipelines.tasks.code_execution` starts this file as a script, with an empty environment, in a folder that is the
-program's own, and writes a request to its standard input. Before the program runs, the process gives up, for good and
-for whatever it starts:
+`pipelines.tasks.code_execution` starts this file as a script twice, with an empty environment and in folders of their
+own: one process runs the program, the other one its tests. The tests call the program's function through a pair of
+pipes, as lines of Python literals. So whatever a program does to its own process, it can neither see what is expected
+of it nor say that it has passed.
 
-- everywhere: processor time, memory, file sizes and processes beyond its limits;
-- on Linux: all capabilities; files other than its folder and Python's own libraries, by Landlock (Linux 5.13); network,
-  new processes, signals and other ways to reach the system, by a seccomp filter (x86-64 and 64-bit ARM).
+Before anything runs, both processes give up, for good and for whatever they start:
+
+- everywhere: processor time, memory, file sizes and processes beyond their limits;
+- on Linux: all capabilities; files other than their folder and Python's own libraries, by Landlock (Linux 5.13);
+  network, new processes, signals and other ways to reach the system, by a seccomp filter (x86-64 and 64-bit ARM).
 
 What the system lacks is reported, so that the caller can say so. Nothing but the standard library is imported here.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import ctypes
 import json
 import os
@@ -20,12 +25,14 @@ import platform
 import resource
 import sys
 import sysconfig
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 # What the seccomp filter refuses, by its number on (x86-64, 64-bit ARM); None where it does not exist. Processes and
 # threads; sockets; signals and other processes' memory; what outlives a process; ways around the filter and limits;
 # owners, modes, times and attributes of files, which Landlock leaves open.
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
+    **{"truncate": (76, 45), "openat2": (437, 437)},  # Landlock knows of truncating from version 3 on only
     **{"fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435)},
     **{"execve": (59, 221), "execveat": (322, 281)},
     **{"socket": (41, 198), "io_uring_setup": (425, 425)},
@@ -49,6 +56,14 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # colu
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many rights each version of it knows; 16 from version 5 on
+
+# Calls that are refused with some values of an argument: their numbers, where it stands, its bits that count, and their
+# value. To truncate what is opened for reading, and to let the kernel send a signal when a pipe is ready (F_SETOWN,
+# F_SETSIG, F_SETOWN_EX), are two things that early versions of Landlock let through.
+_REFUSED_WITH = (
+    *(((2, None), 24, os.O_ACCMODE | os.O_TRUNC, os.O_TRUNC), ((257, 56), 32, os.O_ACCMODE | os.O_TRUNC, os.O_TRUNC)),
+    *(((72, 25), 24, 0xFFFFFFFF, command) for command in (8, 10, 15)),
+)
 _NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
 
 
@@ -76,8 +91,13 @@ def give_up(limits: dict[str, int]) -> list[str]:
     return missing + ([] if _seccomp(libc) else ["the network and other processes"])
 
 
+def landlock_version() -> int:
+    """The version of Landlock that this kernel has, not positive where it has none."""
+    return int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1))
+
+
 def _landlock(libc: Any) -> bool:
-    version = libc.syscall(_CREATE_RULESET, None, 0, 1)
+    version = landlock_version()
     if version < 1:
         return False
     rights = (1 << _RIGHTS.get(version, 16)) - 1
@@ -112,33 +132,109 @@ def _seccomp(libc: Any) -> bool:
     if platform.machine() not in _ARCHITECTURES:
         return False
     column, architecture = _ARCHITECTURES[platform.machine()]
-    load, equal, least, result = 0x20, 0x15, 0x35, 0x06
+    load, equal, least, result, both = 0x20, 0x15, 0x35, 0x06, 0x54
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: EPERM
     # Offset 4: the architecture; 0: the number of the call. Numbers from 2^30 on are x86-64's second set.
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
     for number in (numbers[column] for numbers in _REFUSED.values()):
         lines += [] if number is None else [(equal, 0, 1, number), (result, 0, 0, refuse)]
+    for numbers, place, bits, value in _REFUSED_WITH:
+        number = numbers[column]
+        if number is not None:
+            lines += [(equal, 0, 5, number), (load, 0, 0, place), (both, 0, 0, bits)]
+            lines += [(equal, 0, 1, value), (result, 0, 0, refuse), (load, 0, 0, 0)]
     lines += [(least, 0, 1, 1 << 30), (result, 0, 0, refuse), (result, 0, 0, allow)]
-    instructions = (_Instruction * len(lines))(*lines)
+    instructions = (_Instruction * len(lines))(*(_Instruction(*line) for line in lines))
     return libc.prctl(_SECCOMP, _FILTER, ctypes.byref(_Program(len(lines), instructions)), 0, 0) == 0
 
 
+class EndedError(Exception):
+    """The program's process ended before its tests did."""
+
+
+def serve(program: str, calls: TextIO, answers: TextIO) -> None:
+    """Run the program, then its functions as they are called, one line a call and one an answer: `(error, value)`."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+
+    def answer(action: Callable[[], Any]) -> None:
+        told: tuple[str | None, Any]
+        try:
+            told = (None, _plain(action()))
+        except BaseException as raised:
+            told = (type(raised).__name__, None)
+        print(ascii(told), file=answers, flush=True)
+
+    answer(lambda: exec(compile(program, "program", "exec"), names))
+    for line in calls:
+        name, positional, named = ast.literal_eval(line)
+        answer(lambda: names[name](*positional, **named))  # noqa: B023
+
+
+def _plain(value: Any) -> Any:
+    """The value as what literals are made of, which compares as itself wherever it came from."""
+    scalars: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
+    several: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in (*scalars, *several):
+        if isinstance(value, kind):
+            return kind(map(_plain, value) if kind in several else value)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if value is not None:
+        raise TypeError("a function's value must be of numbers, texts, lists, tuples, sets and dictionaries")
+    return None
+
+
+def judge(test: str, function: str, calls: TextIO, answers: TextIO) -> str | None:
+    """Run the tests, in which `candidate` is the program's function.
+
+    Returns:
+        What went wrong, as the name of an exception or in words; None if nothing did.
+    """
+
+    def told() -> Any:
+        line = answers.readline()
+        if not line:
+            raise EndedError
+        error, value = ast.literal_eval(line)
+        if error is not None:
+            known = getattr(builtins, str(error), None)
+            if isinstance(known, type) and issubclass(known, BaseException):
+                raise known
+            raise type(str(error), (Exception,), {})
+        return value
+
+    def candidate(*positional: Any, **named: Any) -> Any:
+        print(ascii((function, positional, named)), file=calls, flush=True)
+        return told()
+
+    try:
+        told()
+        exec(compile(test, "test", "exec"), {"__name__": "__main__", "candidate": candidate})
+    except (EndedError, BrokenPipeError):
+        return "ended before its tests did"
+    except BaseException as raised:
+        return type(raised).__name__
+    return None
+
+
 def main() -> None:
-    """Run the requested program, and tell what became of it on the standard output that this process began with."""
+    """Run the requested part. The tests' part tells what became of it on the standard output that it began with."""
     request = json.load(sys.stdin)
+    sys.set_int_max_str_digits(0)
     told = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nowhere, standard)
     missing = give_up(request["limits"])
     os.environ.clear()  # Python itself has set some
-    error = None
-    try:
-        exec(compile(request["program"], "program", "exec"), {"__name__": "__main__"})
-    except BaseException as raised:
-        error = type(raised).__name__
-    os.write(told, json.dumps({"token": request["token"], "error": error, "missing": missing}).encode())
-    os._exit(0)
+    read, write = map(int, sys.argv[1:])
+    with open(read, encoding="ascii") as incoming, open(write, "w", encoding="ascii") as outgoing:
+        if "program" in request:
+            serve(request["program"], incoming, outgoing)
+        else:
+            error = judge(request["test"], request["function"], outgoing, incoming)
+            os.write(told, json.dumps({"error": error, "missing": missing}).encode())
+        os._exit(0)
 
 
 if __name__ == "__main__":

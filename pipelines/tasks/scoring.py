@@ -10,8 +10,9 @@ Dimensions: B = rows of a batch, S = positions, V = vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-likelihood of a continuation (natural logarithm), and whether greedy decoding would have written it."""
+    """The log-likelihood of a continuation (natural logarithm), whether greedy decoding would have written it, and its
+    share of its batch's seconds."""
 
     loglikelihood: float
     greedy: bool
+    seconds: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def score(
     protocol: str,
     batch_size: int,
     seed: int,
-) -> dict[Method, list[Score]]:
-    """Score every request under every method.
+) -> Iterator[list[tuple[Method, int, Score]]]:
+    """Score every request under every method, batch by batch.
 
     A request gets the scores it gets alone, up to rounding: rows are batched by length and padded on the right.
     Requests that differ only in their last token share a row. Too long ones lose tokens on the left, as in lm-eval.
@@ -70,11 +73,10 @@ def score(
         batch_size: rows of a forward call.
         seed: of random statistics and selections.
 
-    Returns:
-        Per method, the scores in the order of the requests.
+    Yields:
+        Of each batch: the method, the request's place among the requests, its score.
     """
     rows = [_row(request, protocol, loaded.context_length) for request in requests]
-    scores: dict[Method, list[Score | None]] = {method: [None] * len(requests) for method in methods}
     members: dict[_Row, list[int]] = {}
     for number, row in enumerate(rows):
         members.setdefault(row, []).append(number)
@@ -83,10 +85,14 @@ def score(
         batch = ordered[start : start + batch_size]
         # How many positions at each row's end logits are needed of.
         tails = {row: max(len(requests[number].continuation) for number in members[row]) for row in batch}
-        for method, row, logits_TV in _logits(engine, tails, methods, batch_size, seed):
-            for number in members[row]:
-                scores[method][number] = _score(logits_TV, requests[number].continuation)
-    return {method: [one for one in each if one is not None] for method, each in scores.items()}
+        began = time.perf_counter()
+        scores = [
+            (method, number, _score(logits_TV, requests[number].continuation))
+            for method, row, logits_TV in _logits(engine, tails, methods, batch_size, seed)
+            for number in members[row]
+        ]
+        seconds = (time.perf_counter() - began) / len(scores)
+        yield [(method, number, Score(*values, seconds)) for method, number, values in scores]
 
 
 def _row(request: Request, protocol: str, context_length: int) -> _Row:
@@ -126,9 +132,9 @@ def _logits(
         yield pruned.method, row, torch.cat([dense_TV, logits_CV])[-tails[row] :]
 
 
-def _score(tail_logits: Tensor, continuation: tuple[int, ...]) -> Score:
+def _score(tail_logits: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
     # In float32, also where the model computes in half precision: sums of log-likelihoods would lose digits.
     logprobs = torch.log_softmax(tail_logits[-len(continuation) :].float(), dim=-1)
     tokens = torch.tensor(continuation, device=logprobs.device)
     picked = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return Score(float(picked.sum()), bool((logprobs.argmax(dim=-1) == tokens).all()))
+    return float(picked.sum()), bool((logprobs.argmax(dim=-1) == tokens).all())

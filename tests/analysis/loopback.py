@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 ENTITY = "lab"
 KEY = "7261" * 10
+_LAST_PAGE = {"endCursor": None, "hasNextPage": False}
 
 Variables = dict[str, Any]
 
@@ -99,40 +100,20 @@ class LoopbackWandb:
         name = variables.get("name") or base64.b64decode(variables["id"]).decode()
         new = name not in self.runs
         run = self.runs.setdefault(name, StoredRun(name, variables.get("project") or "", display_name=name))
-        for key, attribute in (
-            ("config", "config"),
-            ("tags", "tags"),
-            ("groupName", "group"),
-            ("jobType", "job_type"),
-            ("displayName", "display_name"),
-            ("notes", "notes"),
-        ):
+        names = {"groupName": "group", "jobType": "job_type", "displayName": "display_name"}
+        for key in ("config", "tags", "notes", *names):
             if variables.get(key) is not None:
-                setattr(run, attribute, variables[key])
-        bucket = {
-            "id": _identifier(run),
-            "name": name,
-            "displayName": run.display_name,
-            "description": None,
-            "config": run.config,
-            "sweepName": None,
-            "historyLineCount": len(run.history),
-            "project": self._project(run.project),
-        }
-        return {"upsertBucket": {"inserted": new, "bucket": bucket}}
+                setattr(run, names.get(key, key), variables[key])
+        more = {"description": None, "sweepName": None, "project": self._project(run.project)}
+        return {"upsertBucket": {"inserted": new, "bucket": _bucket(run) | more}}
 
     def _do_RunResumeStatus(self, variables: Variables, query: str) -> Any:
         run = self.runs.get(variables["name"])
-        bucket = run and {
-            "id": _identifier(run),
-            "name": run.name,
-            "displayName": run.display_name,
-            "config": run.config,
+        bucket = run and _bucket(run) | {
             "tags": run.tags,
             "notes": run.notes,
             "summaryMetrics": json.dumps(run.summary),
             "logLineCount": 0,
-            "historyLineCount": len(run.history),
             "eventsLineCount": 0,
             "historyTail": json.dumps([json.dumps(item) for item in run.history[-1:]]),
             "eventsTail": "[]",
@@ -180,8 +161,7 @@ class LoopbackWandb:
         if not found:
             return {"project": None}  # W&B makes a project with its first run
         edges = [{"node": self._node(run, query), "cursor": run.name} for run in found]
-        page = {"endCursor": None, "hasNextPage": False}
-        runs = {"edges": edges, "pageInfo": page}
+        runs = {"edges": edges, "pageInfo": _LAST_PAGE}
         return {"project": {"internalId": "7", "runCount": len(found), "readOnly": False, "runs": runs}}
 
     def _do_Run(self, variables: Variables, query: str) -> Any:
@@ -209,7 +189,7 @@ class LoopbackWandb:
             for path, content in self.files.items()
             if path.startswith(start) and (not wanted or path.removeprefix(start) in wanted)
         ]
-        files = {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        files = {"edges": edges, "pageInfo": _LAST_PAGE}
         return {"project": {"internalId": "7", "run": {"fileCount": len(edges), "files": files}}}
 
     def _project(self, name: str) -> dict[str, Any]:
@@ -248,8 +228,10 @@ class _Server(ThreadingHTTPServer):
         pass  # a client that ends closes its connections without a word
 
 
-def _identifier(run: StoredRun) -> str:
-    return base64.b64encode(run.name.encode()).decode()
+def _bucket(run: StoredRun) -> dict[str, Any]:
+    identifier = base64.b64encode(run.name.encode()).decode()
+    names = {"id": identifier, "name": run.name, "displayName": run.display_name}
+    return names | {"config": run.config, "historyLineCount": len(run.history)}
 
 
 def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.old_records import upgraded
+from griffin import Method
+from pipelines.method_keys import AXES
+from pipelines.methods import _flat
+from pipelines.records import digests
 from pipelines.tasks.flocking_measures import MEASURES, TEXTS
 
 Record = dict[str, Any]
@@ -27,12 +31,38 @@ _TASKS: dict[str, dict[str, Any]] = {
 
 
 def record(run_id: str, kind: str = "generation", sparsity: Any = 0.5, **more: Any) -> Record:
-    """A record of today's version; the arguments are those of `old_record`."""
-    return upgraded(old_record(run_id, kind, sparsity, **more))
+    """A record with its method and evaluation; the arguments are those of `_unsaid`."""
+    unsaid = _unsaid(run_id, kind, sparsity, **more)
+    config, environment = unsaid["config"], unsaid["environment"]
+    method = Method(**{key: value for key, value in config.items() if key in AXES})
+    shared = " shared" if config["shared_experts"] and not method.dense else ""
+    entry = {"label": method.label.replace(method.family, method.family + shared), "family": method.family + shared}
+    held = {} if method.dense else {key: config[key] for key in ("mode", "shared_experts")}
+    entry |= (method.settings if method.dense else asdict(method) | {"sparsity": sparsity}) | held
+    assisted = {key: config[key] for key in ("assistance", "assistant") if key in config}
+    entry |= assisted
+    apart = {
+        *(() if kind == "latency" else ("offload_dense",)),
+        *AXES,
+        *assisted,
+        "mode",
+        "shared_experts",
+        "output_dir",
+        "tags",
+        "wandb",
+        "grid",
+        "device",
+    }
+    evaluation = {key: value for key, value in config.items() if key not in apart}
+    evaluation["model"] = {key: value for key, value in config["model"].items() if key != "licence_gate"}
+    evaluation["task"] = config["task"] | environment.get("data", {})
+    machine = ("device", "platform", "cpus") if kind == "latency" else ("device",)
+    evaluation |= {key: environment.get(key) for key in machine}
+    return unsaid | {"method": entry, "evaluation": _flat(evaluation)}
 
 
-def old_record(run_id: str, kind: str = "generation", sparsity: Any = 0.5, **more: Any) -> Record:
-    """A record as the first version wrote it, with the settings that there were.
+def _unsaid(run_id: str, kind: str, sparsity: Any, **more: Any) -> Record:
+    """A record that does not say its method and evaluation yet.
 
     Args:
         run_id: its name.
@@ -49,6 +79,7 @@ def old_record(run_id: str, kind: str = "generation", sparsity: Any = 0.5, **mor
         "sparsity": sparsity,
         "mode": "compact",
         "shared_experts": False,
+        "offload_dense": False,
         "batch_size": 1,
         "limit": None,
         "seed": 0,
@@ -90,6 +121,7 @@ def write_run(root: Path, record: Record) -> Path:
     if record["config"]["task"]["kind"] == "flocking":
         _write_arrays(folder, samples)
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    record = {"digests": digests(metrics, folder / "samples.jsonl")} | record
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 

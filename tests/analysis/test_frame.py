@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from made import old_record, record, score
+from made import record, score
 
 from analysis import frame as frame_module
+from analysis import labels
 from analysis.frame import COLUMNS, frame, select
 from analysis.runs import checked
-from griffin import Method
-from pipelines import description
+from analysis.tables import tables
 
 
 def test_the_schema_is_documented_and_stands_without_records() -> None:
@@ -36,13 +36,24 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     assert list(frame(records)["method"]) == ["dense", "griffin 25%", "griffin 50%", "wanda 50%"]
 
 
+@pytest.mark.parametrize("difference", [{"batch_size": 8}, {"compile": True}, {"cpu_onednn": True}])
+def test_what_only_changes_rounding_is_the_same_column(difference: dict[str, Any]) -> None:
+    assert set(frame([record("a"), record("b", sparsity=0, **difference)])["task"]) == {"xsum"}
+    (key,) = difference
+    assert all(f"[{key}=" in name for name in frame([record("a"), record("b", **difference)])["method"])
+
+
+def test_dense_decoding_that_is_assisted_is_neither_dense_nor_pruned() -> None:
+    runs = [record("a"), record("b", sparsity=0), record("c", sparsity=0, assistance="prompt_lookup", assistant=None)]
+    assert list(frame(runs)["role"]) == ["dense", "assisted", "pruned"]
+
+
 @pytest.mark.parametrize(
     "difference",
     [
         {"limit": 10},
         {"offset": 5},
         {"seed": 1},
-        {"batch_size": 8},
         {"task_decoding": "reference_sampling"},
         {"task_shots": 0},
         {"task_data_files": "other.jsonl"},
@@ -98,32 +109,10 @@ def test_where_files_go_and_who_tracks_them_tells_nothing_apart() -> None:
     assert table["task"].nunique() == table["model"].nunique() == 1
 
 
-def test_an_old_record_shows_what_a_new_one_shows() -> None:
-    plain, ridge = old_record("a"), old_record("b", compensation="ridge", sparsity=0.25)
-    assert not {"method", "evaluation", "compensation", "offset"} & {*plain, *plain["config"]}
-    old = [checked(one, one["run_id"]) for one in (plain, ridge)]
-    later = {"compensation": "none", "budget": "uniform", "refresh": "none", "offset": 0, "compile": False}
-    later |= {"verification": "none", "draft_tokens": "auto", "draft_vocabulary": "prompt"}
-    later |= {"verification_threshold": 0.1}
-    new = []
-    for one in (plain, ridge):
-        config = later | {"offload_dense": False} | one["config"]
-        method = Method(sparsity=config["sparsity"], compensation=config["compensation"])
-        entries = {
-            "method": description.method_entry(config, method.label, method.family),
-            "evaluation": description.evaluation_entry(config, one["environment"]),
-        }
-        new.append(checked(one | {"config": config} | entries, one["run_id"]))
-    assert frame(old).equals(frame(new))
-    assert list(frame(old)["method"]) == ["griffin 50%", "griffin+ridge 25%"]
-    assert set(frame(old)["task"]) == {"xsum"}
-    assert frame([old[0], new[1]])["task"].nunique() == 1, "they may be compared"
-
-
-def test_an_old_records_words_are_made_where_a_new_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Method, "family", property(lambda method: "other words"))
-    (row,) = frame([checked(old_record("a", compensation="ridge"), "a")]).itertuples()
-    assert (row.family, row.method) == ("other words", "other words 50%")
+def test_a_record_of_an_unknown_version_is_refused_by_name() -> None:
+    for missing in ("method", "evaluation"):
+        with pytest.raises(ValueError, match="unknown version: it has no method or no evaluation"):
+            checked({key: value for key, value in record("a").items() if key != missing}, "a")
 
 
 def test_the_words_are_the_records() -> None:
@@ -140,12 +129,12 @@ def test_new_axes_are_methods_of_their_own() -> None:
             record("c", budget="late"),
             record("d", selection="sample"),
             record("e", shared_experts=True),
-            record("f", statistic="impact", compensation="ridge", refresh="experts"),
+            record("f", statistic="impact", compensation="ridge", refresh="compensation"),
         ]
     )
     assert set(table["method"]) == {
         *("griffin 50%", "griffin+ridge 50%", "griffin late 50%", "griffin sample 50%"),
-        *("griffin shared 50%", "impact+ridge refresh=experts 50%"),
+        *("griffin shared 50%", "impact+ridge refresh=compensation 50%"),
     }
 
 
@@ -154,6 +143,20 @@ def test_a_key_that_nobody_has_heard_of_is_never_mixed() -> None:
         [record("a", sharpness=1), record("b", sharpness=2, sparsity=0), record("c", sharpness=1, sparsity=0)]
     )
     assert set(table["task"]) == {"xsum [sharpness=1]", "xsum [sharpness=2]"}
+
+
+def test_names_and_tables_cost_every_run_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task has a seed and a sparsity of its own, so that each table could have a cell for every two runs."""
+    counted: list[Any] = []
+    monkeypatch.setattr(labels, "_text", lambda value: counted.append(value) or str(value))
+
+    def cost(count: int) -> tuple[int, int]:
+        counted.clear()
+        table = frame([record(f"r{seed}", seed=seed, sparsity=seed / 100) for seed in range(1, count + 1)])
+        return len(counted), sum(len(cells) for made in tables(table) for _, cells in made.rows)
+
+    few, many = cost(10), cost(80)
+    assert [large <= 8.5 * small for small, large in zip(few, many, strict=True)] == [True, True]
 
 
 def test_modes_are_told_apart_where_two_runs_would_share_a_cell() -> None:

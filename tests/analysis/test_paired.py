@@ -19,9 +19,11 @@ from analysis.frame import frame
 from analysis.leaderboard import leaderboard
 from analysis.output import write_report
 from analysis.paired import compare, differences, pairs
+from analysis.samples import read_scores
 from analysis.sources import read_runs
 from analysis.tables import Cell, Table
 from pipelines.errors import UserError
+from pipelines.records import digests
 
 
 def scores(values: Sequence[float]) -> dict[int, float]:
@@ -45,6 +47,7 @@ def write(root: Path, run_id: str, values: Sequence[float], tokens: int = 10, **
         for index, value in enumerate(values)
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    one["digests"] = digests(metrics, folder / "samples.jsonl")
     (folder / "record.json").write_text(json.dumps(one), encoding="utf-8")
 
 
@@ -138,8 +141,9 @@ def test_other_samples_are_not_compared() -> None:
 def made(root: Path) -> tuple[Table, Table]:
     runs = read_runs(str(root))
     table = frame(runs.records)
-    to_dense, to_griffin = (pairs(runs, table, against) for against in ("dense", "griffin"))
-    return differences(to_dense, to_griffin), critical_sparsities(to_dense, table)
+    scores = read_scores(runs, table)
+    to_dense, to_griffin = (pairs(scores, table, against) for against in ("dense", "griffin"))
+    return differences(to_dense, to_griffin), critical_sparsities(to_dense)
 
 
 def row(table: Table, method: str) -> list[Cell | None]:
@@ -159,18 +163,28 @@ def test_methods_are_compared_with_dense_and_with_griffin_at_their_sparsity(tmp_
     assert row(table, "griffin 50%")[5].value == 1.5
 
 
-def test_runs_on_other_samples_are_not_in_the_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("difference", [{"first": 1}, {"task_shots": 0}], ids=["samples", "shots"])
+def test_runs_on_other_samples_or_evaluated_differently_are_not_compared(
+    difference: dict[str, Any], tmp_path: Path
+) -> None:
     write_all(tmp_path)
-    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, first=1)
+    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, **difference)
     table, _ = made(tmp_path)
     assert "wanda 75%" not in [names[-1] for names, _ in table.rows]
 
 
-def test_runs_that_were_evaluated_differently_are_not_compared(tmp_path: Path) -> None:
+def test_assisted_dense_decoding_is_not_pruned_at_zero(tmp_path: Path) -> None:
     write_all(tmp_path)
-    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, task_shots=0)
-    table, _ = made(tmp_path)
-    assert "wanda 75%" not in [names[-1] for names, _ in table.rows]
+    write(tmp_path, "lookup", RIGHT, sparsity=0, assistance="prompt_lookup", assistant=None, density=0.6)
+    for table in made(tmp_path):
+        assert not [names for names, _ in table.rows if "lookup" in names[-1]]
+    assert "lookup" not in leaderboard(str(tmp_path))[0]
+
+
+def test_a_score_that_is_no_number_leaves_no_interval() -> None:
+    difference = compare(scores([math.nan, 1, 0]), scores([1, 1, 0]), largest=1.0)
+    assert math.isnan(difference.mean)
+    assert math.isnan(difference.low)
 
 
 def test_the_critical_sparsity_is_the_largest_that_excludes_the_loss(tmp_path: Path) -> None:
@@ -215,7 +229,7 @@ def test_verified_answers_that_are_denses_leave_nothing_open(tmp_path: Path) -> 
     write(tmp_path, "verified", RIGHT, sparsity=0.5, verification="exact")
     write_run(tmp_path, record("xsum", sparsity=0))  # of a task that says how it decodes
     (sentence,) = make_report(str(tmp_path)).summary
-    assert sentence.endswith("within two points of dense stay griffin up to 50%.")
+    assert sentence.endswith("within two points of dense stay griffin verified up to 50%.")
 
 
 def test_where_nothing_stays_near_dense_the_nearest_is_named(tmp_path: Path) -> None:
@@ -244,15 +258,23 @@ def test_samples_are_needed(tmp_path: Path) -> None:
 # -- the leaderboard --------------------------------------------------------------------------------------------------
 
 
-def test_the_leaderboard_ranks_what_reads_no_more_bytes(tmp_path: Path) -> None:
-    text, ranked = leaderboard(str(write_all(tmp_path)))
-    assert ranked == 4
-    sections = dict(part.split(":", 1) for part in text.split("At most ")[1:])
-    assert list(sections) == ["90% of the bytes", "80% of the bytes", "70% of the bytes", "60% of the bytes"]
-    rows = [line for line in sections["90% of the bytes"].splitlines() if line.startswith("| 1") or line[:3] == "| 2"]
-    assert [line.split(" | ")[1] for line in rows] == ["griffin 25%", "joint 75%"]
-    rows = [line for line in sections["60% of the bytes"].splitlines() if line[:3] in ("| 1", "| 2")]
-    assert [line.split(" | ")[1] for line in rows] == ["joint 75%", "griffin 75%"]
+def test_the_leaderboard_has_every_run_of_a_task_in_one_table(tmp_path: Path) -> None:
+    root = write_all(tmp_path)
+    write(root, "verified", RIGHT, sparsity=0.8, verification="exact", density=0.4, batch_size=8)
+    text, ranked = leaderboard(str(root))
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line[:3] in {f"| {rank}" for rank in range(1, 9)}]
+    assert ranked == 5
+    assert rows == [
+        [f"| {rank}", method]
+        for rank, method in enumerate(
+            [
+                "griffin 25%",
+                "griffin verified 80% [batch_size=8, of dense 1]",
+                *("griffin 50%", "joint 75%", "griffin 75%"),
+            ],
+            start=1,
+        )
+    ]
 
 
 def test_the_leaderboard_is_a_command(tmp_path: Path) -> None:

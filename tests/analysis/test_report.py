@@ -16,9 +16,10 @@ from made import every_kind, few, record, write_run
 from matplotlib.figure import Figure
 
 from analysis import report as report_module
-from analysis.drawing import Drawing, Group, Styles, file_name, numbered
+from analysis.drawing import MOST_SHOWN, Drawing, Group, Styles, file_name, numbered
 from analysis.report import main, make_report, write_report
 from pipelines.errors import UserError
+from pipelines.records import digests
 
 
 def cells_of(out: Path) -> list[dict[str, str]]:
@@ -37,6 +38,7 @@ def written(runs: Path, out: Path) -> str:
 def change(folder: Path, part: str, **values: Any) -> None:
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     record[part] |= values
+    record["digests"] = digests(record["metrics"], folder / "samples.jsonl")
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -86,7 +88,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(report: Path) -> None:
 
 def test_a_wrong_and_a_missing_record_are_told_and_shown_nowhere(runs: Path, tmp_path: Path) -> None:
     wrong, missing = runs / "xsum-griffin-50", runs / "xsum-magnitude-50"
-    change(wrong, "metrics", rouge1=57.0)
+    (wrong / "samples.jsonl").unlink()
     (missing / "record.json").unlink()
     page = written(runs, tmp_path / "out")
     for folder, state in ((wrong, "contradicted"), (missing, "unfinished")):
@@ -129,6 +131,13 @@ def test_names_that_look_alike_as_files_are_told_apart() -> None:
     names = [drawing.name for drawing in group.drawings]
     assert names[:3] == ["a_x_y", "a_x_y_2", "a_x_y_3"]
     assert len(names[3]) <= 120
+
+
+def test_of_many_figures_the_first_are_drawn() -> None:
+    drawings = [Drawing(str(number), "", "", (), Figure) for number in range(MOST_SHOWN + 3)]
+    (group,) = numbered([Group("title", drawings, "", "Bars.")])
+    assert len(group.drawings) == MOST_SHOWN
+    assert group.note.startswith("Bars. 3 more are not drawn")
 
 
 def test_any_name_of_a_model_is_shown_as_it_is(tmp_path: Path) -> None:
@@ -201,7 +210,7 @@ def test_the_analysis_imports_light_parts_of_the_pipeline_and_never_torch(tmp_pa
                 names |= {package + alias.name for alias in node.names} if package else {str(node.module)}
     assert {name.partition(".")[0] for name in names}.isdisjoint({"griffin", "torch", "transformers"})
     modules = sorted(name for name in names if name.startswith(("analysis.", "pipelines.")))
-    assert {"pipelines.old_records", "pipelines.tracking", "analysis.wandb_runs"} <= {*modules}
+    assert {"pipelines.tracking", "analysis.wandb_runs"} <= {*modules}
     script = (
         "import sys, analysis.report; print('wandb' in sys.modules); "  # which takes seconds
         f"import {', '.join(modules)}; print({{'torch', 'transformers', 'griffin'}} & {{*sys.modules}})"

@@ -12,8 +12,10 @@ import pytest
 from browser import CHROMIUM, Browser
 from made import record, write_run
 
+from analysis import samples as samples_module
 from analysis.contents import Report, make_report
 from analysis.output import write_report
+from analysis.samples import examples
 
 Samples = list[dict[str, Any]]
 DENSE = {0: 30.0, 1: 20.0, 2: 10.0, 3: 25.0, 4: 5.0}
@@ -41,12 +43,26 @@ def answers(tmp_path: Path) -> Report:
 
 def test_the_examples_are_the_best_the_median_and_the_worst_difference(answers: Report) -> None:
     (found,) = answers.answers
-    assert [(one.rule, one.index, one.difference) for one in found.examples] == [
+    assert [(one.rule, one.index, one.difference) for one in examples(found.samples)] == [
         ("best", 1, 1.0),
         ("median", 4, -1.0),
         ("worst", 0, -20.0),
     ]
-    assert [answer.text for answer in found.examples[0].answers] == ["dense wrote <b>1</b>", "pruned wrote <b>1</b>"]
+    assert [answer.text for answer in examples(found.samples)[0].answers] == [
+        "dense wrote <b>1</b>",
+        "pruned wrote <b>1</b>",
+    ]
+
+
+def test_a_report_reads_samples_once_and_keeps_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id, sparsity in (("dense", 0), ("pruned", 0.5)):
+        answered(tmp_path / "runs", run_id, sparsity, DENSE)
+    opened: list[str] = []
+    read = samples_module.read_samples
+    monkeypatch.setattr(samples_module, "read_samples", lambda folder: opened.append(folder.name) or read(folder))
+    report = make_report(str(tmp_path / "runs"))
+    assert sorted(opened) == ["dense", "pruned"]
+    assert " wrote " not in repr(report)
 
 
 def test_scores_are_a_frame_with_a_column_a_method(answers: Report) -> None:
@@ -58,7 +74,7 @@ def test_without_dense_the_scores_themselves_rank(tmp_path: Path) -> None:
     answered(tmp_path / "runs", "pruned", 0.5, PRUNED)
     (found,) = make_report(str(tmp_path / "runs")).answers
     assert not found.compared
-    assert [one.index for one in found.examples] == [1, 0, 4]
+    assert [one.index for one in examples(found.samples)] == [1, 0, 4]
 
 
 def test_samples_that_not_all_have_are_left_out(tmp_path: Path) -> None:
@@ -66,7 +82,7 @@ def test_samples_that_not_all_have_are_left_out(tmp_path: Path) -> None:
     answered(tmp_path / "runs", "pruned", 0.5, {index: PRUNED[index] for index in (0, 1)})
     (found,) = make_report(str(tmp_path / "runs")).answers
     assert {one.index for one in found.samples} == {0, 1}
-    assert [one.rule for one in found.examples] == ["", ""]
+    assert [one.rule for one in examples(found.samples)] == ["", ""]
 
 
 def test_chosen_answers_are_no_texts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from made import Record, record, score
 
 from analysis.frame import frame
 from analysis.render import comma_separated, latex, markdown
-from analysis.tables import Cell, Table, tables
+from analysis.tables import DASH, Cell, Table, tables
 
 
 def made(*records: Record) -> Table:
@@ -19,38 +20,49 @@ def made(*records: Record) -> Table:
     return table
 
 
-def cell(table: Table, method: str, column: int = 0, model: str = "gemma_7b") -> Cell | None:
-    (found,) = [cells for names, cells in table.rows if names[:2] == (model, method)]
+def cell(table: Table, method: str, column: int = 0, task: str = "gemma_7b, xsum") -> Cell | None:
+    (found,) = [cells for names, cells in table.rows if names[1] == method and names[0] == task]
     return found[column]
 
 
-def number(table: Table, method: str, column: int = 0) -> Cell:
-    found = cell(table, method, column)
+def number(table: Table, method: str, column: int = 0, task: str = "gemma_7b, xsum") -> Cell:
+    found = cell(table, method, column, task)
     assert found is not None
     return found
-
-
-def test_perplexity_has_an_interval_above_zero() -> None:
-    table = made(record("a", "perplexity", metrics=score(10.0, 12.0, "perplexity")))
-    found = number(table, "griffin 50%")
-    assert (found.error, found.ends) == ("", "[3.01, 33.20]")  # 10 / e^1.2 and 10 e^1.2
-    assert "| 10.00 [3.01, 33.20] |" in markdown(table)
-    line, _ = csv.DictReader(io.StringIO(comma_separated(table)))
-    assert float(line["stderr"]) == 12.0
-
-
-def test_an_error_of_zero_is_not_printed() -> None:
-    assert "±" not in "".join(line for line in markdown(made(record("a", metrics=score(12.0, 0.0)))).splitlines())
 
 
 def test_numbers_and_errors_are_the_records_to_the_printed_digit() -> None:
     table = made(record("a", metrics=score(12.34567, 0.98765)))
     found = number(table, "griffin 50%")
-    assert (found.number, found.error) == (f"{12.34567:.2f}", f"{0.98765:.2f}")
-    assert found.run_id == "a"
+    assert (found.number, found.error, found.run_id) == ("12.35", "0.99", "a")
     line, count = csv.DictReader(io.StringIO(comma_separated(table)))
-    assert (count["metric"], float(count["value"])) == ("n", 4.0)
+    assert (count["column"], float(count["value"])) == ("n", 4.0)
     assert (float(line["value"]), float(line["stderr"])) == (12.34567, 0.98765)
+    no_error = made(record("a", metrics=score(12.0, 0.0)))
+    assert "±" not in markdown(no_error)
+
+
+def test_perplexity_has_an_interval_above_zero() -> None:
+    table = made(record("a", "perplexity", metrics=score(10.0, 12.0, "perplexity")))
+    assert "| 10.00 [3.01, 33.20] |" in markdown(table)  # 10 / e^1.2 and 10 e^1.2
+    line, _ = csv.DictReader(io.StringIO(comma_separated(table)))
+    assert float(line["stderr"]) == 12.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_a_result(value: float) -> None:
+    table = made(
+        record("a", "perplexity", sparsity=0, metrics=score(10.0, name="perplexity")),
+        record("b", "perplexity", metrics=score(value, value, "perplexity")),
+        record("c", "perplexity", statistic="wanda", metrics=score(12.0, name="perplexity")),
+    )
+    task = "gemma_7b, perplexity"
+    assert number(table, "griffin 50%", task=task).number == str(value)
+    assert number(table, "griffin 50%", task=task).percent == ""
+    assert number(table, "wanda 50%", task=task).best
+    assert f"| {value} " in markdown(table)
+    assert str(value) in comma_separated(table)
+    assert str(value) in latex(table)
 
 
 def test_changes_are_relative_to_dense_of_the_same_model_and_task() -> None:
@@ -59,28 +71,33 @@ def test_changes_are_relative_to_dense_of_the_same_model_and_task() -> None:
         record("b", metrics=score(15.0)),
         record("c", metrics=score(15.0), limit=10),  # dense was not run with this limit
     )
-    columns = [group for group, _ in table.columns]
-    assert columns == ["xsum [limit=10]", "xsum [limit=null]", ""]
-    alone, compared = cell(table, "griffin 50%", 0), cell(table, "griffin 50%", 1)
-    assert alone is not None
-    assert alone.percent == ""
-    assert compared is not None
-    assert compared.percent == "\N{MINUS SIGN}25.0%"
-    assert cell(table, "dense", 0) is None
-    assert number(table, "dense", 1).percent == ""
+    assert number(table, "griffin 50%", task="gemma_7b, xsum [limit=10]").percent == ""
+    assert number(table, "griffin 50%", task="gemma_7b, xsum [limit=null]").percent == "\N{MINUS SIGN}25.0%"
+    assert number(table, "dense", task="gemma_7b, xsum [limit=null]").percent == ""
 
 
-def test_far_from_dense_is_a_factor_and_dense_zero_has_no_change() -> None:
-    far = made(
-        record("a", "perplexity", sparsity=0, metrics=score(10.0, name="perplexity")),
-        record("b", "perplexity", metrics=score(31560.0, name="perplexity")),
+def test_dense_is_the_one_that_rounds_alike_and_a_difference_is_told() -> None:
+    table = made(
+        *(record(f"dense-{size}", sparsity=0, batch_size=size, metrics=score(10.0 * size)) for size in (1, 2)),
+        record("alike", batch_size=2, metrics=score(10.0)),
+        record("apart", batch_size=4, sparsity=0.25, metrics=score(10.0)),
     )
-    assert number(far, "griffin 50%").percent == "3,156x dense"
-    zero = made(
-        record("a", "fidelity", sparsity=0, metrics=score(0.0, name="kl")),
-        record("b", "fidelity", metrics=score(0.5, name="kl")),
+    assert number(table, "griffin 50%").percent == "\N{MINUS SIGN}50.0%"
+    assert number(table, "griffin 25% [batch_size=4, of dense 1]").percent == "+0.0%"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dense", "value", "percent"),
+    [("perplexity", "perplexity", 10.0, 31560.0, "3,156x dense"), ("fidelity", "kl", 0.0, 0.5, "")],
+)
+def test_far_from_dense_is_a_factor_and_dense_zero_has_no_change(
+    kind: str, name: str, dense: float, value: float, percent: str
+) -> None:
+    table = made(
+        record("a", kind, sparsity=0, metrics=score(dense, name=name)),
+        record("b", kind, metrics=score(value, name=name)),
     )
-    assert number(zero, "griffin 50%").percent == ""
+    assert number(table, "griffin 50%", task=f"gemma_7b, {kind}").percent == percent
 
 
 @pytest.mark.parametrize(("name", "kind", "winner"), [("rouge1", "generation", "b"), ("kl", "fidelity", "c")])
@@ -93,64 +110,43 @@ def test_the_best_method_of_a_sparsity_is_bold(name: str, kind: str, winner: str
     )
     cells = [cell for _, cells in table.rows for cell in cells if cell is not None]
     assert [cell.run_id for cell in cells if cell.best] == [winner]
+    equal = made(record("a", metrics=score(15.001)), record("b", statistic="magnitude", metrics=score(15.002)))
+    assert not number(equal, "griffin 50%").best, "equal as printed"
 
 
-def test_of_what_is_equal_as_printed_none_is_best() -> None:
-    table = made(record("a", metrics=score(15.001)), record("b", statistic="magnitude", metrics=score(15.002)))
-    assert not number(table, "griffin 50%").best
-    assert not number(table, "magnitude 50%").best
-
-
-def test_every_row_says_of_how_many_samples_it_is() -> None:
-    table = made(record("a"), record("b", task_name="cnn_dailymail", metrics=score(9.0) | {"samples": 7}))
-    assert table.columns[-1] == ("", "n")
-    assert number(table, "griffin 50%", -1).number == "4, 7"
-
-
-def test_what_was_not_run_is_missing_everywhere() -> None:
-    other = {"task_name": "cnn_dailymail"}
-    table = made(record("a"), record("b", **other), record("c", statistic="wanda"))
-    assert table.missing == 1
-    assert "missing" in markdown(table)
-    assert " & -- " in latex(table) or "& -- \\\\" in latex(table)
-    rows = list(csv.DictReader(io.StringIO(comma_separated(table))))
-    assert [row["status"] for row in rows].count("missing") == 1
-    assert [row["value"] for row in rows].count("") == 1
-
-
-def test_models_and_methods_down_tasks_across() -> None:
-    table = made(record("a"), record("b", model_name="llama2_7b"), record("c", task_name="cnn_dailymail"))
-    assert [names for names, _ in table.rows] == [("gemma_7b", "griffin 50%"), ("llama2_7b", "griffin 50%")]
-    assert [group for group, _ in table.columns] == ["cnn_dailymail", "xsum", ""]
+def test_a_task_has_rows_of_its_own_and_what_it_does_not_measure_is_a_dash() -> None:
+    other = {"task_name": "coqa", "metrics": score(0.5, name="f1") | {"samples": 7}}
+    table = made(record("a"), record("b", **other), record("c", model_name="llama2_7b"))
+    assert table.columns == ["ROUGE-1 (F x 100) ↑", "F1 ↑", "n"]
+    assert [names for names, _ in table.rows] == [
+        (place, "griffin 50%") for place in ("gemma_7b, coqa", "gemma_7b, xsum", "llama2_7b, xsum")
+    ]
+    assert [number(table, "griffin 50%", place, "gemma_7b, coqa").number for place in range(3)] == [DASH, "0.5000", "7"]
+    assert [row["status"] for row in csv.DictReader(io.StringIO(comma_separated(table)))].count("none") == 3
 
 
 def test_perplexity_by_length_has_a_table_of_its_own() -> None:
-    numbers = {
-        **score(9.0, name="perplexity"),
-        **score(9.5, name="perplexity_p64_g32"),
-        **score(8.5, name="perplexity_p128_g32"),
-    }
+    values = {"perplexity": 9.0, "perplexity_p64_g32": 9.5, "perplexity_p128_g32": 8.5}
+    numbers = {name: number for metric, value in values.items() for name, number in score(value, name=metric).items()}
     whole, lengths = tables(frame([record("a", "perplexity", metrics=numbers)]))
-    assert number(whole, "griffin 50%").number == "9.00"
-    assert [(names, [one and one.number for one in cells]) for names, cells in lengths.rows] == [
-        (("gemma_7b", "griffin 50%", "64"), ["9.50", "4"]),
-        (("gemma_7b", "griffin 50%", "128"), ["8.50", "4"]),
+    assert [cell and cell.number for cell in whole.rows[0][1]] == ["9.00", "4"]
+    assert [(names[-1], [cell and cell.number for cell in cells]) for names, cells in lengths.rows] == [
+        ("64 + 32", ["9.50", "4"]),
+        ("128 + 32", ["8.50", "4"]),
     ]
 
 
-def test_latency_shows_what_the_records_have() -> None:
+def test_latency_shows_what_the_records_have_and_what_is_not_there_is_missing() -> None:
     numbers = {"decode_speedup": 1.5, "decode_limit": 1.6, "breakeven_tokens": 3.0, "samples": 5}
     never = {"decode_speedup": 0.9, "decode_limit": 1.1, "samples": 5}
     table = made(record("a", "latency", metrics=numbers), record("b", "latency", sparsity=0.25, metrics=never))
-    assert [label for _, label in table.columns] == [
-        "decode speed-up (x) ↑",
-        "memory-traffic limit (x)",
-        "break-even (tokens) ↓",
-        "n",
-    ]
+    assert table.columns == ["decode speed-up (x) ↑", "memory-traffic limit (x)", "break-even (tokens) ↓", "n"]
     (quarter, half) = [cells for _, cells in table.rows]
-    assert [one and one.number for one in half] == ["1.50", "1.60", "3.0", "5"]
-    assert quarter[2] is None
+    assert [cell and cell.number for cell in half] == ["1.50", "1.60", "3.0", "5"]
+    assert (quarter[2], table.missing) == (None, 1)
+    assert "missing" in markdown(table)
+    assert "& -- &" in latex(table)
+    assert [row["status"] for row in csv.DictReader(io.StringIO(comma_separated(table)))].count("missing") == 1
 
 
 def test_markdown_and_latex_survive_any_name() -> None:

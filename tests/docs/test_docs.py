@@ -154,7 +154,7 @@ def test_what_the_report_suggests_is_understood() -> None:
     groups = [
         *(make(runs, styles) for make in (quality_figures.against_sparsity, quality_figures.against_speed)),
         *(make(runs, styles) for make in (quality_figures.by_length, quality_figures.predicted_speed)),
-        critical_sparsity.against_bytes([], runs, styles),
+        critical_sparsity.against_bytes([], styles),
         latency_figures.bars(runs, styles),
         flocking(Runs([], []), {}),
     ]

@@ -14,7 +14,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -22,41 +23,32 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from griffin import DENSE, MOST_DRAFTED, RECIPE, Engine, Method, compiled_call, find_feedforward_blocks, traffic
+from griffin import (
+    DENSE,
+    MOST_DRAFTED,
+    RECIPE,
+    Engine,
+    Method,
+    as_method,
+    compiled_call,
+    find_feedforward_blocks,
+    traffic,
+)
 from pipelines.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _shape(model_type: str, *sizes: int, context: int, **more: int) -> dict[str, Any]:
+    """The config of a model with as many heads for keys and values as for queries."""
+    heads = {"num_key_value_heads": sizes[-1], "max_position_embeddings": context}
+    return {"model_type": model_type, **dict(zip(_SIZES, sizes, strict=True)), **heads, **more}
+
+
 SHAPES = {
-    "gemma_7b": {
-        "model_type": "gemma",
-        "vocab_size": 256000,
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-    },
-    "llama2_13b": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "max_position_embeddings": 4096,
-    },
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-    },
+    "gemma_7b": _shape("gemma", 256000, 3072, 24576, 28, 16, context=8192, head_dim=256),
+    "llama2_13b": _shape("llama", 32000, 5120, 13824, 40, 40, context=4096),
+    "tiny": _shape("llama", 1000, 64, 256, 2, 4, context=4096),
 }
 # Of prompt and generation together, GRIFFIN at 50% over dense, on an NVIDIA L40 (arXiv 2404.01365, abstract).
 PAPER = {"gemma_7b": 1.29, "llama2_13b": 1.25}
@@ -64,21 +56,13 @@ PAPER = {"gemma_7b": 1.29, "llama2_13b": 1.25}
 
 @dataclass
 class Case:
-    """A method to be timed, and its times.
+    """A method to be timed, and its times."""
 
-    Attributes:
-        name: in the table.
-        method: how it prunes.
-        runs: one for each repeat.
-        warm_up: seconds until its graphs were compiled and captured.
-        peak: bytes on the device, at most.
-    """
-
-    name: str
+    name: str  # in the table
     method: Method
-    runs: list[Timed] = field(default_factory=list)
-    warm_up: float = 0.0
-    peak: int = 0
+    runs: list[Timed] = field(default_factory=list)  # one for each repeat
+    warm_up: float = 0.0  # seconds until its graphs were compiled and captured
+    peak: int = 0  # bytes on the device, at most
 
     def median(self, *parts: str) -> float:
         """Seconds of these parts together."""
@@ -95,15 +79,8 @@ def cases(draft_tokens: int, rows: int) -> list[Case]:
     """What is compared; verified decoding runs one row at a time."""
     found = [Case("dense", DENSE), Case("griffin 50%", Method()), Case("recipe 50%", RECIPE)]
     if rows == 1:
-        verified = replace(
-            RECIPE,
-            sparsity=0.8,
-            budget="uniform",
-            verification="exact",
-            draft_tokens=draft_tokens,
-            draft_vocabulary="full",
-        )
-        found.append(Case("verified 80%", verified))
+        options = {"verification": "exact", "draft_tokens": draft_tokens, "draft_vocabulary": "full"}
+        found.append(Case("verified 80%", as_method(RECIPE, sparsity=0.8, budget="uniform", **options)))
     return found
 
 
@@ -236,19 +213,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", nargs="+", type=_positive, default=[2048], help="prompt tokens; default: %(default)s")
     add("--new", nargs="+", type=_positive, default=[128, 2048], help="generated tokens; default: %(default)s")
     add("--repeats", type=_positive, default=3, help="of which medians are taken; default: %(default)s")
-    add("--acceptance", type=_share, default=0.8, help="share of drafts accepted; default: %(default)s")
+    add("--acceptance", type=float, default=0.8, help="share of drafts accepted; default: %(default)s")
     add("--draft-tokens", type=_positive, default=4, help="before each check, at most 16; default: %(default)s")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: %(default)s")
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is a GPU, else cpu")
     add("--compile", choices=["auto", "true", "false"], default="auto", help="auto: on CUDA; default: %(default)s")
     options = parser.parse_args(arguments)
+    if not 0.0 <= options.acceptance <= 1.0:
+        parser.error(f"argument --acceptance: {options.acceptance}: expected 0 to 1")
     if options.draft_tokens > MOST_DRAFTED:
         parser.error(f"argument --draft-tokens: {options.draft_tokens}: expected 1 to {MOST_DRAFTED}")
     if options.device.startswith("cuda") and not cuda:
         parser.error(f"argument --device: {options.device}: no GPU on this machine")
     longest = max(options.prompt) + max(options.new)
     for shape in options.shapes:
-        if longest + options.draft_tokens > int(str(SHAPES[shape]["max_position_embeddings"])):
+        if longest + options.draft_tokens > SHAPES[shape]["max_position_embeddings"]:
             parser.error(f"argument --new: {longest} tokens with the prompt are more than the context of {shape}")
     return options
 
@@ -257,16 +236,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 1")
-    return value
 
 
 if __name__ == "__main__":

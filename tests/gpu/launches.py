@@ -15,8 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from small import model, prompt
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import griffin
 from griffin import draft, verification, views
@@ -24,79 +24,28 @@ from griffin import draft, verification, views
 LAYERS = 32
 # Operations that launch nothing: they make views of memory, or allocate it.
 VIEWS = {
-    f"aten::{name}"
-    for name in [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "as_strided",
-        "slice",
-        "select",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-        "detach_",
-        "alias",
-        "narrow",
-        "unbind",
-        "split",
-        "chunk",
-        "diagonal",
-        "split_with_sizes",
-        "item",
-        "is_nonzero",
-        "_local_scalar_dense",
-        "resolve_conj",
-        "resolve_neg",
-        "lift_fresh",
-        "empty",
-        "empty_strided",
-        "empty_like",
-        "new_empty",
-        "resize_",
-        "set_",
-        "result_type",
-        "broadcast_tensors",
-        "to",
-        "_to_copy",
-        "matmul",
-        "linear",
-        "zeros",
-        "ones",
-        "new_zeros",
-    ]
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "slice", "select", "t", "transpose"),
+    *("permute", "expand", "unsqueeze", "squeeze", "detach", "detach_", "alias", "narrow", "unbind", "split"),
+    *("chunk", "diagonal", "split_with_sizes", "item", "is_nonzero", "_local_scalar_dense", "resolve_conj"),
+    *("resolve_neg", "lift_fresh", "empty", "empty_strided", "empty_like", "new_empty", "resize_", "set_"),
+    *("result_type", "broadcast_tensors", "to", "_to_copy", "matmul", "linear", "zeros", "ones", "new_zeros"),
 }
 
 
 def main() -> None:
     """Run the command and print the table."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    whole = model(torch.device("cpu"), **sizes, num_key_value_heads=2, num_hidden_layers=LAYERS)
     _label(views.View, "__call__", "forward")
     _label(draft.DraftModel, "draft", "draft")
     _label(draft.DraftModel, "learn", "learn")
     _label(verification, "_round", "round")
-    prompt = torch.randint(0, 512, (1, 200))
+    ids = torch.tensor([prompt(200)])
     # A small sparsity, so that a model of random weights accepts some drafts and there is something to learn.
-    with griffin.prune(model, "exact", sparsity=0.1, draft_tokens=4) as pruner:
-        model.generate(prompt, max_new_tokens=8, do_sample=False)
+    with griffin.prune(whole, "exact", sparsity=0.1, draft_tokens=4) as pruner:
+        whole.generate(ids, max_new_tokens=8, do_sample=False)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            model.generate(prompt, max_new_tokens=60, do_sample=False)
+            whole.generate(ids, max_new_tokens=60, do_sample=False)
     counts = Counter(_part(event) for event in profiled.events() if _launches(event))
     (drafts,) = pruner.drafts
     print(f"{LAYERS} layers, {drafts.checks} rounds, {drafts.drafted} draft tokens, {drafts.accepted} accepted")
@@ -116,13 +65,13 @@ def _label(owner: Any, name: str, label: str) -> None:
 
 
 def _launches(event: Any) -> bool:
-    inner = (child.name for child in event.cpu_children)
-    counts = event.name.startswith("aten::") and event.name not in VIEWS
-    return (
-        counts
-        and not any(name.startswith("aten::") and name not in VIEWS for name in inner)
-        and "round" in _around(event)
-    )
+    """Whether an event of a round is an operation that has no smaller ones."""
+    inner = any(_operation(child.name) for child in event.cpu_children)
+    return _operation(event.name) and not inner and "round" in _around(event)
+
+
+def _operation(name: str) -> bool:
+    return name.startswith("aten::") and name.removeprefix("aten::") not in VIEWS
 
 
 def _around(event: Any) -> set[str]:

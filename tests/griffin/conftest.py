@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -27,15 +26,6 @@ def no_gradients() -> Iterator[None]:
     """For tests that call models by hand."""
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Only reference counting frees memory: what is no longer used must go at once."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 import griffin
 from griffin import Engine, Experts, Generation, Method, PromptState, Row, refresh, ridge, wanted
-from griffin.rows import never
 
 Text = tuple[list[int], Tensor]
 
@@ -69,7 +68,7 @@ def generated(
     *,
     most: int = 1,
     longest: int = 0,
-    ended: Callable[[Row], bool] = never,
+    ended: Callable[[Row], bool] = lambda row: False,
 ) -> dict[Any, Text]:
     """By label, the tokens of each row, and the logits [N, V] that they were picked from."""
     picked = Picked()
@@ -107,7 +106,7 @@ def ridge_solution(family: str, text: list[int], length: int, kept_K: Tensor, la
     _, z = reference.run(tiny(family), family, torch.tensor([text]))
     weights_HD = reference.output_matrix(tiny(family), family, layer)
     unit_SD = z[layer] / z[layer].norm(dim=-1, keepdim=True)
-    prompt_rows = torch.stack([unit_SD[i : min(i + 2, length)].sum(dim=0) for i in range(0, length, 2)])
+    prompt_rows = torch.stack([unit_SD[i : min(i + 2, length)].sum(dim=0) for i in range(0, length, 2)])[-ridge.ROWS :]
     rows_TD = torch.cat([prompt_rows, refresh.WEIGHT**0.5 * unit_SD[length:]])
     dropped_D = torch.ones(rows_TD.shape[1], dtype=torch.bool).index_fill_(0, kept_K, False)
     penalty = ridge.RIDGE * prompt_rows[:, kept_K].square().sum() / len(kept_K)
@@ -116,10 +115,7 @@ def ridge_solution(family: str, text: list[int], length: int, kept_K: Tensor, la
 
 
 LIMIT = 14
-LEARNING = [
-    *(("none", "none"), ("none", "experts"), ("mean", "none"), ("mean", "experts")),
-    *(("ridge", "none"), ("ridge", "compensation"), ("ridge", "experts")),
-]
+LEARNING = [("none", "none"), ("ridge", "none"), ("ridge", "compensation")]
 PERFECT = {"statistic": "wanda", "draft_vocabulary": "full"}  # in a model of which half is idle
 
 

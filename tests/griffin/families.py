@@ -46,6 +46,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = list(_CONFIGS)
 ONE_PER_LAYOUT = ["llama", "phi3", "opt", "bloom", "gpt2"]
+# Where the mask matters: rotary and learned positions, ALiBi, and sliding windows.
+MASKS = ["llama", "opt", "bloom", "gemma3_text"]
 # Where arithmetic depends on the architecture: every layout, and a window that slides.
 VARIED = [*ONE_PER_LAYOUT, "gemma2"]
 WIDTHS = {family: 128 if family == "bloom" else 80 for family in FAMILIES}  # Bloom's is 4 times its hidden size

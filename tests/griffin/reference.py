@@ -117,35 +117,19 @@ def run(model: PreTrainedModel, family: str, ids: Tensor, *spans: Span) -> tuple
 
 def score(statistic: str, z_SD: Tensor, input_matrices_DH: list[Tensor], output_matrix_HD: Tensor) -> Tensor:
     """[D]: each neuron's score by the formulas."""
-    if statistic == "griffin":
-        total_D = torch.zeros(z_SD.shape[1], dtype=torch.float64)
-        for z_D in z_SD:
-            length = math.sqrt(float((z_D * z_D).sum()))
-            if length > 0:
-                total_D += (z_D / length) ** 2
-        return total_D.sqrt()
+    lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
+    griffin_D = torch.zeros(z_SD.shape[1], dtype=torch.float64)
+    for z_D in z_SD * lengths_D if statistic == "oracle" else z_SD:
+        length = math.sqrt(float((z_D * z_D).sum()))
+        if length > 0:
+            griffin_D += (z_D / length) ** 2
+    griffin_D = griffin_D.sqrt()
+    if statistic in ("griffin", "oracle"):
+        return griffin_D
     if statistic == "impact":
-        lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
-        return score("griffin", z_SD, input_matrices_DH, output_matrix_HD) * lengths_D
+        return griffin_D * lengths_D
     if statistic == "joint":
-        return (
-            score("griffin", z_SD, input_matrices_DH, output_matrix_HD)
-            * score("impact", z_SD, input_matrices_DH, output_matrix_HD)
-        ).sqrt()
-    if statistic == "oracle":
-        lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
-        return score("griffin", z_SD * lengths_D, input_matrices_DH, output_matrix_HD)
-    if statistic == "max":
-        return torch.stack([z_D.abs() for z_D in z_SD]).max(dim=0).values
-    if statistic == "mean_abs":
-        return z_SD.abs().mean(dim=0) * len(z_SD)
-    if statistic == "recency":
-        total_D = torch.zeros(z_SD.shape[1], dtype=torch.float64)
-        for age, z_D in enumerate(reversed(z_SD)):
-            length = math.sqrt(float((z_D * z_D).sum()))
-            if length > 0:
-                total_D += 0.5 ** (age / 128) * (z_D / length) ** 2
-        return total_D.sqrt()
+        return (griffin_D * griffin_D * lengths_D).sqrt()
     if statistic == "wanda":
         return output_matrix_HD.abs().sum(dim=0) * (z_SD * z_SD).sum(dim=0).sqrt()
     if statistic == "magnitude":
@@ -170,8 +154,8 @@ def scores(model: PreTrainedModel, family: str, statistic: str, ids: Tensor) -> 
 
 
 def best(scores_D: Tensor, sparsity: float) -> list[int]:
-    """The int(D * (1 - sparsity)) neurons of the largest scores, ascending."""
-    kept = int(len(scores_D) * (1 - sparsity))
+    """The int(D * (1 - sparsity)) neurons, at least one, of the largest scores, ascending."""
+    kept = max(1, int(len(scores_D) * (1 - sparsity)))
     ranked = sorted(range(len(scores_D)), key=lambda neuron: float(scores_D[neuron]), reverse=True)
     return sorted(ranked[:kept])
 

@@ -11,6 +11,8 @@ from families import VOCABULARY
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import griffin
+
 TOKENS = 6
 TOLERANCE = 1e-5
 
@@ -21,6 +23,10 @@ ROUTED = ("forward", "generate", "__reduce_ex__")
 def prompt(length: int, seed: int = 0) -> Tensor:
     """[1, S] token ids without special tokens."""
     return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+IDS = prompt(11)
+ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2), prompt(1, 3)]
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -86,6 +92,25 @@ def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
 def hooks(model: nn.Module) -> int:
     """How many a model has."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+class OutOfMemoryError(RuntimeError):
+    """What a device raises that has run out of memory."""
+
+
+@contextmanager
+def failing(model: PreTrainedModel, call: int) -> Iterator[None]:
+    """The middle layer's output projection runs out of memory in its n-th call, in every view that is made here."""
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == call:
+            raise OutOfMemoryError
+
+    handle = griffin.find_feedforward_blocks(model)[1].output.register_forward_hook(fail)
+    yield
+    handle.remove()
 
 
 @contextmanager

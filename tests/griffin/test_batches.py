@@ -2,73 +2,53 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
 import reference
 import torch
-from families import LAYERS, WIDTHS, tiny
-from running import TOKENS, as_lists, difference, generate, new_tokens, pad, prompt, step_logits, text
+from families import LAYERS, MASKS, WIDTHS, tiny
+from running import ROWS, TOKENS, as_lists, difference, generate, new_tokens, pad, prompt, step_logits, text
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import griffin
 from griffin import Pruner, activations
 
-ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2), prompt(1, 3)]
-SHORT_ROWS = [prompt(7, 0), prompt(3, 1), prompt(5, 2), prompt(1, 3)]  # with one token more, within every window
 UNEVEN = [prompt(11, 0), prompt(3, 1)]  # in chunks of five, the second row's first one is padding only
-LAYOUTS = ["llama", "opt", "bloom", "gemma2"]  # rotary and learned positions, ALiBi, and sliding windows
 ALL = [name for name, one in griffin.STATISTICS.items() if not one.oracle]
 each_mode = pytest.mark.parametrize("mode", griffin.MODES)
 
 
-@pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"statistic": "griffin", "compensation": "ridge"}])
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_rows_of_a_left_padded_batch_generate_what_they_do_alone(family: str, options: dict[str, str]) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"compensation": "ridge"}])
+@pytest.mark.parametrize("family", MASKS)
+def test_rows_of_a_padded_batch_are_scored_and_generate_as_they_do_alone(family: str, options: dict[str, str]) -> None:
     model, (ids_BS, mask_BS) = tiny(family), pad(ROWS)
     with griffin.prune(model, mode="masked", **options) as pruner:
-        batch, experts = generate(model, ids_BS, mask_BS), pruner.experts
+        batch, experts, scores = generate(model, ids_BS, mask_BS), pruner.experts, [pruner.scores]
+        right_BS, right_mask_BS = pad(ROWS, "right")
+        model(right_BS, attention_mask=right_mask_BS)
+        scores.append(pruner.scores)
         for row, ids in enumerate(ROWS):
             alone = generate(model, ids)
             assert as_lists(experts, row) == as_lists(pruner.experts)
             assert new_tokens(batch, ids_BS)[row] == new_tokens(alone, ids)[0]
             assert difference(step_logits(batch, row), step_logits(alone)) < 2e-5
+            for layers in scores:
+                for found_BD, expected_1D in zip(layers, pruner.scores, strict=True):
+                    assert difference(found_BD[row], expected_1D[0]) < 1e-5
+    assert {(one.dtype, *one.shape) for one in experts} == {(torch.int64, 4, WIDTHS[family] // 2)}
     static = options.get("statistic") == "magnitude"
     assert len({tuple(experts_K) for experts_K in experts[0].tolist()}) == (1 if static else len(ROWS))
-
-
-def continue_batch(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor, next_B1: Tensor) -> Tensor:
-    """A right-padded prompt and one token more, by forward calls: that token's logits [B, V]."""
-    cache = model(ids_BS, attention_mask=mask_BS).past_key_values
-    options = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = mask_BS.sum(dim=1, keepdim=True)
-    longer_BS = torch.cat([mask_BS, torch.ones_like(next_B1)], dim=1)
-    return model(next_B1, attention_mask=longer_BS, past_key_values=cache, **options).logits[:, -1]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_rows_of_a_right_padded_batch_continue_as_they_do_alone(family: str) -> None:
-    model, (ids_BS, mask_BS), next_B1 = tiny(family), pad(SHORT_ROWS, "right"), prompt(len(SHORT_ROWS), 4).T
-    with griffin.prune(model, mode="masked") as pruner:
-        batch_BV = continue_batch(model, ids_BS, mask_BS, next_B1)
-        scores, experts = pruner.scores, pruner.experts
-        for row, ids in enumerate(SHORT_ROWS):
-            alone_1V = continue_batch(model, ids, torch.ones_like(ids), next_B1[row : row + 1])
-            for batch_BD, alone_1D in zip(scores, pruner.scores, strict=True):
-                assert difference(batch_BD[row], alone_1D[0]) < 1e-5
-            assert as_lists(experts, row) == as_lists(pruner.experts)
-            assert difference(batch_BV[row], alone_1V[0]) < 1e-5
 
 
 @torch.no_grad()
 def test_what_does_not_fit_is_refused() -> None:
     model, ids_BS = tiny("llama"), prompt(7).expand(2, -1)
-    with griffin.prune(model), pytest.raises(ValueError, match="batch has 2 prompts"):
-        text(model, ids_BS)
+    for options in ({}, {"compensation": "ridge", "refresh": "compensation"}):
+        with griffin.prune(model, **options), pytest.raises(ValueError, match="batch has 2 prompts"):
+            text(model, ids_BS)
     with griffin.prune(model, mode="masked") as pruner:
         cache = model(ids_BS).past_key_values
         cache.batch_select_indices(torch.tensor([0]))
@@ -97,7 +77,7 @@ def test_a_batch_shares_the_aggregated_experts(family: str, statistic: str, mode
         batch = generate(model, ids_BS, mask_BS)
     assert as_lists(pruner.experts) == experts
     for found_1D, scores_D in zip(pruner.scores, scores, strict=True):
-        assert found_1D.shape[0] == 1
+        assert (found_1D.shape[0], found_1D.dtype) == (1, torch.float32)
         assert difference(found_1D[0], scores_D) < 1e-5
     for row, ids in enumerate(ROWS):
         expected, logits = reference.generate(model, family, ids, experts, TOKENS)
@@ -105,13 +85,15 @@ def test_a_batch_shares_the_aggregated_experts(family: str, statistic: str, mode
         assert difference(step_logits(batch, row), logits) < 1e-5
 
 
-SHARED = [{"selection": name} for name in griffin.SELECTIONS] + [
-    {"statistic": name} for name in ("magnitude", "random")
+SHARED: list[dict[str, str]] = [
+    *({"selection": name} for name in griffin.SELECTIONS),
+    *({"statistic": name} for name in ("magnitude", "random")),
+    *({"compensation": "ridge", "refresh": refresh} for refresh in griffin.REFRESHES),
 ]
 
 
 @pytest.mark.parametrize("options", SHARED, ids=str)
-def test_modes_agree_on_shared_experts(options: dict[str, str]) -> None:
+def test_modes_agree_on_shared_experts(options: dict[str, str], early: None) -> None:
     model, outputs = tiny("llama"), []
     for mode in griffin.MODES:
         with griffin.prune(model, mode=mode, shared_experts=True, **options) as pruner:
@@ -123,17 +105,7 @@ def test_modes_agree_on_shared_experts(options: dict[str, str]) -> None:
     assert outputs[0] == outputs[1]
 
 
-# In chunks of 5: whole, exactly one chunk, a last chunk of three tokens.
-@pytest.mark.parametrize(("family", "length"), [("llama", 1), ("llama", 5), *((family, 13) for family in LAYOUTS)])
-def test_generate_in_chunks_equals_generate(family: str, length: int) -> None:
-    model, ids = tiny(family), prompt(length)
-    with griffin.prune(model) as pruner:
-        whole, experts = text(model, ids), as_lists(pruner.experts)
-        assert torch.equal(text(model, ids, prefill_chunk_size=5), whole)
-        assert as_lists(pruner.experts) == experts
-
-
-@pytest.mark.parametrize(("statistic", "compensation"), [*((name, "ridge") for name in ALL), ("griffin", "mean")])
+@pytest.mark.parametrize(("statistic", "compensation"), [*((name, "ridge") for name in ALL)])
 def test_a_padded_batch_in_pieces(statistic: str, compensation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny("llama"), pad(UNEVEN)
     options: dict[str, Any] = {"statistic": statistic, "compensation": compensation}
@@ -153,17 +125,17 @@ def test_a_padded_batch_in_pieces(statistic: str, compensation: str, monkeypatch
 
 def test_what_recording_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "PIECE", 8 * WIDTHS["llama"])
-    shapes, nothing = [], activations.Recorded(torch.zeros(1, dtype=torch.int64))
+    shapes, nothing = [], [activations.Recorded()]
 
     def look(chunk: activations.PrefillChunk, block: object) -> Tensor:
-        shapes.append((chunk.z_BSD.shape, chunk.output_BSH.shape))
+        shapes.append((chunk.z_SD.shape, chunk.output_SH.shape))
         return torch.zeros(1)
 
     blocks = griffin.find_feedforward_blocks(tiny("llama"))
     recorder = activations.Recorder(blocks, [griffin.ActivationStatistic(look)], nothing)
-    recorder.expect(1, 60, None)
+    recorder.expect([slice(None)], [60])
     recorder.record(0, torch.randn(60, 80), torch.randn(60, 32))
-    assert shapes == [((1, length, 80), (1, length, 32)) for length in (*7 * [8], 4)]
+    assert shapes == [((length, 80), (length, 32)) for length in (*7 * [8], 4)]
 
 
 def forward_in_chunks(model: PreTrainedModel, pruner: Pruner, ids: Tensor, lengths: list[int]) -> DynamicCache:

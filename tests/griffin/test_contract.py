@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import reference
 import torch
 from engines import begun, plain_logits, prefilled, refuse_inexact, scored
-from families import FAMILIES, tiny
-from running import as_lists, difference, generate, new_tokens, prompt, same, step_logits, text, tokens, unchanged
+from families import FAMILIES, LAYERS, tiny
+from running import IDS, ROUTED, as_lists, difference, generate, new_tokens, same, step_logits, text, tokens, unchanged
 from transformers import DynamicCache
 
 import griffin
@@ -17,7 +18,7 @@ from griffin import EXACT, RECIPE, Engine, Method, prefill, refresh, wanted
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
-IDS = prompt(11)
+SPARSITIES: list[Any] = [0.5, 0.25, 0.9, 0.999, [0.0, 0.25, 0.75]]
 RICH = Method("joint", sparsity=(0.0, 0.9, 0.3), compensation="ridge")
 
 
@@ -46,10 +47,13 @@ def test_prompts_that_run_together_are_what_they_are_alone(family: str) -> None:
 def test_prompts_are_dense_and_what_follows_runs_on_their_experts(family: str) -> None:
     model = tiny(family)
     dense = generate(model, IDS)
-    experts = reference.experts(model, family, "griffin", IDS, sparsity=0.5)
+    sparsity = SPARSITIES[FAMILIES.index(family) % len(SPARSITIES)]
+    shares = sparsity if isinstance(sparsity, list) else [sparsity] * LAYERS
+    scores = reference.scores(model, family, "griffin", IDS)
+    experts = [reference.best(*pair) for pair in zip(scores, shares, strict=True)]
     expected, logits = reference.generate(model, family, IDS, experts, 6)
     for mode in griffin.MODES:
-        with griffin.prune(model, mode=mode) as pruner:
+        with griffin.prune(model, sparsity, mode=mode) as pruner:
             found = generate(model, IDS)
         assert as_lists(pruner.experts) == experts
         assert new_tokens(found, IDS) == [expected]
@@ -68,24 +72,22 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(family: str, mode: str) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["experts", "compensation"])
-def test_a_refresh_is_dense_and_compact_is_masked(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_is_dense_and_compact_is_masked(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own logits are dense, and so is all that comes before it; what comes between is not."""
     monkeypatch.setattr(refresh, "_FIRST", 2)
     model, following, found = tiny(family), tokens(7, 1), {}
     dense = model(torch.tensor([[*tokens(11), *following]])).logits[0, 11:]
     for mode in griffin.MODES:
         engine = Engine(model, mode=mode)
-        found[mode] = scored(engine, begun(engine, tokens(11), replace(RICH, refresh=kind)), following)
+        found[mode] = scored(engine, begun(engine, tokens(11), replace(RICH, refresh="compensation")), following)
         for step in range(7):
             assert (difference(found[mode][step], dense[step]) < 2e-5) == (step in (2, 4)), step
     assert difference(found["compact"], found["masked"]) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["experts", "compensation"])
-def test_verified_texts_are_the_dense_models(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verified_texts_are_the_dense_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh, "_FIRST", 2)
-    with griffin.prune(tiny(family), EXACT, refresh=kind, draft_tokens=4) as pruner:
+    with griffin.prune(tiny(family), EXACT, draft_tokens=4) as pruner:
         found = text(tiny(family), IDS, max_new_tokens=14)[0, 11:].tolist()
     assert len(found) == 14
     assert pruner.drafts[0].drafted > 0
@@ -103,10 +105,6 @@ def test_the_model_is_never_touched(family: str, options: dict[str, object]) -> 
         with griffin.prune(model, RECIPE, **options):
             text(model, IDS, max_new_tokens=10)
             for module, then in zip(model.modules(), before, strict=True):
-                now = {
-                    name: value
-                    for name, value in vars(module).items()
-                    if name not in ("forward", "generate", "__reduce_ex__")
-                }
+                now = {name: value for name, value in vars(module).items() if name not in ROUTED}
                 assert now.keys() == then.keys()
                 assert all(now[name] is then[name] for name in then)

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import reference
 import torch
-from engines import LIMIT, PERFECT, begun, chosen, decoded, generated, prefilled, ridge_solution, uncompiled, verified
+from engines import (
+    LEARNING,
+    LIMIT,
+    PERFECT,
+    begun,
+    chosen,
+    decoded,
+    generated,
+    prefilled,
+    ridge_solution,
+    uncompiled,
+    verified,
+)
 from families import LAYERS, VOCABULARY, build, tiny
 from running import difference, same, tokens
 from torch import Tensor, nn
@@ -17,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 import griffin
-from griffin import DraftStatistics, Engine, Generation, Method, Row, draft, draft_vocabulary, refresh
-from griffin.draft_length import DraftLength, look_up
+from griffin import DraftStatistics, Engine, Generation, Method, Row, draft, draft_vocabulary
+from griffin.draft import DraftLength, look_up
 from griffin.draft_vocabulary import find_likely
 from griffin.kv_cache import KVCache
 
@@ -50,63 +62,24 @@ def test_it_learns_the_ridge_solution(
         assert difference(folded(engine, layer, len(kept_K)) - weights_HK.T, expected_KH) < 1e-5
 
 
-@pytest.mark.parametrize("learning", [("none", "none"), ("mean", "experts"), ("ridge", "none"), RIDGE], ids=" ".join)
+@pytest.mark.parametrize("learning", LEARNING, ids=" ".join)
 def test_only_what_is_to_be_learned_is_and_experts_are_put_to_work_again_without_it(learning: tuple[str, str]) -> None:
     engine, ids, method = Engine(tiny("gpt2"), mode="compact"), tokens(11), verified(learning, draft_tokens=4)
     state, plain = prefilled(engine, ids, method), Method(compensation=learning[0])
-    experts = chosen(engine, state, method)
-    engine.compact.load(experts)
-    gathered = [folded(engine, layer, 40) for layer in range(LAYERS)]
-    alone = generated(engine, [Row([state], 0, plain, experts)], LIMIT)[None][1]
-    rows = [Row([state], 0, method, experts) for _ in range(2)]
-    found = []
-    for row in rows:
-        decoded(engine, row)
-        found.append([folded(engine, layer, 40) for layer in range(LAYERS)])
-        engine.compact.load(row.experts if learning[1] == "experts" else experts)
-        loaded = [folded(engine, layer, 40) for layer in range(LAYERS)]
-        assert same(found[-1], loaded) == (learning != RIDGE)
-        assert torch.equal(generated(engine, [Row([state], 0, plain, experts)], LIMIT)[None][1], alone)
+    experts, found = chosen(engine, state, method), []
+
+    def written() -> list[Tensor]:
+        return [folded(engine, layer, 40) for layer in range(LAYERS)]
+
+    alone = generated(engine, [Row(state, plain, experts)], LIMIT)[None][1]
+    gathered = written()
+    for _ in range(2):
+        decoded(engine, Row(state, method, experts))
+        found.append(written())
+        assert same(found[-1], gathered) == (learning != RIDGE)
+        assert torch.equal(generated(engine, [Row(state, plain, experts)], LIMIT)[None][1], alone)
+        assert same(written(), gathered)
     assert same(*found), "it learned the same again"
-    engine.compact.load(experts)
-    assert same([folded(engine, layer, 40) for layer in range(LAYERS)], gathered)
-
-
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the draft's experts are chosen from, and these."""
-    seen: list[Any] = []
-
-    def look(engine: Engine, states: Any, *args: Any) -> Any:
-        seen.append((states[0].recorded, griffin.choose(engine, states, *args)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(draft, "choose", look)
-    return seen
-
-
-@pytest.mark.parametrize("draft_tokens", [1, 4])
-def test_new_experts_are_those_of_all_that_was_accepted(draft_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watched(monkeypatch)
-    engine, ids = Engine(tiny("llama")), tokens(11)
-    row = begun(engine, ids, verified(("none", "experts"), draft_tokens=draft_tokens))
-    _, z = reference.run(engine.model, "llama", torch.tensor([[*ids, *decoded(engine, row)]]))
-    assert len(seen) >= 2
-    assert row.experts is seen[-1][1]
-    for recorded, experts in seen:
-        length = recorded.columns
-        assert length > len(ids)
-        counts_S1 = torch.tensor([[1.0]] * len(ids) + [[refresh.WEIGHT]] * (length - len(ids))).double()
-        for layer in range(LAYERS):
-            unit_SD = z[layer][:length] / z[layer][:length].norm(dim=-1, keepdim=True)
-            expected_D = (counts_S1 * unit_SD.square()).sum(dim=0).sqrt()
-            assert experts.neurons[layer].tolist() == reference.best(expected_D, 0.5)
-
-
-def test_experts_are_chosen_anew_rarely(half_idle: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh, "_FIRST", 8)
-    seen, engine = watched(monkeypatch), Engine(half_idle)
-    decoded(engine, begun(engine, tokens(11), verified(("none", "experts"), draft_tokens=4, **PERFECT)), 41)
-    assert [recorded.columns - 11 for recorded, _ in seen] == [10, 20, 35], "at the ends of rounds of five tokens"
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from weakref import ref
 
 import pytest
 import torch
-from engines import begun, decoded, generated, prefilled, scored, verified
+from engines import begun, generated, prefilled, scored, uncompiled, verified
 from families import tiny
-from running import prompt, text, tokens
+from running import OutOfMemoryError, failing, prompt, text, tokens
 from torch import Tensor, nn
 
 import griffin
@@ -24,19 +24,13 @@ from griffin import Engine, Generation, Method, Row, begin, decode
 pytestmark = pytest.mark.usefixtures("no_collector")
 METHODS = [
     Method(),
-    Method(compensation="mean"),
     Method(compensation="ridge"),
-    Method(refresh="experts", compensation="mean"),
-    Method(refresh="compensation", compensation="ridge"),
-    verified(("none", "experts"), draft_tokens=4),
+    Method("joint", compensation="ridge", refresh="compensation"),
+    verified(("ridge", "compensation"), draft_tokens=4),
     verified(("ridge", "compensation"), draft_tokens=4, draft_vocabulary="full"),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 LIMIT = 10  # one refresh
-
-
-class OutOfMemoryError(RuntimeError):
-    """What a device raises that has run out of memory."""
 
 
 def held() -> tuple[int, int]:
@@ -46,18 +40,21 @@ def held() -> tuple[int, int]:
     return len(tensors), sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_nothing_grows_with_the_number_of_prompts() -> None:
-    engine, found = Engine(tiny("llama")), []
+@pytest.mark.parametrize("compiler", [None, uncompiled])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_nothing_grows_with_the_number_of_prompts_and_what_grows_would_tell(keeps: bool, compiler: Any) -> None:
+    engine, found, kept = Engine(tiny("llama"), compiler=compiler), [], []
     for number in range(12):
         state = prefilled(engine, tokens(9, number), *METHODS)
         rows = [begin(engine, [state], method, labels=[method])[0] for method in METHODS]
         generated(engine, rows, LIMIT, most=1 + number % 2)
-        shared = begin(engine, [state, prefilled(engine, tokens(12, 1), *METHODS)], METHODS[3], labels=[0, 1])
+        shared = begin(engine, [state, prefilled(engine, tokens(12, 1), *METHODS)], METHODS[2], labels=[0, 1])
         generated(engine, shared, LIMIT, most=2)
-        scored(engine, begun(engine, tokens(9, number), METHODS[4]), tokens(LIMIT))
+        scored(engine, begun(engine, tokens(9, number), METHODS[2]), tokens(LIMIT))
+        kept += [state] if keeps else []
         del state, rows, shared
         found += [held()] if number in (3, 11) else []
-    assert found[0] == found[1]
+    assert (found[0] == found[1]) != keeps
 
 
 @torch.no_grad()
@@ -71,23 +68,6 @@ def test_nor_with_caches_of_prompts_that_live_no_more(options: dict[str, Any]) -
             del cache
             found += [held()] if number in (3, 11) else []
     assert found[0] == found[1]
-
-
-@each_method
-def test_a_prompt_is_forgotten_with_its_last_row(method: Method) -> None:
-    engine = Engine(tiny("llama"))
-    for shared, run in ((False, True), (False, False), (True, False)):
-        states = [prefilled(engine, tokens(9, seed), method) for seed in range(2)]
-        groups = [states] if shared else [[state] for state in states]
-        rows = [row for group in groups for row in begin(engine, group, method, labels=range(len(group)))]
-        watched = [ref(thing) for state in states for thing in (state, state.cache, state.logits_TV)]
-        watched += [ref(total) for state in states for layers in state.recorded.totals.values() for total in layers]
-        watched += [ref(row) for row in rows]
-        del states, groups
-        while rows:
-            text = decoded(engine, rows.pop(), LIMIT) if run else rows.pop()
-        del text
-        assert not [one for one in watched if one() is not None]
 
 
 # Three layers; a prompt of 600 tokens. Its keys and values, and what ridge compensation records of it, in bytes:
@@ -130,14 +110,8 @@ def test_while_a_text_is_generated_its_prompts_statistics_and_cache_are_gone(way
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method.label)
 def test_an_error_frees_everything_at_once(method: Method, most: int, call: int) -> None:
-    model, calls, caches, failed = tiny("llama"), 0, [], False
+    model, caches, failed = tiny("llama"), [], False
     before = held()
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise OutOfMemoryError("out of memory")
 
     def rows(engine: Engine) -> Iterator[Row]:
         for label in range(2):
@@ -145,15 +119,14 @@ def test_an_error_frees_everything_at_once(method: Method, most: int, call: int)
             caches.extend([ref(row), ref(row.state), ref(row.state.cache)])
             yield row
 
-    handle = griffin.find_feedforward_blocks(model)[1].output.register_forward_hook(fail)
     engine = Engine(model)
-    try:
-        deque(decode(engine, rows(engine), Generation(LIMIT), batch_size=most), 0)
-    except OutOfMemoryError:
-        failed = True
-    handle.remove()
+    with failing(model, call):
+        try:
+            deque(decode(engine, rows(engine), Generation(LIMIT), batch_size=most), 0)
+        except OutOfMemoryError:
+            failed = True
     assert failed
     caches.append(ref(engine))
-    del engine, rows, handle
+    del engine, rows
     assert not [one for one in caches if one() is not None]
     assert held() == before

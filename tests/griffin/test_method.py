@@ -1,4 +1,4 @@
-"""A method: what it allows, what it is called, and how much it keeps; and the arguments of `prune`."""
+"""A method: what it allows, what it is called, how much it keeps of each layer, and how it selects."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from families import LAYERS, tiny
-from running import as_lists, prompt, text
+from running import ROWS, as_lists, pad, prompt, text
+from torch import Tensor
 
 import griffin
-from griffin import METHODS, Method, Statistic, as_method
+from griffin import BUDGETS, METHODS, SELECTIONS, Method, Statistic, as_method, kept_neurons, kept_per_layer, select
 
 ALLOWED: dict[str, Any] = {
     "statistic": (*griffin.STATISTICS, *griffin.TOKEN_STATISTICS),
@@ -25,24 +26,15 @@ ALLOWED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", ALLOWED)
-def test_an_unknown_name_is_refused_with_those_that_are_known(key: str) -> None:
-    for make in (Method, lambda **options: griffin.prune(tiny("llama"), **options)):
-        with pytest.raises(ValueError, match=f"{key}='nonesuch': expected one of {', '.join(ALLOWED[key])}$"):
-            make(**{key: "nonesuch"})
-
-
 EXACT = {"verification": "exact"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    *(({key: "nonesuch"}, f"{key}='nonesuch': expected one of {', '.join(names)}$") for key, names in ALLOWED.items()),
     *(({"sparsity": share}, "expected 0 <= sparsity < 1") for share in (1, 1.5, -0.1, math.nan, (0.5, 1.0, 0.5))),
     *(({"sparsity": share}, f"sparsity={share!r}: expected a number") for share in ("0.5", None, True)),
     ({"sparsity": (0.5, "x", 0.5)}, "sparsity='x': expected a number"),
     ({"statistic": None}, "statistic=None: expected one of"),
     ({"budget": "late", "sparsity": (0.5, 0.25, 0.5)}, "budget='late' with a sparsity for each layer"),
-    *(
-        ({"compensation": name, "refresh": "compensation"}, f"='{name}', which cannot .*ridge")
-        for name in ("none", "mean")
-    ),
+    ({"refresh": "compensation"}, "compensation='none': expected compensation='ridge'"),
     *((EXACT | {"draft_tokens": one}, "expected auto, or 1 to 16") for one in (0, 17, 4.0, "4", None, True)),
     *(({"verification_threshold": one}, f"={one}: expected a probability") for one in (0, 1, 1.5, math.nan)),
     *((EXACT | {"sparsity": share}, r"sparsity=0: .* sparsity > 0") for share in (0.0, (0.0, 0.0, 0.0))),
@@ -61,10 +53,10 @@ NAMES = {
     "griffin 12.5%": Method(sparsity=0.125),
     "wanda sample 90%": Method("wanda", "sample", 0.9),
     "joint+ridge late 50%": Method("joint", compensation="ridge", budget="late"),
-    "griffin refresh=experts 50%": Method(refresh="experts"),
+    "griffin+ridge refresh=compensation 50%": Method(compensation="ridge", refresh="compensation"),
     "griffin per layer": Method(sparsity=(0.5, 0.0)),
     "teal (by token, masked) 50%": Method("teal"),
-    "dense": Method("wanda", "sample", 0, "ridge", "late", "experts"),
+    "dense": Method("wanda", "sample", 0, "ridge", "late", "compensation"),
     "griffin verified 50%": Method(verification="exact"),
 }
 
@@ -88,16 +80,12 @@ def test_verified_methods_have_different_labels_and_say_what_is_not_exact() -> N
 
 
 def test_what_each_layer_keeps() -> None:
-    assert Method().kept([80, 81]) == [40, 40]
+    assert Method().kept([80, 81, 7, 1]) == [40, 40, 3, 1]
     assert Method(sparsity=(0.0, 0.75, 0.999)).kept([80, 80, 80]) == [80, 20, 1]
     assert Method(sparsity=0.0, budget="late").kept([80] * 4) == [80] * 4
     late = Method(budget="late").kept([80] * 4)
     assert sum(late) == 160
     assert late[1] < late[2] <= late[3]
-    for count in (1, LAYERS - 1, LAYERS + 1):
-        words = f"sparsity has {count} values: expected one number, or one for each of {LAYERS} layers"
-        with pytest.raises(ValueError, match=words):
-            griffin.prune(tiny("llama"), [0.5] * count)
 
 
 def test_a_method_may_be_a_name_a_sparsity_or_a_method_with_some_fields_said_anew() -> None:
@@ -107,13 +95,13 @@ def test_a_method_may_be_a_name_a_sparsity_or_a_method_with_some_fields_said_ane
     assert griffin.prune(tiny("llama")).method == Method()
     assert as_method("recipe", verification="exact") == METHODS["exact"]
     assert as_method("dense").dense
-    with pytest.raises(ValueError, match=f"method='griffon': expected one of {', '.join(METHODS)}"):
-        griffin.prune(tiny("llama"), "griffon")
-    with pytest.raises(TypeError, match="statistics"):
-        griffin.prune(tiny("llama"), statistics="wanda")
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
+    *(({"model": model}, "expected a transformers model") for model in ("gpt2", None, 3, torch.nn.Linear)),
+    *(({"sparsity": [0.5] * count}, f"sparsity has {count} values: expected one number, or") for count in (1, 2, 4)),
+    ({"method": "griffon"}, f"method='griffon': expected one of {', '.join(METHODS)}"),
+    ({"statistics": "wanda"}, "statistics"),
     ({"mode": "nonesuch"}, "mode='nonesuch': expected one of compact, masked"),
     *(({"seed": seed}, f"seed={seed!r}: expected a whole number") for seed in ("1", True)),
     ({"compiled": "yes"}, "compiled='yes': expected True, False or 'auto'"),
@@ -130,30 +118,130 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("arguments", "words"), UNFIT, ids=str)
 def test_arguments_that_cannot_be_are_named(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
-        griffin.prune(tiny("llama"), **arguments)
+        griffin.prune(**({"model": tiny("llama")} | arguments))
 
 
-@pytest.mark.parametrize("model", ["gpt2", None, 3, torch.nn.Linear])
-def test_what_is_no_model_is_named(model: Any) -> None:
-    with pytest.raises(TypeError, match="expected a transformers model"):
-        griffin.prune(model)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"mode": "masked"}, {"verification": "exact"}, {"refresh": "experts"}], ids=str
-)
-def test_a_statistic_of_ones_own(options: dict[str, Any]) -> None:
+def test_a_statistic_of_ones_own() -> None:
     def last_ones(evidence: griffin.Evidence) -> torch.Tensor:
-        assert evidence.total is not None
-        return torch.arange(80.0).expand(len(evidence.total), -1)
+        return torch.arange(80.0)
 
     griffins = griffin.STATISTICS["griffin"]
-    method = Method(Statistic(last_ones, griffins.activations))
-    assert method.label == "last_ones 50%"
-    with griffin.prune(tiny("llama"), method, **options) as pruner:
-        text(tiny("llama"), prompt(7), max_new_tokens=10)
-    assert as_lists(pruner.experts) == [[*range(40, 80)]] * LAYERS
-    with griffin.prune(tiny("llama"), statistic=griffins) as pruner:
+    assert Method(Statistic(last_ones, griffins.activations)).label == "last_ones 50%"
+    assert Method(griffins).label == "griffin 50%"
+    for options in ({}, {"mode": "masked"}, EXACT, {"compensation": "ridge", "refresh": "compensation"}):
+        with griffin.prune(tiny("llama"), Method(Statistic(last_ones, griffins.activations)), **options) as pruner:
+            text(tiny("llama"), prompt(7), max_new_tokens=10)
+        assert as_lists(pruner.experts) == [[*range(40, 80)]] * LAYERS
+    wrong = Statistic(lambda evidence: evidence.recorded[None], griffins.activations)
+    with griffin.prune(tiny("llama"), statistic=wrong), pytest.raises(ValueError, match=r"scores of shape \[1, 80\]"):
         text(tiny("llama"), prompt(7))
-    assert pruner.method == Method(griffins)
-    assert pruner.method.label == "griffin 50%"
+
+
+DRAWS = 20_000
+TOLERANCE = 0.02  # about four standard deviations of a difference of two frequencies
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_experts_are_distinct_ascending_and_in_range(selection: str) -> None:
+    assert select(torch.tensor([[0.5]]), 1, selection, torch.tensor([[0.5]])).tolist() == [[0]]
+    scores_BD, draws_BD = uniform(50, 12), uniform(50, 12, seed=1)
+    for kept in (2, 3, 7, 12):
+        found_BK = select(scores_BD, kept, selection, draws_BD)
+        assert (found_BK.shape, found_BK.dtype) == ((50, kept), torch.int64)
+        assert bool((found_BK.diff(dim=1) > 0).all())
+        assert (int(found_BK.min()) >= 0, int(found_BK.max()) < 12) == (True, True)
+        certain = {"topk": kept, "sample": 0, "topk_sample": kept // 2}[selection]
+        for found_K, best_K in zip(found_BK, scores_BD.topk(certain).indices, strict=True):
+            assert set(best_K.tolist()) <= set(found_K.tolist())
+    scores_1D = torch.zeros(1, 8)
+    scores_1D[0, [2, 5]] = torch.tensor([1e-6, 3.0])
+    for experts_K in select(scores_1D.expand(100, -1), 4, selection, uniform(100, 8, seed=1)).tolist():
+        assert {2, 5} < set(experts_K), "with too few positive scores all of them are kept"
+        assert len(set(experts_K)) == 4
+
+
+def subset_frequencies(experts_BK: Tensor) -> Tensor:
+    """How often each set of six neurons came up, indexed by the set's bits."""
+    return torch.bincount((2**experts_BK).sum(dim=1), minlength=2**6) / len(experts_BK)
+
+
+def test_samples_are_distributed_as_multinomial_ones_without_replacement() -> None:
+    scores_D = torch.tensor([1.0, 8.0, 2.0, 0.5, 4.0, 0.25])
+    torch.manual_seed(0)
+    expected = {"sample": torch.multinomial(scores_D.expand(DRAWS, -1), 4)}
+    rest_D = scores_D.index_fill(0, torch.tensor([1, 4]), 0.0)  # the best two are certain
+    drawn = torch.multinomial(rest_D.expand(DRAWS, -1), 2)
+    expected["topk_sample"] = torch.cat([torch.tensor([[1, 4]]).expand(DRAWS, -1), drawn], dim=1)
+    for selection, expected_BK in expected.items():
+        found_BK = select(scores_D.expand(DRAWS, -1), 4, selection, uniform(DRAWS, 6, seed=1))
+        frequencies = subset_frequencies(found_BK), subset_frequencies(expected_BK)
+        torch.testing.assert_close(*frequencies, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("extreme", "kept"), [(0.0, [1, 2]), (1 - 2**-24, [0, 3])])
+def test_the_ends_of_the_uniform_range_lose_and_win(extreme: float, kept: list[int]) -> None:
+    # Their Gumbel noise is minus infinity, and the largest there is.
+    assert select(torch.ones(1, 4), 2, "sample", torch.tensor([[extreme, 0.5, 0.5, extreme]])).tolist() == [kept]
+
+
+def test_what_cannot_be_selected_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"selection='best'.*topk, sample, topk_sample"):
+        select(uniform(1, 4), 2, "best")
+    for kept in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"kept={kept}: expected 1 to 4"):
+            select(uniform(1, 4), kept)
+    for selection in ("sample", "topk_sample"):
+        with pytest.raises(ValueError, match="needs random numbers"):
+            select(uniform(1, 4), 2, selection)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("widths", [[80] * 3, [1536] * 30, [2048] * 18, [64], [7, 7], [80, 160, 80, 160]])
+def test_every_budget_keeps_as_many_as_the_paper(widths: list[int], budget: str) -> None:
+    for sparsity in (0.0, 0.01, 0.25, 0.5, 0.65, 0.75, 0.9, 0.999):
+        kept = kept_per_layer(widths, sparsity, budget)
+        assert sum(kept) == sum(kept_neurons(width, sparsity) for width in widths)
+        assert all(1 <= count <= width for count, width in zip(kept, widths, strict=True))
+
+
+def test_late_keeps_more_towards_the_middle_and_spares_the_first_layer() -> None:
+    kept = kept_per_layer([1000] * 11, 0.5, "late")
+    assert all(one <= other for one, other in itertools.pairwise(kept[1:]))
+    assert kept == [500, 380, 420, 460, 500, *6 * [540]]  # at 50%, 0.2 of the width from none to the middle
+    assert kept_per_layer([80, 80], [0.5, 0.25]) == [40, 60]
+
+
+STOCHASTIC = [("random", "topk"), ("griffin", "sample"), ("griffin", "topk_sample"), ("magnitude", "sample")]
+
+
+def drawn(statistic: str, selection: str, ids: Tensor, **options: object) -> list[list[int]]:
+    """Each layer's experts for a prompt alone."""
+    with torch.no_grad(), griffin.prune(tiny("llama"), statistic=statistic, selection=selection, **options) as pruner:
+        tiny("llama")(ids)
+    return as_lists(pruner.experts)
+
+
+@pytest.mark.parametrize(("statistic", "selection"), STOCHASTIC)
+def test_a_prompt_draws_the_same_in_any_batch_order_mode_and_chunking(statistic: str, selection: str) -> None:
+    model, before = tiny("llama"), torch.get_rng_state()
+    alone = [drawn(statistic, selection, ids) for ids in ROWS]
+    assert drawn(statistic, selection, ROWS[0], mode="masked") == alone[0]
+    with griffin.prune(model, statistic=statistic, selection=selection, mode="masked") as pruner:
+        text(model, *pad(ROWS, "left"))
+        assert [as_lists(pruner.experts, row) for row in range(4)] == alone
+        ids_BS, mask_BS = pad(ROWS, "right")
+        with torch.no_grad():
+            model(ids_BS, attention_mask=mask_BS)
+        assert [as_lists(pruner.experts, row) for row in range(4)] == alone
+        text(model, ROWS[0], prefill_chunk_size=5)
+        assert as_lists(pruner.experts) == alone[0]
+        with pytest.raises(ValueError, match="input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(ROWS[0]))
+    assert all(one != other for one, other in zip(alone[0], drawn(statistic, selection, ROWS[0], seed=1), strict=True))
+    assert all(one != other for one, other in zip(*alone[:2], strict=True)), "another prompt draws others"
+    assert len({tuple(experts) for experts in alone[0]}) == LAYERS, "and so does another layer"
+    assert torch.equal(torch.get_rng_state(), before), "torch's own generator is left alone"

@@ -1,4 +1,4 @@
-"""The statistics, those of single tokens too, and the aggregation of a batch, against their formulas."""
+"""What is recorded of a prompt and learned from it, against the formulas: statistics, compensation and its refresh."""
 
 from __future__ import annotations
 
@@ -8,100 +8,71 @@ from typing import Any
 import pytest
 import reference
 import torch
-from engines import begun, chosen, generated, prefilled, refuse_parting
-from families import LAYERS, ONE_PER_LAYOUT, WIDTHS, fresh, tiny
-from running import TOLERANCE, difference, generate, hooks, prompt, step_logits, tokens
+from engines import begun, chosen, generated, prefilled, refuse_parting, ridge_solution, scored
+from families import ONE_PER_LAYOUT, VARIED, WIDTHS, fresh, tiny
+from running import TOLERANCE, as_lists, difference, generate, hooks, new_tokens, prompt, same, step_logits, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import griffin
-from griffin import STATISTICS, TOKEN_STATISTICS, Engine, Evidence, FeedForwardBlock, Method, traffic
-from griffin.activations import PrefillChunk, TokenPositions
+from griffin import (
+    STATISTICS,
+    TOKEN_STATISTICS,
+    Engine,
+    Evidence,
+    Experts,
+    Method,
+    Row,
+    find_feedforward_blocks,
+    refresh,
+    ridge,
+)
+from griffin.activations import PrefillChunk
 from griffin.statistics import gate_activations
 
+pytestmark = pytest.mark.usefixtures("early")
 # Those that read the activations of a prompt and nothing else but weights.
 READING = [name for name, one in STATISTICS.items() if one.activations is not None]
 FORMULAS = [*(name for name in READING if name != "oracle"), "magnitude"]
 
 
-def plain_block(width: int) -> FeedForwardBlock:
-    torch.manual_seed(0)
-    return FeedForwardBlock("mlp", (nn.Linear(4, width),), nn.Linear(width, 4), parts=1)
-
-
-def activations(B: int, S: int, D: int) -> Tensor:
-    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
-
-
-def score(statistic: str, z_BSD: Tensor, counted_BS: Tensor | None = None, *, chunks: int = 99) -> Tensor:
-    """[B, D], from the activations of prompts, so many columns at a time."""
-    (rows, _, width), one, total_BD = z_BSD.shape, STATISTICS[statistic], None
-    if one.activations is None:
-        return one.score(Evidence(plain_block(width)))
-    before_B = torch.zeros(rows, dtype=torch.int64)
-    for begin in range(0, z_BSD.shape[1], chunks):
-        part_BSD, columns = z_BSD[:, begin : begin + chunks], slice(begin, begin + chunks)
-        counted = None if counted_BS is None else counted_BS[:, columns]
-        positions = TokenPositions(rows, part_BSD.shape[1], counted, before_B, begin)
-        if counted is not None:
-            part_BSD = part_BSD.masked_fill(~counted.unsqueeze(-1), 0.0)
-        chunk = PrefillChunk(part_BSD, positions, torch.empty(*part_BSD.shape[:2], 4))
-        part_BD = one.activations.part(chunk, plain_block(width))
-        total_BD = part_BD if total_BD is None else one.activations.join(total_BD, part_BD, positions)
-        before_B = before_B + positions.count_B
-    return one.score(Evidence(plain_block(width), total_BD))
-
-
-@pytest.mark.parametrize("statistic", [*READING, "magnitude"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 5), (1, 7, 1), (3, 1, 5), (3, 7, 5)])
-def test_statistics_follow_their_formulas(statistic: str, shape: tuple[int, int, int]) -> None:
-    z_BSD, block = activations(*shape), plain_block(shape[2])
-    matrices = [block.inputs[0].weight.double()], block.output.weight.detach().double()
-    expected_BD = torch.stack([reference.score(statistic, z_SD.double(), *matrices) for z_SD in z_BSD])
-    torch.testing.assert_close(score(statistic, z_BSD).double().expand_as(expected_BD), expected_BD, rtol=1e-5, atol=0)
-    assert torch.equal(z_BSD, activations(*shape)), "recording leaves the activations alone"
+def score(statistic: str, z_SD: Tensor, *, chunks: int = 99) -> Tensor:
+    """[D], from the activations of a prompt, so many tokens at a time."""
+    block, one, total = griffin.find_feedforward_blocks(tiny("llama"))[0], STATISTICS[statistic], None
+    for begin in range(0, len(z_SD), chunks):
+        part_SD, places = z_SD[begin : begin + chunks], range(begin, min(begin + chunks, len(z_SD)))
+        part = one.activations.part(PrefillChunk(part_SD, torch.empty(len(part_SD), 32), places), block)
+        total = part if total is None else one.activations.join(total, part, places)
+    return one.score(Evidence(block, total))
 
 
 @pytest.mark.parametrize("statistic", READING)
-def test_padding_zero_rows_and_chunks_change_nothing(statistic: str) -> None:
-    z_BSD = activations(2, 7, 5)
-    z_BSD[1, 4:] = 0  # the second row has four tokens
-    expected = torch.cat([score(statistic, z_BSD[:1]), score(statistic, z_BSD[1:, :4])])
-    padded_BSD = torch.cat([torch.full((2, 4, 5), 9.0), z_BSD, torch.full((2, 1, 5), torch.nan)], dim=1)
-    columns = torch.arange(12)
-    counted_BS = (columns >= 4) & (columns < torch.tensor([[11], [8]]))
-    for chunks in (99, 3, 1):
-        torch.testing.assert_close(score(statistic, padded_BSD, counted_BS, chunks=chunks), expected)
-    assert torch.equal(score(statistic, torch.zeros(1, 2, 5)), torch.zeros(1, 5))
+def test_zero_rows_and_chunks_change_nothing(statistic: str) -> None:
+    z_SD = torch.randn(7, 80, generator=torch.Generator().manual_seed(1))
+    for same_SD, chunks in ((z_SD, 3), (z_SD, 1), (torch.cat([z_SD, torch.zeros(2, 80)]), 99)):
+        torch.testing.assert_close(score(statistic, same_SD, chunks=chunks), score(statistic, z_SD))
+    assert torch.equal(score(statistic, torch.zeros(2, 80)), torch.zeros(80))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("statistic", FORMULAS)
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt2"])
-def test_a_models_scores_follow_the_formulas(family: str, statistic: str) -> None:
-    model, ids = tiny(family), prompt(7)
-    with griffin.prune(model, statistic=statistic) as pruner:
-        model(ids)
-    for found_1D, expected_D in zip(pruner.scores, reference.scores(model, family, statistic, ids), strict=True):
-        torch.testing.assert_close(found_1D[0].double(), expected_D, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("statistic", FORMULAS)
-def test_half_precision_is_scored_in_float32(statistic: str, dtype: torch.dtype) -> None:
-    model, ids = fresh("llama"), prompt(7)
-    for layer in range(LAYERS):  # so that squares of activations overflow in float16
-        reference.output_projection(model, "llama", layer).weight.data *= 1e-2
-        model.get_submodule(reference.module_name("llama", layer)).up_proj.weight.data *= 1e3
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((name, torch.float32) for name in ("phi3", "opt", "gpt2")), ("llama", torch.float16), ("llama", torch.bfloat16)],
+)
+def test_scores_follow_the_formulas_in_float32(family: str, dtype: torch.dtype, statistic: str) -> None:
+    model, ids = fresh(family), prompt(7)
+    for block in find_feedforward_blocks(model) if family == "llama" else ():
+        block.output.weight.data *= 1e-2
+        block.inputs[1].weight.data *= 1e3  # so that squares of activations overflow in float16
     model = model.to(dtype)
     with griffin.prune(model, statistic=statistic) as pruner:
         model(ids)
-    _, z = reference.run(model, "llama", ids)
-    assert max(float(z_SD.abs().max()) for z_SD in z) > 256
-    for found_1D, expected_D in zip(pruner.scores, reference.score_layers(model, "llama", statistic, z), strict=True):
+    _, z = reference.run(model, family, ids)
+    assert family != "llama" or max(float(z_SD.abs().max()) for z_SD in z) > 256
+    for found_1D, expected_D in zip(pruner.scores, reference.score_layers(model, family, statistic, z), strict=True):
         assert found_1D.dtype == torch.float32
-        torch.testing.assert_close(found_1D[0].double(), expected_D, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found_1D[0].double(), expected_D, rtol=1e-5, atol=1e-6 * float(expected_D.max()))
 
 
 @torch.no_grad()
@@ -122,20 +93,16 @@ def test_the_oracle_scores_what_comes_after_the_prompt() -> None:
 @pytest.mark.parametrize("family", ONE_PER_LAYOUT)
 def test_what_is_seen_gives_the_scores_of_pruning_and_changes_nothing(family: str) -> None:
     model, ids = tiny(family), prompt(9)
-    before = model(ids).logits
-    with griffin.record_activations(model, lambda layer, z_SD: (layer, z_SD)) as seen:
-        assert torch.equal(model(ids).logits, before)
-        model(ids[:, :2])
-    assert torch.equal(model(ids).logits, before)
+    view, seen = griffin.record_activations(model, lambda layer, z_SD: (layer, z_SD))
+    assert torch.equal(view(ids).logits, model(ids).logits)
+    view(ids[:, :2])
+    assert hooks(model) == 0
     with griffin.prune(model) as pruner:
         model(ids)
     for layer, ((whole, part), scores_BD) in enumerate(zip(seen, pruner.scores, strict=True)):
         assert (whole[0], part[0]) == (layer, layer)
         assert (whole[1].shape, part[1].shape) == ((9, WIDTHS[family]), (2, WIDTHS[family]))
         torch.testing.assert_close(griffin.relative_activations(whole[1]).square().sum(dim=0).sqrt(), scores_BD[0])
-    with pytest.raises(ZeroDivisionError), griffin.record_activations(model, lambda layer, z_SD: 1 / 0):
-        model(ids)
-    assert hooks(model) == 0
     found = griffin.relative_activations(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
     assert torch.equal(found, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
@@ -202,22 +169,127 @@ def test_the_gate_is_found_from_what_it_was_multiplied_with() -> None:
     assert difference(gate_activations(gate_SD * up_SD, up_SD), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
-def test_bytes_are_those_behind_what_a_neuron_is_known_from(family: str) -> None:
-    model, kept = tiny(family), [griffin.kept_neurons(WIDTHS[family], SPARSITY)] * 3
-    whole = traffic(model, kept)
-    thirds = {"teal": 1 / 3, "wina": 1 / 3, "cats": 2 / 3}
-    expected = thirds if family in GATED else dict.fromkeys(thirds, 1 / 2)
-    for name, one in TOKEN_STATISTICS.items():
-        saved = whole.dense - traffic(model, kept, one).pruned
-        assert saved / (whole.dense - whole.pruned) == pytest.approx(expected[name], rel=0.02)
-
-
 @pytest.mark.parametrize("key", ["compensation", "refresh", "selection", "verification"])
 def test_what_tokens_that_choose_for_themselves_cannot_have_is_refused(key: str) -> None:
-    value = {"compensation": "ridge", "refresh": "experts", "selection": "sample", "verification": "exact"}[key]
+    value = {"compensation": "ridge", "refresh": "compensation", "selection": "sample", "verification": "exact"}[key]
     with pytest.raises(ValueError, match=f"{key}='{value}' with statistic='teal'.*expected {key}="):
         Method("teal", **{key: value})
     for options, words in (({}, "expected 'masked'"), ({"mode": "masked", "shared_experts": True}, "shared")):
         with pytest.raises(ValueError, match=words):
             griffin.prune(tiny("llama"), statistic="cats", **options)
+
+
+TOKENS = 12
+RIDGE = Method(compensation="ridge")
+
+
+def method(**options: Any) -> Method:
+    return Method(compensation="ridge", refresh="compensation", **options)
+
+
+def experts_of(row: Row) -> Experts:
+    assert row.experts is not None
+    return row.experts
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, (0.5, 0.0, 0.9)])  # fewer rows than kept neurons, and more
+# Of the longest prompt only the last tokens count.
+@pytest.mark.parametrize(
+    ("family", "length"), [*((family, 21) for family in VARIED), ("llama", 1), ("llama", 75), ("gpt2", 75)]
+)
+def test_what_is_learned_is_the_ridge_solution(
+    family: str, length: int, sparsity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt, and of what follows it, up to the refresh with the ninth token."""
+    monkeypatch.setattr("griffin.decoding.PIECE", 2 if length == 21 else 128)  # of what is read at a time
+    monkeypatch.setattr(ridge, "ROWS", 16)
+    ids, following = tokens(length), tokens(12, 1)
+    for mode in griffin.MODES:
+        engine = Engine(tiny(family), mode=mode)
+        row = begun(engine, ids, method(sparsity=sparsity))
+        for text in (ids, [*ids, *following[:9]]):
+            for layer, corrections in enumerate(experts_of(row).corrections):
+                kept_K = experts_of(row).neurons[layer]
+                count = len(kept_K)
+                assert bool(corrections) == (count < WIDTHS[family])
+                if corrections:
+                    found = sum(one.output(torch.eye(count)) for one in corrections)
+                    assert difference(found, ridge_solution(family, text, length, kept_K, layer)) < 1e-5
+            if text is ids:
+                scored(engine, row, following)
+
+
+def test_prompts_together_or_in_chunks_are_corrected_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "ROWS", 4)
+    engine, method = Engine(tiny("llama")), RIDGE
+    prompts = [tokens(length, length) for length in (17, 7, 4, 1)]
+    together = griffin.prefill(engine, prompts, griffin.wanted([method]))
+    for ids, state in zip(prompts, together, strict=True):
+        kept_SK = torch.randn(3, 40)
+        alone = chosen(engine, prefilled(engine, ids, method), method).corrections
+        for (one,), (other,) in zip(chosen(engine, state, method).corrections, alone, strict=True):
+            torch.testing.assert_close(one.output(kept_SK), other.output(kept_SK), rtol=1e-4, atol=1e-5)
+    with griffin.prune(engine.model, method):
+        whole = step_logits(generate(engine.model, prompt(21)))
+        for size in (20, 5, 1):
+            assert difference(step_logits(generate(engine.model, prompt(21), prefill_chunk_size=size)), whole) < 2e-5
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_a_shared_correction_is_that_of_all_tokens(mode: str) -> None:
+    model, ids = tiny("llama"), prompt(9)
+    with griffin.prune(model, mode=mode, compensation="ridge", shared_experts=True):
+        batch, alone = generate(model, ids.repeat(2, 1)), generate(model, ids)
+    assert difference(step_logits(batch, 0), step_logits(batch, 1)) < 1e-5
+    # Every token twice scales what is solved on both sides.
+    assert difference(step_logits(batch), step_logits(alone)) < 2e-5
+
+
+def test_a_prompt_without_activations_or_with_broken_ones_stays_uncorrected() -> None:
+    blocks, good_TX = griffin.find_feedforward_blocks(tiny("llama")), torch.randn(5, 112)
+    rows = [torch.zeros(5, 112), good_TX.index_fill(1, torch.tensor(3), torch.inf), good_TX]
+    layers = ((number, blocks[number], torch.arange(40), rows_TX) for number, rows_TX in enumerate(rows))
+    found, _ = ridge.fit_prompt(layers)
+    changed = [bool(found[number].output(torch.eye(40)).any()) for number in range(3)]
+    assert changed == [False, False, True], "and does not keep other layers from it"
+
+
+def test_refreshes_are_rare_and_a_given_text_is_read_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = [refresh.next_refresh(generated) for generated in (0, 7, 8, 9, 16, 31, 32, 127)]
+    assert found == [8, 8, 16, 16, 32, 32, 64, 128]
+    assert refresh.call_ends(8) == [0, 8]
+    assert refresh.call_ends(9) == [0, 8, 9]
+    assert refresh.call_ends(40) == [0, 8, 9, 16, 17, 32, 33, 40]
+
+
+def test_a_fit_has_bounded_memory_and_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "LEARNED", 4)
+    fit = ridge.RidgeFit([0], [torch.arange(8)])
+    for _ in range(20):
+        known = fit
+        corrections, fit = fit.learn(torch.randn(1, 3, 8), torch.randn(1, 3, 5))
+        assert bool(corrections[0].output(torch.eye(8)).isfinite().all())
+        more = torch.randn(1, 2, 8), torch.randn(1, 2, 5)
+        expected, _ = fit.learn(*more)
+        known.learn(torch.randn(1, 3, 8), torch.randn(1, 3, 5))  # something else, from where this one came
+        found, _ = fit.learn(*more)
+        assert torch.equal(found[0].output(torch.eye(8)), expected[0].output(torch.eye(8)))
+    memory = sum(one.numel() for one in vars(fit).values() if isinstance(one, Tensor) and one.dim() == 3)
+    assert memory < 8 * (2 * 4 + 3 + 8)
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("how", [RIDGE, method()], ids=lambda how: how.refresh)
+def test_generate_is_the_engines_decoding_and_scoring(how: Method, family: str, mode: str) -> None:
+    model, ids, engine = tiny(family), prompt(11), Engine(tiny(family), mode=mode)
+    with griffin.prune(model, how, mode=mode) as pruner:
+        output = generate(model, ids, max_new_tokens=TOKENS, output_scores=True)
+        assert same(output.scores, output.logits)
+    row = begun(engine, tokens(11), how)
+    ((text, _),) = generated(engine, [row], TOKENS).values()
+    assert new_tokens(output, ids) == [text]
+    assert as_lists(pruner.experts) == as_lists(experts_of(row).neurons, None)
+    found = scored(engine, begun(engine, tokens(11), how), text[:-1])
+    assert difference(step_logits(output)[1:], found) < 2e-5

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline keeps the model for as long as a process lives; every test is a new one."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: this takes it back after the test
-    evaluation.kept_model.cache_clear()
+    evaluation._kept.clear()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_a_machine_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=r"compile=true: expected a C\+\+ compiler"):
-        composed(*tiny(tmp_path / "out", "compile=true", "device=cpu"))
+        composed(*tiny(tmp_path / "out", "compile=true", "device=cpu")).settled()
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_auto_compiles_on_cuda_what_can_be_compiled(
     overrides: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert composed("model=random_tiny", *overrides.split()).compile is compiled
+    assert composed("model=random_tiny", *overrides.split()).settled().compile is compiled
 
 
 def test_auto_compiles_nothing_on_a_cpu() -> None:
     if not torch.cuda.is_available():
-        assert composed("model=random_tiny").compile is False
+        assert composed("model=random_tiny").settled().compile is False

@@ -22,6 +22,7 @@ NODES = list(
         node
         for module in (config, model_config, task_config)
         for _, node in inspect.getmembers(module, dataclasses.is_dataclass)
+        if node.__module__.startswith("pipelines.")
     )
 )
 PROMISED_MODELS = (
@@ -117,6 +118,7 @@ def test_help_prints_every_key_and_every_choice(call: Callable[..., Outcome]) ->
     assert shown.code == 0
     prefixes = {
         config.RunConfig: "",
+        config.MethodKeys: "",
         model_config.ModelConfig: "model.",
         task_config.HubDataset: "task.hub.",
         config.GridConfig: "grid.",
@@ -125,7 +127,7 @@ def test_help_prints_every_key_and_every_choice(call: Callable[..., Outcome]) ->
     first_words = {line.split()[0] for line in shown.out.splitlines() if line.strip()}
     keys = {prefixes.get(node, "task.") + item.name for node in NODES for item in dataclasses.fields(node)}
     assert keys - {"grid", "wandb"} <= first_words  # of which every key is listed
-    for group in ("model", "task", "experiment"):
+    for group in ("model", "task", "method", "experiment"):
         assert f"{group} {', '.join(choices(group))}" in " ".join(shown.out.split())
 
 

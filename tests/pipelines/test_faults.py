@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,25 +180,3 @@ def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
     first, *others = tiny(tmp_path / "out", "sparsity=0,0.5")
     assert call(first, "-m", *others).code == 0  # -m may stand anywhere
     assert {row.state for row in read(tmp_path / "out")} == {"done"}
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_full_and_has_room_again(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    out, rows = tmp_path / "out", 40
-    out.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(out)], check=False)
-    if mounted.returncode:
-        pytest.skip("no mounts here")
-    try:
-        ended = call(*many(out, rows))
-        assert ended.code == 1
-        (error,) = ended.lines("error: ")
-        assert "No space left on device" in error
-        assert "Traceback" not in ended.err
-        assert not (run_folder(out) / "record.json").exists()
-        subprocess.run(["mount", "-o", "remount,size=1m", str(out)], check=True)
-        ran(*many(out, rows))
-        ran(*many(tmp_path / "undisturbed", rows))
-        assert_same(run_folder(out), run_folder(tmp_path / "undisturbed"), rows)
-    finally:
-        subprocess.run(["umount", str(out)], check=True)

@@ -7,72 +7,105 @@ from typing import Any
 
 import pytest
 from calling import composed, write_rows
+from omegaconf import OmegaConf
 
-from pipelines import description
-from pipelines.methods import Method, described, evaluation, identity, methods, run_config
+from griffin import DENSE, METHODS, Method
+from pipelines.composition import CONF
+from pipelines.method_keys import AXES
+from pipelines.methods import described, evaluation, identity, run_config
+from pipelines.sweeps.manifest import ManifestEntry
 
 BASE = ["model=random_tiny", "limit=3"]
-
-
-def points(*overrides: str) -> list[tuple[str, Any]]:
-    return [(method.statistic, method.sparsity) for method in methods(composed(*BASE, *overrides))]
+RIDGE = {"compensation": "ridge"}
 
 
 def only_identity(*overrides: str, device: str = "cpu") -> dict[str, Any]:
     config = composed(*BASE, *overrides)
-    (method,) = methods(config)
+    (method,) = config.methods()
     return identity(config, method, device)
 
 
 def only_evaluation(*overrides: str) -> dict[str, Any]:
     config = composed(*BASE, *overrides)
-    (method,) = methods(config)
+    (method,) = config.methods()
     return evaluation(config, method, "a device")
 
 
-def test_without_a_grid_there_is_the_roots_one_method() -> None:
-    assert points("statistic=wanda", "sparsity=0.25") == [("wanda", 0.25)]
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("statistic=wanda sparsity=0.25", [Method("wanda", sparsity=0.25)]),
+        ("sparsity=[0.5,0,0.25]", [Method(sparsity=(0.5, 0, 0.25))]),
+        (
+            "grid.statistic=[griffin,wanda] grid.sparsity=[0.5,0.75]",
+            [Method(name, sparsity=share) for name in ("griffin", "wanda") for share in (0.5, 0.75)],
+        ),
+        ("grid.sparsity=[0.3,0.6] statistic=wanda", [Method("wanda", sparsity=share) for share in (0.3, 0.6)]),
+        (
+            "grid.selection=[topk,sample] grid.draft_tokens=[2,4] verification=exact",
+            [Method("griffin", s, verification="exact", draft_tokens=k) for s in ("topk", "sample") for k in (2, 4)],
+        ),
+        (  # what cannot learn is left out
+            "grid.compensation=[none,ridge] grid.refresh=[none,compensation]",
+            [Method(), Method(**RIDGE), Method(**RIDGE, refresh="compensation")],
+        ),
+        (  # and what single tokens cannot have
+            "grid.statistic=[griffin,teal] grid.compensation=[none,ridge] grid.sparsity=[0,0.5]",
+            [DENSE, Method(), Method(**RIDGE), Method("teal")],
+        ),
+        (  # dense is one and comes first, points named twice are run once
+            "grid.statistic=[griffin,griffin,wanda] grid.sparsity=[0.5,0,0.50,0.0]",
+            [DENSE, Method(), Method("wanda")],
+        ),
+        (  # what is not verified, or is dense, has no drafts
+            "grid.verification=[none,exact] grid.draft_tokens=[3,4] grid.sparsity=[0,0.5]",
+            [DENSE, Method(), *(Method(verification="exact", draft_tokens=k) for k in (3, 4))],
+        ),
+        ("method=recipe", [METHODS["recipe"]]),
+        ("method=recipe verification=exact", [METHODS["exact"]]),
+        (
+            "method=recipe sparsity=0.7 grid.budget=[uniform]",
+            [Method("joint", "topk", 0.7, "ridge", "uniform", "compensation")],
+        ),
+        (
+            "grid.method=[dense,griffin,recipe,exact]",
+            [DENSE, *(METHODS[name] for name in ("griffin", "recipe", "exact"))],
+        ),
+        (  # dense once
+            "grid.method=[recipe,dense,magnitude] grid.sparsity=[0,0.5,0.7] selection=sample",
+            [
+                DENSE,
+                *(Method("joint", "sample", share, "ridge", "late", "compensation") for share in (0.5, 0.7)),
+                *(Method("magnitude", "sample", share) for share in (0.5, 0.7)),
+            ],
+        ),
+        ("task=flocking statistic=wanda", [DENSE]),
+    ],
+)  # fmt: skip
+def test_a_call_is_every_combination_that_can_be(overrides: str, expected: list[Method]) -> None:
+    assert composed(*BASE, *overrides.split()).methods() == expected
 
 
-def test_a_grid_is_every_statistic_with_every_sparsity() -> None:
-    assert points("grid.statistic=[griffin,wanda]", "grid.sparsity=[0.5,0.75]") == [
-        ("griffin", 0.5),
-        ("griffin", 0.75),
-        ("wanda", 0.5),
-        ("wanda", 0.75),
-    ]
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_file_says_what_the_library_says(name: str) -> None:
+    assert {path.stem for path in (CONF / "method").glob("*.yaml")} == {*METHODS}
+    assert composed(f"method={name}").methods() == [METHODS[name]]
+    written = dict(OmegaConf.load(CONF / "method" / f"{name}.yaml"))
+    assert not [key for key, value in written.items() if value == AXES[str(key)].default], "only what differs"
 
 
-def test_half_a_grid_takes_the_other_half_from_the_root() -> None:
-    assert points("grid.statistic=[griffin,wanda]", "sparsity=0.3") == [("griffin", 0.3), ("wanda", 0.3)]
-    assert points("grid.sparsity=[0.3,0.6]", "statistic=wanda") == [("wanda", 0.3), ("wanda", 0.6)]
+def test_drafts_of_assistance_count() -> None:
+    found = [only_identity("sparsity=0", "assistance=prompt_lookup", f"draft_tokens={count}") for count in (3, 10)]
+    assert found[0] != found[1]
 
 
-def test_a_grid_has_compensations_and_budgets_too() -> None:
-    config = composed(*BASE, "grid.compensation=[none,ridge]", "grid.budget=[uniform,late]", "statistic=joint")
-    assert [(method.statistic, method.compensation, method.budget) for method in methods(config)] == [
-        ("joint", compensation, budget) for compensation in ("none", "ridge") for budget in ("uniform", "late")
-    ]
-
-
-def test_a_grid_leaves_out_what_cannot_learn() -> None:
-    config = composed(*BASE, "grid.compensation=[none,ridge]", "grid.refresh=[none,experts,compensation]")
-    assert [(method.compensation, method.refresh) for method in methods(config)] == [
-        ("none", "none"),
-        ("none", "experts"),
-        ("ridge", "none"),
-        ("ridge", "experts"),
-        ("ridge", "compensation"),
-    ]
-
-
-def test_a_grid_verifies_what_is_pruned_and_leaves_the_rest_at_its_defaults() -> None:
-    drafting = ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"]
-    grid = ["grid.verification=[none,exact,threshold]", "grid.sparsity=[0,0.5]"]
-    found = methods(composed(*BASE, *grid, *drafting))
-    assert found[:2] == [Method(sparsity=0), Method()]
-    rest = {"draft_tokens": 3, "draft_vocabulary": "full", "verification_threshold": 0.3}
-    assert found[2:] == [Method(verification="exact", **rest), Method(verification="threshold", **rest)]
+def test_a_machine_without_a_gpu_finds_the_points_of_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = set()
+    for gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        for task in ("briefs", "latency"):
+            paths.add(ManifestEntry(composed("model=random_tiny", f"task={task}")).path)
+    assert len(paths) == 2, "one for each task"
 
 
 @pytest.mark.parametrize("override", ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"])
@@ -85,60 +118,20 @@ def test_how_drafts_are_made_counts_where_there_are_drafts(override: str) -> Non
     assert only_evaluation(exact, override) == only_evaluation()
 
 
-def test_runs_from_before_compensation_existed_are_the_same_runs() -> None:
-    # The identity of this call when statistic, selection and sparsity were all that a method had.
-    known = only_identity()
-    assert not {"compensation", "budget", "refresh", "verification", "draft_tokens", "offset"} & set(known)
-
-
-def test_the_dense_run_is_one_and_comes_first() -> None:
-    assert [sparsity for _, sparsity in points("grid.statistic=[griffin,wanda]", "grid.sparsity=[0.5,0]")] == [
-        0,
-        0.5,
-        0.5,
-    ]
-
-
-def test_points_named_twice_are_run_once() -> None:
-    assert points("grid.statistic=[griffin,griffin]", "grid.sparsity=[0.5,0.50]") == [("griffin", 0.5)]
-
-
-@pytest.mark.parametrize(
-    ("method", "label"),
-    [
-        (Method("joint", "topk", 0.7, "ridge", "late", "compensation"), "joint+ridge late refresh=compensation 70%"),
-        (Method("griffin", "topk", 0.5), "griffin 50%"),
-        (Method("wanda", "topk", 0.125), "wanda 12.5%"),
-        (Method("griffin", "topk_sample", 0.75), "griffin topk_sample 75%"),
-        (Method("griffin", "topk", (0.5, 0.25)), "griffin per layer"),
-        (Method("griffin", "topk", 0.5, "ridge"), "griffin+ridge 50%"),
-        (Method("griffin", "topk", 0.5, budget="late"), "griffin late 50%"),
-        (Method("joint", "sample", 0.5, "ridge", "late"), "joint+ridge sample late 50%"),
-        (Method("joint", "topk", 0.5, "ridge", refresh="experts"), "joint+ridge refresh=experts 50%"),
-        (Method("griffin", "sample", 0.0), "dense"),
-        (Method("griffin", "topk", (0.0, 0.0)), "dense"),
-    ],
-)
-def test_labels_are_the_method_in_words(method: Method, label: str) -> None:
-    assert method.label == label
-
-
 def test_a_methods_words_are_made_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Method, "family", property(lambda method: "other words"))
     config = composed(*BASE)
-    (method,) = methods(config)
+    (method,) = config.methods()
     assert method.label == "other words 50%"
     entry = described(config, method)
     assert (entry["family"], entry["label"]) == ("other words", method.label)
-    shared = description.method_entry(run_config(config, method) | {"shared_experts": True}, "a b 5%", "a b")
-    assert (shared["family"], shared["label"]) == ("a b shared", "a b shared 5%")
 
 
 def test_a_record_says_its_method_in_words_and_settings() -> None:
     config = composed(*BASE, "statistic=joint", "compensation=ridge", "shared_experts=true", "grid.sparsity=[0,0.7]")
-    dense, pruned = (described(config, method) for method in methods(config))
+    dense, pruned = (described(config, method) for method in config.methods())
     assert dense == {"label": "dense", "family": "dense", "sparsity": 0.0}
-    assert [method.family for method in methods(config)] == ["dense", "joint+ridge"]
+    assert [method.family for method in config.methods()] == ["dense", "joint+ridge"]
     assert pruned == {
         "label": "joint+ridge shared 70%",
         "family": "joint+ridge shared",
@@ -177,7 +170,6 @@ def test_times_are_of_one_machine_and_of_one_way_to_multiply() -> None:
     assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= keys
     both = [only_identity("task=latency", f"cpu_onednn={value}") for value in ("true", "false")]
     assert both[0] != both[1]
-    assert "cpu_onednn" not in both[1], "runs from before the key multiplied plainly"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +208,7 @@ def test_what_changes_no_result_changes_no_identity(override: str) -> None:
         "statistic=wanda",
         "compensation=ridge",
         "budget=late",
-        "refresh=experts",
+        "method=recipe",
         "verification=exact",
         "offset=1",
         "selection=sample",
@@ -242,12 +234,12 @@ def test_the_device_is_part_of_the_identity() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "refresh=experts", "mode=masked"),
+        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "method=recipe", "mode=masked"),
         *("shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
     ],
 )
 def test_a_dense_run_has_no_method(override: str) -> None:
-    assert only_identity("sparsity=0", override) == only_identity("sparsity=0")
+    assert only_identity(override, *([] if "sparsity" in override else ["sparsity=0"])) == only_identity("sparsity=0")
 
 
 @pytest.mark.parametrize("override", ["seed=1", "batch_size=2", "task.max_new_tokens=7", "model.dtype=bfloat16"])
@@ -258,7 +250,7 @@ def test_a_dense_run_has_everything_else(override: str) -> None:
 def test_a_grids_point_is_the_same_run_as_a_call_for_it_alone() -> None:
     grid = composed(*BASE, "grid.statistic=[griffin,wanda]", "grid.sparsity=[0,0.5]")
     alone = [["sparsity=0"], ["statistic=griffin", "sparsity=0.5"], ["statistic=wanda", "sparsity=0.5"]]
-    assert [identity(grid, method, "cpu") for method in methods(grid)] == [only_identity(*one) for one in alone]
+    assert [identity(grid, method, "cpu") for method in grid.methods()] == [only_identity(*one) for one in alone]
 
 
 @pytest.mark.parametrize("key", ["task.data_files", "task.shots_file"])
@@ -285,20 +277,21 @@ def test_identities_hold_plain_values_only() -> None:
 
 def test_a_runs_configuration_has_its_own_method_and_no_grid() -> None:
     config = composed(*BASE, "grid.statistic=[wanda]", "grid.sparsity=[0.25]")
-    (method,) = methods(config)
+    (method,) = config.methods()
     plain = run_config(config, method)
     assert (plain["statistic"], plain["sparsity"]) == ("wanda", 0.25)
     assert "grid" not in plain
     assert config.statistic == "griffin", "the call's own configuration is left as it was"
 
 
-def test_a_grid_leaves_out_what_tokens_that_choose_for_themselves_cannot_have() -> None:
-    grid = ["grid.statistic=[griffin,teal]", "grid.compensation=[none,ridge]", "grid.sparsity=[0,0.5]"]
-    config = composed(*BASE, *grid)
-    found = methods(config)
-    assert [(method.statistic, method.compensation) for method in found[1:]] == [
-        ("griffin", "none"),
-        ("griffin", "ridge"),
-        ("teal", "none"),
-    ]
-    assert [run_config(config, method)["mode"] for method in found] == ["compact", "compact", "compact", "masked"]
+def test_only_what_differs_from_the_defaults_is_in_an_identity() -> None:
+    assert {*only_identity()} == {"model", "task", "mode", "limit", "device"}
+    assert {*only_identity("method=recipe")} - {*only_identity()} == {
+        "statistic",
+        *("compensation", "budget", "refresh"),
+    }
+
+
+def test_single_tokens_run_masked() -> None:
+    config = composed(*BASE, "grid.method=[griffin,teal]")
+    assert [run_config(config, method)["mode"] for method in config.methods()] == ["compact", "masked"]

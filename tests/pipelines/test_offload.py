@@ -11,7 +11,7 @@ from calling import Outcome, composed, ran, read_record, read_samples, run_folde
 
 import griffin
 from griffin.offloading import Offloaded
-from pipelines.methods import identity, methods
+from pipelines.methods import identity
 from pipelines.models import load
 
 
@@ -81,7 +81,7 @@ def test_latency_is_a_run_of_its_own(tmp_path: Path, brought: list[int]) -> None
 
 def test_a_latency_run_from_before_the_key_is_still_the_same_run() -> None:
     config = composed("model=random_tiny", "task=latency")
-    (method,) = methods(config)
+    (method,) = config.methods()
     assert "offload_dense" not in identity(config, method, "cpu")
 
 

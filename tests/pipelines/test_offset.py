@@ -25,11 +25,15 @@ def calls(folder: Path) -> dict[str, list[str]]:
         "perplexity": [
             *PLAIN, "task=perplexity", f"task.data_files={text}", *lengths, f"output_dir={folder / 'out'}"
         ],
+        "flocking": [
+            *PLAIN, "task=flocking", f"task.data_files={text}", "task.sequence_length=16", "task.max_new_tokens=3",
+            "limit=3", f"output_dir={folder / 'out'}"
+        ],
         "classification": [*PLAIN, "task=briefs_choice", "limit=3", f"output_dir={folder / 'out'}"],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["generation", "fidelity", "perplexity", "classification"])
+@pytest.mark.parametrize("kind", ["generation", "fidelity", "perplexity", "classification", "flocking"])
 def test_rows_after_an_offset_are_those_of_a_run_over_all(kind: str, tmp_path: Path) -> None:
     (whole,) = ran(*calls(tmp_path / "all")[kind])
     later = [override for override in calls(tmp_path / "later")[kind] if not override.startswith("limit=")]
@@ -37,7 +41,7 @@ def test_rows_after_an_offset_are_those_of_a_run_over_all(kind: str, tmp_path: P
     assert timeless(rest)[1] == timeless(whole)[1][1:]
 
 
-@pytest.mark.parametrize("task", ["briefs", "briefs_choice"])
+@pytest.mark.parametrize("task", ["briefs", "briefs_choice", "flocking"])
 def test_an_offset_beyond_the_data_is_told(task: str) -> None:
     config = composed(*PLAIN, f"task={task}", "offset=1000")
     with pytest.raises(UserError, match=r"^offset=1000: expected less than"):

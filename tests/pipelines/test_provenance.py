@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from calling import REPOSITORY, Outcome, cut_off, ran, read_record, run_folder, tiny
+from calling import REPOSITORY, Outcome, command, composed, cut_off, process, ran, read_record, run_folder, tiny
 
-from pipelines.description import unused
+from pipelines.methods import identity, unused
+from pipelines.models import load
+from pipelines.run_folder import run_id
 
 
 def test_a_record_says_when_it_ran_on_what_and_by_which_code(tmp_path: Path) -> None:
@@ -43,6 +47,63 @@ def test_a_run_that_goes_on_began_when_it_first_began(tmp_path: Path) -> None:
     assert read_record(folder)["environment"]["started"] == "2026-01-01T00:00:00Z"
 
 
+def saved_model(folder: Path) -> Path:
+    """A model's files, with a file that loading passes over."""
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    (folder / "README.md").touch()
+    return folder
+
+
+def test_a_resumed_run_tells_what_else_it_comes_from(tmp_path: Path) -> None:
+    # The hub's own cache, without the hub.
+    cache = tmp_path / "hub" / "models--owner--name"
+    first, second = cache / "snapshots" / ("a" * 40), cache / "snapshots" / ("b" * 40)
+    shutil.copytree(saved_model(first), second)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first.name)
+    overrides = tiny(tmp_path / "out", "model=llama3_8b", "model.dtype=float32", "model.repo=owner/name")
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ended = process(command(*overrides), tmp_path, **offline)
+    assert (ended.code, ended.lines("warning: ")) == (0, [])
+    folder = run_folder(tmp_path / "out")
+    assert read_record(folder)["environment"]["model_revision"] == first.name
+    cut_off(folder, 1)
+    earlier = {"git_commit": "an earlier one", "model_revision": first.name}
+    (folder / "state.json").write_text(json.dumps({"versions": [earlier]}))
+    (cache / "refs" / "main").write_text(second.name)
+    ended = process(command(*overrides), tmp_path, **offline)
+    (warning,) = ended.lines("warning: ")
+    assert "instead of an earlier one" in warning
+    assert f"model_revision {second.name} instead of {first.name}" in warning
+    found = read_record(folder)["environment"]
+    assert found["model_revision"] == second.name
+    assert found["earlier_versions"] == [earlier]
+    record = (folder / "record.json").read_text()  # contradicted by its samples, from which it is made again
+    changed = record.replace(found["torch"], "0.0").replace('"rouge1": ', '"rouge1": 1')
+    (folder / "record.json").write_text(changed)
+    ended = process(command(*overrides), tmp_path, **offline)
+    assert "torch " + found["torch"] + " instead of 0.0" in ended.lines("warning: ")[0]
+
+
+def test_a_models_folder_counts_by_its_content(tmp_path: Path) -> None:
+    def named(folder: Path) -> str:
+        config = composed("model=llama3_8b", f"model.repo={folder}")
+        return run_id("", identity(config, config.methods()[0], "cpu"))
+
+    one = saved_model(tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other")
+    (other / "README.md").write_text("A model.")
+    assert named(one) == named(other)
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert named(one) != named(other)
+
+
 def test_tags_of_a_finished_run_can_be_added_later(call: Callable[..., Outcome], tmp_path: Path) -> None:
     out = tmp_path / "out"
     call(*tiny(out, "tags=[first]"))
@@ -56,30 +117,33 @@ def test_tags_of_a_finished_run_can_be_added_later(call: Callable[..., Outcome],
     assert "tags added" not in again.err
 
 
-DENSE = {"task": {"kind": "generation"}, "sparsity": 0, "verification": "none", "assistance": "none"}
-PRUNED = DENSE | {"sparsity": 0.5}
-
-
 @pytest.mark.parametrize(
-    ("config", "override", "idle"),
+    ("call", "override", "idle"),
     [
-        (DENSE | {"task": {"kind": "flocking"}}, "sparsity=0.7", True),
-        (DENSE | {"task": {"kind": "flocking"}}, "grid.statistic=[wanda]", True),
-        (DENSE | {"task": {"kind": "flocking"}}, "limit=3", False),
-        (DENSE, "statistic=wanda", True),
-        (DENSE, "sparsity=0", False),
-        (DENSE, "draft_tokens=3", True),
-        (DENSE | {"assistance": "prompt_lookup"}, "draft_tokens=3", False),
-        (PRUNED, "statistic=wanda", False),
-        (PRUNED, "draft_vocabulary=full", True),
-        (PRUNED | {"verification": "exact"}, "draft_vocabulary=full", False),
-        (PRUNED | {"verification": "exact"}, "verification_threshold=0.3", True),
-        (PRUNED | {"verification": "threshold"}, "verification_threshold=0.3", False),
-        (PRUNED | {"task": {"kind": "latency"}}, "limit=3", True),
-        (PRUNED, "limit=3", False),
+        ("task=flocking", "sparsity=0.7", True),
+        ("task=flocking", "method=recipe", True),
+        ("task=flocking", "grid.statistic=[wanda]", True),
+        ("task=flocking", "limit=3", False),
+        ("task=flocking", "offset=3", False),
+        ("sparsity=0", "statistic=wanda", True),
+        ("", "sparsity=0", False),
+        ("sparsity=0", "draft_tokens=3", True),
+        ("sparsity=0 assistance=prompt_lookup", "draft_tokens=3", False),
+        ("", "statistic=wanda", False),
+        ("", "draft_vocabulary=full", True),
+        ("verification=exact", "draft_vocabulary=full", False),
+        ("verification=exact", "verification_threshold=0.3", True),
+        ("verification=threshold", "verification_threshold=0.3", False),
+        ("grid.verification=[exact,none]", "draft_tokens=3", False),  # some of the call's methods draft
+        ("grid.verification=[threshold,exact]", "verification_threshold=0.3", False),
+        ("grid.sparsity=[0.5,0]", "shared_experts=true", False),
+        ("grid.statistic=[griffin]", "statistic=wanda", True),  # the grid's are taken
+        ("task=latency", "limit=3", True),
+        ("", "limit=3", False),
     ],
 )
-def test_keys_that_change_nothing_are_known(config: dict[str, object], override: str, idle: bool) -> None:
+def test_keys_that_change_nothing_are_known(call: str, override: str, idle: bool) -> None:
+    config = composed("model=random_tiny", *call.split(), override)
     assert unused([override, "output_dir=x"], config) == ([override] if idle else [])
 
 

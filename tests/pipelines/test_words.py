@@ -12,6 +12,7 @@ import pytest
 from calling import Outcome, environment, process, run_folder, tiny
 
 from pipelines.hub import what_to_do
+from pipelines.method_keys import AXES
 
 HARNESS = [sys.executable, "-m", "pipelines.harness"]
 
@@ -60,7 +61,8 @@ def test_a_user_without_the_hub_is_told_what_to_do(value: str, words: str, monke
 def test_lm_evals_command_knows_our_arguments(tmp_path: Path) -> None:
     shown = process([*HARNESS, "--help"], tmp_path)
     assert shown.code == 0
-    assert "  sparsity       share of FF neurons dropped; 0 is HFLM (0.5)" in shown.out.splitlines()
+    lines = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
+    assert {*AXES, "method", "protocol", "seed"} <= {*lines}
     assert "usage: lm-eval" in shown.out
 
 
@@ -68,7 +70,7 @@ def test_lm_evals_command_knows_our_arguments(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ("pretrained=x,sparsty=0.5", "--model_args sparsty=0.5: no such argument (did you mean sparsity?)"),
-        ("pretrained=x,sparsity=1.5", "sparsity=1.5: expected a number, 0 <= sparsity < 1"),
+        ("pretrained=x,sparsity=1.5", "sparsity=1.5: expected 0 <= sparsity < 1"),
         ("sparsity=0.5", "--model_args: expected pretrained=NAME"),
         ("pretrained=/nowhere,sparsity=0.5", "/nowhere"),
     ],
@@ -79,4 +81,4 @@ def test_a_mistake_in_them_is_one_line(arguments: str, words: str, tmp_path: Pat
     (error,) = ended.lines("error: ")
     assert words in error
     assert "Traceback" not in ended.err
-    assert bool(ended.lines("griffin: sparsity=0.5, statistic=griffin")) == (words == "/nowhere")
+    assert bool(ended.lines("griffin: griffin 50%, protocol=paper, seed=0")) == (words == "/nowhere")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +69,22 @@ def test_time_left_is_by_the_pace_of_the_run_itself_or_of_its_like(all_states: P
     )
 
 
+def test_a_try_that_failed_is_gone_once_what_it_measures_is_done(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    planned = ManifestEntry(composed(*tiny(out, "sparsity=0.5", "batch_size=4")))
+    planned.plan("sparsity=0.5", "slurm")
+    planned.fail("SLURM job 3 ended without a result")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.tasks.generation._sample", lambda *_: 1 / 0)
+        call(*tiny(out, "sparsity=0.5", "batch_size=2"))
+        call(*tiny(out, "sparsity=0.5", "seed=1"))
+    assert [row.state for row in progress.read(out)] == ["failed"] * 3
+    call(*tiny(out, "sparsity=0.5"))
+    assert sorted(row.state for row in progress.read(out)) == ["done", "failed"], "another seed is another point"
+
+
 def test_points_that_differ_in_their_seed_only_are_told_apart(tmp_path: Path) -> None:
     for seed in range(3):
         ManifestEntry(composed(*tiny(tmp_path / "out", f"seed={seed}"))).plan(f"seed={seed}", "local")
@@ -96,7 +111,7 @@ def test_damaged_notes_are_passed_over(damage: str, all_states: Path) -> None:
 
 
 def test_a_damaged_record_is_told(all_states: Path) -> None:
-    (done,) = [row.run for row in progress.read(all_states) if row.state == "done"]
+    done = "xsum-tiny-dense-1"
     (all_states / done / "record.json").write_text('{"run_id": ')
     (row,) = [row for row in progress.read(all_states) if row.run == done]
     assert (row.state, "record.json cannot be read" in row.reason) == ("broken off", True)
@@ -141,9 +156,3 @@ def test_the_table_is_printed(
 )
 def test_durations_are_rounded_as_estimates_deserve(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
-
-
-def test_states_are_json_for_other_tools(all_states: Path) -> None:
-    state = json.loads((all_states / "xsum-tiny-griffin-75-3" / "state.json").read_text())
-    assert state.pop("started").endswith("Z")
-    assert state == {"samples": 4, "failed": "out of memory", "beside": []}

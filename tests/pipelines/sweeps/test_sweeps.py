@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calling import Outcome, composed, read_record, run_folders, tiny
 from hydra import compose, initialize_config_dir
 
-from pipelines import composition
+from pipelines import composition, models
 from pipelines.composition import CONF
 from pipelines.run_folder import RunFolder
 from pipelines.sweeps.manifest import ManifestEntry
@@ -67,7 +69,7 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     records = [read_record(folder) for folder in run_folders(tmp_path / "out")]
     assert sorted(record["config"]["sparsity"] for record in records) == [0, 0.5]
     assert len(swept.lines("error: ")) == 4, "none of them stops the others"
-    assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected a number")
+    assert rows["sparsity=1 batch_size=1"].startswith("failed sparsity=1: expected 0 <=")
     assert rows["sparsity=0 batch_size=0"].startswith("failed batch_size=0: expected a whole number, 1 or more")
     again = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
     assert (again.code, again.out.splitlines()[-1]) == (1, "2 skipped, 4 failed")
@@ -166,3 +168,22 @@ def test_the_plan_is_for_reading(call: Callable[..., Outcome], tmp_path: Path) -
     notes = [json.loads(path.read_text()) for path in (tmp_path / "out" / ".sweep").iterdir()]
     assert [note["methods"] for note in notes] == [["dense", "griffin 50%"]] * 2
     assert {run for note in notes for run in note["runs"]} == {path.name for path in run_folders(tmp_path / "out")}
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = models.load
+
+    def noted(*arguments: Any, **options: Any) -> models.LoadedModel:
+        alive.append(sum(model() is not None for model in loaded))
+        found = load(*arguments, **options)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(models, "load", noted)
+    sweep = ["model.architecture.num_hidden_layers=1,2", "grid.sparsity=[0,0.5]"]
+    assert call("-m", *tiny(tmp_path / "out", *sweep, rows=1, tokens=2)).code == 0
+    assert alive == [0, 0]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines.tasks.code_execution import run_program
+from pipelines.tasks.code_execution import SANDBOX, run_program
 
 SECONDS = 2
 MISSING = run_program("", 10).missing
@@ -45,14 +44,9 @@ def test_harmless_programs_pass(what: str) -> None:
         ("raise SystemExit", "SystemExit"),
         ("def f(): return f()\nf()", "RecursionError"),
         ("import os; os._exit(0)", "ended before its tests did"),
-        (
-            "import os, json; os.write(3, json.dumps({'token': '', 'error': None}).encode()); os._exit(0)",
-            "ended before",
-        ),
         ("while True: pass", "timed out"),
         ("import time; time.sleep(60)", "timed out"),
         ("while True: print('x' * 1000)", "timed out"),
-        ("import os\nwhile True: os.write(3, b'x' * 10**6)", ""),
         ("import sys; sys.stdin.read(); input()", "EOFError"),
     ],
 )
@@ -85,106 +79,164 @@ def victim() -> Iterator[Path]:
         yield path
 
 
+LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+ATTACKS = [
+    "open('{victim}', 'w').write('gone')",
+    "open('{victim}', 'a').write('gone')",
+    "open('{victim}').read()",
+    "import os; os.remove('{victim}')",
+    "import os; os.truncate('{victim}', 0)",
+    "import os; os.chmod('{victim}', 0)",
+    "import os; os.utime('{victim}', (0, 0))",
+    "import os; os.rename('{victim}', 'mine')",
+    "import os; os.link('{victim}', 'mine'); open('mine', 'w')",
+    "import os; os.symlink('{victim}', 'mine'); open('mine', 'w')",
+    "import os; os.chdir('/'); open('{victim}', 'w')",
+    "import shutil; shutil.rmtree('{folder}')",
+    "import os; open('{folder}/new', 'w')",
+    "import os; os.mkdir('{folder}/new')",
+    "import pathlib; list(pathlib.Path('{home}').iterdir())",
+    "import os; os.listdir('/')",
+    "open('/etc/passwd').read()",
+    "open('/proc/self/environ').read()",
+    "import os\nwhile True: os.fork()",
+    "import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)",
+    "import subprocess; subprocess.Popen(['sleep', '61.25'], start_new_session=True)",
+    "import os; os.execv('/bin/sleep', ['sleep', '61.25'])",
+    "import multiprocessing; multiprocessing.Process(target=print).start()",
+    "import threading; threading.Thread(target=print).start()",
+    "import os; os.kill(os.getppid(), 9)",
+    "import os, signal; os.killpg(0, signal.SIGTERM)",
+    "import os; os.kill(-1, 9)",
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/')",
+    "import socket; socket.create_connection(('127.0.0.1', {port}))",
+    "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
+    "import socket; socket.socket(socket.AF_UNIX).connect('/run/any')",
+    "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "import os; os.truncate('a', 0)",
+    "import os; open('a', 'w'); os.open('a', os.O_RDONLY | os.O_TRUNC)",
+    "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+    "import fcntl, os, signal; fcntl.fcntl(os.pipe()[0], fcntl.F_SETSIG, signal.SIGKILL)",
+    "import os; os.unlink('{sandbox}')",
+    "import os; os.symlink('{sandbox}', 'a'); os.unlink('a'); os.link('{sandbox}', 'a')",
+    "import os; os.pidfd_open(os.getppid())",
+    "import os; os.sched_setaffinity(os.getppid(), [0])",
+    "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 9)",
+    "import os; os.execve(os.memfd_create('a'), ['a'], {{}})",
+    *(
+        LIBC + f"if libc.{call} == -1: raise OSError(ctypes.get_errno(), '')"
+        for call in (
+            "ptrace(16, libc.getppid(), 0, 0)",
+            "process_vm_readv(libc.getppid(), 0, 0, 0, 0, 0)",
+            "prlimit(libc.getppid(), 0, 0, 0)",
+            "fork()",
+            "unshare(0x10000000)",
+            "mount(b'none', b'/', b'tmpfs', 0, 0)",
+            "syscall(437, -100, b'/etc/passwd', 0, 24)",
+            "syscall(425, 1, 0)",
+        )
+    ),
+]
+
+
 @needs_isolation
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "open('{victim}', 'w').write('gone')",
-        "open('{victim}', 'a').write('gone')",
-        "open('{victim}').read()",
-        "import os; os.remove('{victim}')",
-        "import os; os.truncate('{victim}', 0)",
-        "import os; os.chmod('{victim}', 0)",
-        "import os; os.utime('{victim}', (0, 0))",
-        "import os; os.rename('{victim}', 'mine')",
-        "import os; os.link('{victim}', 'mine'); open('mine', 'w')",
-        "import os; os.symlink('{victim}', 'mine'); open('mine', 'w')",
-        "import os; os.chdir('/'); open('{victim}', 'w')",
-        "import shutil; shutil.rmtree('{folder}')",
-        "import os; open('{folder}/new', 'w')",
-        "import os; os.mkdir('{folder}/new')",
-        "import pathlib; list(pathlib.Path('{home}').iterdir())",
-        "import os; os.listdir('/')",
-        "open('/etc/passwd').read()",
-        "open('/proc/self/environ').read()",
-    ],
-)
-def test_files_outside_its_folder_are_out_of_reach(attack: str, victim: Path) -> None:
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_system_is_out_of_reach(attack: str, victim: Path) -> None:
     before = victim.stat()
-    program = attack.format(victim=victim, folder=victim.parent, home=Path.home())
-    assert run_program(program, SECONDS).reason in ("PermissionError", "OSError")
-    assert victim.read_text(encoding="utf-8") == "whole"
-    assert [path.name for path in victim.parent.iterdir()] == ["victim"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        places = {"victim": victim, "folder": victim.parent, "home": Path.home(), "sandbox": SANDBOX}
+        outcome = run_program(attack.format(port=server.getsockname()[1], **places), SECONDS)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert outcome.reason in ("PermissionError", "OSError", "RuntimeError", "URLError", "ValueError"), outcome
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "61.25" not in listed
     after = victim.stat()
     assert (after.st_mode, after.st_mtime, after.st_size) == (before.st_mode, before.st_mtime, before.st_size)
+    assert [path.name for path in victim.parent.iterdir()] == ["victim"]
 
 
-def processes(mark: str) -> list[str]:
-    """Lines of running processes that hold a mark."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if mark in line]
+TEST = "assert candidate(4) == 86461, candidate(5)"  # a value that no program guesses
+EVERY = "import os\nfor fd in range(64):\n    try: os.write(fd, {text})\n    except OSError: pass\n"
+VERDICT = EVERY.format(text='b\'{"error": null, "missing": []}\'')
+
+CHEATS = {
+    "ends": "import os; os._exit(0)",
+    "ends when it is called": "def f(x): import os; os._exit(0)",
+    "exits": "def f(x): raise SystemExit(0)",
+    "tells the verdict": VERDICT + "os._exit(0)",
+    "tells the verdict when it is called": "def f(x):\n " + VERDICT.replace("\n", "\n ") + "os._exit(0)",
+    "tells the verdict at its end": f"import atexit; atexit.register(exec, {VERDICT!r}); raise SystemExit",
+    "looks for it in frames": """
+import sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        assert '86461' not in repr([*frame.f_locals.values(), *frame.f_globals.values()]), 86461
+        frame = frame.f_back
+""",
+    "looks for it in all objects": """
+import gc
+def f(x):
+    secret = '8646' + str(1)
+    return int(secret) if any(secret in repr(item) for item in gc.get_objects() if isinstance(item, dict)) else None
+""",
+    "looks for it in memory": "def f(x): return 86461 if b'8646' + b'1' in open('/proc/self/mem', 'rb').read(1) else 0",
+    "equals everything": "class A:\n def __eq__(self, other): return True\ndef f(x): return A()",
+    "is a number that equals everything": "class A(int):\n def __eq__(self, other): return True\ndef f(x): return A()",
+    "is a list that equals everything": "class A(list):\n def __eq__(self, other): return True\ndef f(x): return A()",
+    "changes what is built in": """
+import builtins
+builtins.AssertionError = Exception
+builtins.exec = builtins.compile = builtins.print = lambda *_, **__: None
+def f(x): return 0
+""",
+    "changes how it is told": "import builtins; builtins.ascii = lambda _: '__import__(\"os\")._exit(0)'",
+    "traces": "import sys; sys.settrace(lambda *_: 1 / 0); sys.setprofile(lambda *_: 1 / 0)\ndef f(x): return 0",
+    "answers with code": EVERY.format(text="b'(None, __import__(\"os\")._exit(0))\\n' * 9") + "def f(x): return 0",
+    "answers with half a line": EVERY.format(text="b'(None, '") + "os._exit(0)",
+    "answers without end": EVERY.format(text="b'(' * 60000") + "while True: " + "os.write(fd, b'(')",
+    "nests without end": "x = []\nx.append(x)\ndef f(_): return x",
+    "closes all pipes": "import os; os.closerange(0, 64)",
+    "ends by a signal": "import signal; signal.signal(signal.SIGALRM, print); signal.alarm(1)\nwhile True: pass",
+    "raises what passes nowhere": "class none(BaseException): pass\ndef f(x): raise none",
+}
 
 
-@needs_isolation
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "import os\nwhile True: os.fork()",
-        "import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)",
-        "import subprocess; subprocess.Popen(['sleep', '61.25'], start_new_session=True)",
-        "import os; os.execv('/bin/sleep', ['sleep', '61.25'])",
-        "import multiprocessing; multiprocessing.Process(target=print).start()",
-        "import threading; threading.Thread(target=print).start()",
-        "import os; os.kill(os.getppid(), 9)",
-        "import os, signal; os.killpg(0, signal.SIGTERM)",
-        "import os; os.kill(-1, 9)",
-    ],
-)
-def test_processes_and_signals_are_out_of_reach(attack: str) -> None:
-    before = processes("sandbox.py")
-    outcome = run_program(attack, SECONDS)
-    assert outcome.reason in ("PermissionError", "RuntimeError", "OSError"), outcome
-    assert not processes("61.25")
-    assert processes("sandbox.py") == before
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_programs_cannot_say_that_they_pass(cheat: str) -> None:
+    outcome = run_program(CHEATS[cheat], SECONDS, TEST, "f")
+    assert not outcome.passed
+    assert outcome.reason
 
 
-@needs_isolation
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/')",
-        "import socket; socket.create_connection(('127.0.0.1', {port}))",
-        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
-        "import socket; socket.socket(socket.AF_UNIX).connect('/run/any')",
-    ],
-)
-def test_the_network_is_out_of_reach(attack: str) -> None:
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        outcome = run_program(attack.format(port=server.server_port), SECONDS)
-        server.shutdown()
-    assert outcome.reason in ("PermissionError", "URLError")
-    assert asked == []
+def test_a_right_program_passes_its_tests() -> None:
+    written = "import collections\ndef f(*a, **n): return [*a, n and collections.Counter(n), (1.5, {2}, None, 'x\\n')]"
+    test = "assert candidate(4, b=2) == [4, {'b': 2}, (1.5, {2}, None, 'x\\n')]"
+    assert run_program(written, 10, test, "f").passed
+    assert run_program("def f(): raise KeyError", 10, "try: candidate()\nexcept KeyError: pass", "f").passed
 
 
-@needs_isolation
-def test_limits_cannot_be_lifted() -> None:
-    raised = "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"
-    assert run_program(raised, SECONDS).reason in ("PermissionError", "ValueError")
+@pytest.mark.skipif(not ISOLATED, reason="not a system that these means exist on")
+@pytest.mark.parametrize("version", [1, 2])
+def test_early_versions_of_landlock_truncate_nothing_either(version: int, victim: Path, tmp_path: Path) -> None:
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(SANDBOX.parent)!r})
+import sandbox
+sandbox.landlock_version = lambda: {version}
+assert sandbox.give_up({{"seconds": 9, "memory": 2**30, "file": 2**20}}) == []
+for action in (lambda: os.truncate({str(victim)!r}, 0), lambda: os.open({str(victim)!r}, os.O_TRUNC)):
+    try: action()
+    except PermissionError: pass
+    else: raise SystemExit("it was truncated")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert victim.read_text(encoding="utf-8") == "whole"
 
 
-def test_nothing_is_left_behind() -> None:
-    def folders() -> set[str]:
-        return {path.name for path in Path(tempfile.gettempdir()).glob("griffin-*")}
-
-    before = folders()
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_program("import os\nos.mkdir('a')\nopen('a/b', 'w').write('x')\nwhile True: pass", 1)
-    assert folders() == before
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from calling import composed, ran, read_record, read_samples, write_rows
 
 from pipelines.data import read_jsonl
 from pipelines.tasks.code_execution import run_program
-from pipelines.tasks.code_generation import FIELDS, Problem, program, read, whole, whole_chat
+from pipelines.tasks.code_generation import FIELDS, Problem, judging, program, read, whole, whole_chat
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "humaneval.jsonl"
 HEAD = '''from typing import List
@@ -39,6 +39,10 @@ def problem(chat: bool = False) -> Problem:
     return Problem(0, "own/0", HEAD, "", begun=HEAD, entry_point="half", test=TEST, chat=chat)
 
 
+def passed(one: Problem, text: str) -> bool:
+    return run_program(program(one, text), 10, judging(one), one.entry_point).passed
+
+
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
@@ -51,7 +55,7 @@ def problem(chat: bool = False) -> Problem:
     ],
 )
 def test_a_base_models_text_goes_on_to_the_functions_end(text: str, passes: bool) -> None:
-    assert run_program(program(problem(), text), 5).passed == passes
+    assert passed(problem(), text) == passes
 
 
 WRITTEN = "def half(number):\n    return number // 2\n"
@@ -75,7 +79,7 @@ WRITTEN = "def half(number):\n    return number // 2\n"
     ],
 )
 def test_an_answer_is_its_first_block_of_code(text: str, passes: bool) -> None:
-    assert run_program(program(problem(chat=True), text), 5).passed == passes
+    assert passed(problem(chat=True), text) == passes
 
 
 def test_a_text_is_whole_where_the_function_is() -> None:
@@ -99,12 +103,11 @@ def test_canonical_solutions_pass_and_broken_ones_are_judged_as_by_hand(tmp_path
     for row in read_jsonl(SHARED, FIELDS, "task.data_files", None):
         one = Problem(0, "", "", "", begun=row["prompt"], entry_point=row["entry_point"], test=row["test"])
         solution: str = row["canonical_solution"]
-        tests = f"\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-        assert run_program(row["prompt"] + solution + tests, 10).passed, row["task_id"]
-        broken = row["prompt"] + "\n".join(solution.rstrip().split("\n")[:-1]) + tests
-        judged.append(run_program(broken, 10).passed)
-        assert judged[-1] == by_hand(broken, tmp_path), row["task_id"]
-        assert run_program(program(one, solution), 10).passed, row["task_id"]
+        assert passed(one, solution), row["task_id"]
+        broken = "\n".join(solution.rstrip().split("\n")[:-1])
+        judged.append(passed(one, broken))
+        by_itself = f"{row['prompt']}{broken}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+        assert judged[-1] == by_hand(by_itself, tmp_path), row["task_id"]
     assert judged.count(True) < len(judged) / 4
 
 

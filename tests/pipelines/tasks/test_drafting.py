@@ -39,7 +39,7 @@ def test_exact_texts_are_the_dense_models(override: str, tmp_path: Path) -> None
         [],
         [SAMPLED],
         ["grid.verification=[threshold]", "draft_tokens=2", SAMPLED],
-        ["compensation=ridge", "grid.refresh=[experts,compensation]"],
+        ["compensation=ridge", "grid.refresh=[none,compensation]"],
     ],
 )
 def test_a_verified_run_that_was_cut_off_ends_as_undisturbed(overrides: list[str], tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_metrics_are_ratios_of_sums() -> None:
 
 
 def test_learning_is_told_by_what_checks_take() -> None:
-    seconds = {"draft": 9.0, "check": 2.0, "learn": 0.5, "choose": 0.25}
+    seconds = {"draft": 9.0, "check": 2.0, "learn": 0.75}
     assert timing([sample(seconds=seconds), sample(seconds=seconds)]) == {"learning_overhead": 0.375}
     assert timing([{}]) == {}
 
@@ -164,3 +164,20 @@ def test_rounds_and_the_best_number_of_drafts_by_hand() -> None:
     both = predicted([agreement, [0, 0]], 0.25)
     costs = {k: (rounds + 2) * (0.25 * k + 1) for k, rounds in {1: 5, 2: 3, 3: 3, 4: 2}.items()}
     assert both["predicted_speedup"] == pytest.approx(10 / min(costs.values()))
+
+
+def test_standard_errors_read_every_sample_as_often_however_many_there_are() -> None:
+    class Counted(dict[str, int]):
+        reads = 0
+
+        def __getitem__(self, name: str) -> int:
+            Counted.reads += 1
+            return super().__getitem__(name)
+
+    def reads(count: int) -> int:
+        Counted.reads = 0
+        counts = {"checks": 3, "drafted": 9, "accepted": 5, "emitted": 8, "draft_bytes": 90, "step_bytes": 100}
+        metrics([{"drafting": Counted(counts)} for _ in range(count)])
+        return Counted.reads
+
+    assert reads(80) < 9 * reads(10)

@@ -16,7 +16,6 @@ from calling import ARTICLES, Outcome, composed, ran, read_record, read_samples,
 
 import griffin
 from pipelines.errors import UserError
-from pipelines.methods import methods
 from pipelines.models import load
 from pipelines.records import read_arrays
 from pipelines.tasks import flocking
@@ -241,4 +240,4 @@ def test_what_the_model_makes_of_a_text_is_told(override: str, words: str, tmp_p
     config = composed(*options(tmp_path / "out", override.replace("TEXT", str(tmp_path / "text.txt"))))
     loaded = load(config.model, "cpu", 0)
     with pytest.raises(UserError, match=words):
-        list(flocking.evaluate(loaded, read(config), config, methods(config), {}))
+        list(flocking.evaluate(loaded, read(config), config, config.methods(), {}))

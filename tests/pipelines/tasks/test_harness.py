@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from calling import Outcome, composed, cut_off, prompts_run, ran, read_record, read_samples, run_folders, timeless
+from calling import Outcome, composed, cut_off, prompts_run, ran, read_record, read_samples, timeless
 from lm_eval.models.huggingface import HFLM
 
 import griffin
@@ -18,10 +17,9 @@ from pipelines.composition import Call
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.job import attempt
-from pipelines.methods import methods
 from pipelines.models import load
-from pipelines.tasks import classification_and_qa, lm_eval_adapter
-from pipelines.tasks.lm_eval_adapter import GriffinLM
+from pipelines.tasks import lm_eval_adapter
+from pipelines.tasks.harness_model import GriffinLM
 from pipelines.tracking import Media, Tracker
 
 SHARED_DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -91,16 +89,16 @@ def plain_answers(config: RunConfig) -> list[list[str]]:
     loaded = load(config.model, "cpu", config.seed)
     length = loaded.context_length
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, add_bos_token=False, max_length=length)
-    documents = lm_eval_adapter.asked(GriffinLM.around(loaded, config), lm_eval_adapter.read(config), config.task)
+    documents = lm_eval_adapter.asked(lm_eval_adapter.around(loaded, config), lm_eval_adapter.read(config), config.task)
     instances = [instance for document in documents for instance in document.instances]
-    (method,) = methods(config)
+    (method,) = config.methods()
     with griffin.prune(loaded.model, method, mode="masked", seed=config.seed):
         return [[text] for text in lm.generate_until(instances, disable_tqdm=True)]
 
 
 METHODS = (
     *(["sparsity=0"], ["sparsity=0.5"], ["statistic=random", "selection=sample"]),
-    *(["compensation=ridge", f"refresh={refresh}"] for refresh in ("experts", "compensation")),
+    ["compensation=ridge", "refresh=compensation"],
 )
 
 
@@ -206,23 +204,6 @@ def test_the_record_says_protocol_and_versions(tmp_path: Path) -> None:
     assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "samples"} <= set(record["metrics"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_answers_are_written_batch_by_batch(batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, calls = classification_and_qa._sample, itertools.count()
-
-    def breaking(*arguments: Any) -> dict[str, Any]:
-        if next(calls) == 3 * batch_size:  # the second group of the second method
-            raise MemoryError
-        return made(*arguments)
-
-    monkeypatch.setattr(classification_and_qa, "_sample", breaking)
-    monkeypatch.setattr(classification_and_qa, "BATCHES", 2)  # of four rows: two documents under two methods
-    options = arguments(tmp_path, "briefs_qa", f"batch_size={batch_size}", "grid.sparsity=[0,0.5]")
-    *_, pruned = attempt(composed(*options), Call((), None, single=True))
-    assert "out of memory" in str(pruned.reason)
-    assert [len(read_samples(folder)) for folder in run_folders(tmp_path)] == [2 * batch_size, batch_size]
-
-
 def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
     config, generating = (composed(*arguments(tmp_path, task)) for task in ("briefs_choice", "briefs_qa"))
     loaded = load(config.model, "cpu", 0)
@@ -248,15 +229,29 @@ def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
     ("mistake", "told"),
     [
         ({"statistic": "grifin"}, "statistic=grifin: expected one of griffin"),
-        ({"statistic": "oracle"}, "statistic=oracle: expected one of griffin"),
-        ({"sparsity": 50}, "sparsity=50: expected a number"),
+        ({"statistic": "oracle"}, "statistic=oracle: knows the continuation"),
+        ({"sparsity": 50}, "sparsity=50: expected 0 <="),
         ({"protocol": "foo"}, "protocol=foo: expected one of paper, continuation"),
         ({"compensation": "foo"}, "compensation=foo: expected one of none"),
+        ({"method": "recipee"}, "method=recipee: expected one of dense"),
+        ({"statistic": "teal", "verification": "exact"}, "verification=exact with statistic=teal"),
     ],
 )
 def test_lm_eval_is_told_mistakes_before_it_loads_a_model(mistake: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        lm_eval_adapter.GriffinLM(pretrained="no-such-model", **mistake)
+        GriffinLM(pretrained="no-such-model", **mistake)
+
+
+def test_lm_eval_verifies_texts_and_refuses_to_verify_log_likelihoods(tmp_path: Path) -> None:
+    config = composed(*arguments(tmp_path, "briefs_qa", *asking(tmp_path, STOPS), "sparsity=0", "limit=2"))
+    loaded = load(config.model, "cpu", 0)
+    options = {"add_bos_token": False, "max_length": loaded.context_length}
+    lm = GriffinLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, method="exact", draft_tokens=2, **options)
+    documents = lm_eval_adapter.asked(lm, lm_eval_adapter.read(config), config.task)
+    instances = [instance for document in documents for instance in document.instances]
+    assert [[text] for text in lm.generate_until(instances, disable_tqdm=True)] == plain_answers(config)
+    with pytest.raises(UserError, match="verification=exact: log-likelihoods cannot be verified"):
+        lm._loglikelihood_tokens([])
 
 
 def test_data_of_another_layout_is_told_in_one_line(call: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -116,9 +116,11 @@ def test_records_say_how_long_answers_are_and_what_they_took(tmp_path: Path) -> 
 
 
 def test_a_refreshed_answer_counts_its_dense_steps(tmp_path: Path) -> None:
-    base = [*options(tmp_path, "gsm8k_cot_zeroshot", "model=random_tiny"), "limit=1"]
+    base = [*options(tmp_path, "gsm8k_cot_zeroshot", "model=random_tiny"), "limit=1", "compensation=ridge"]
     base += [definition(tmp_path, "gsm8k-cot-zeroshot", 18)]
-    plain, refreshed = (read_record(ran(*base, more)[0])["metrics"] for more in ("refresh=none", "refresh=experts"))
+    plain, refreshed = (
+        read_record(ran(*base, more)[0])["metrics"] for more in ("refresh=none", "refresh=compensation")
+    )
     assert refreshed["answer_tokens"] == 18
     density, steps, dense = plain["effective_density"], 17, 2  # after 8 and 16 tokens
     assert refreshed["effective_density"] == pytest.approx((dense + (steps - dense) * density) / steps)

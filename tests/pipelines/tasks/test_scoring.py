@@ -48,7 +48,12 @@ def score(
     loaded: LoadedModel, asked: list[Request], methods: list[Method], protocol: str, batch_size: int
 ) -> dict[Method, list[Score]]:
     engine = griffin.Engine(loaded.model)
-    return scoring.score(loaded, asked, methods, engine, protocol, batch_size, seed=0)
+    scores = {
+        (method, number): one
+        for batch in scoring.score(loaded, asked, methods, engine, protocol, batch_size, seed=0)
+        for method, number, one in batch
+    }
+    return {method: [scores[method, number] for number in range(len(asked))] for method in methods}
 
 
 @contextmanager

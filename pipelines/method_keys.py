@@ -1,0 +1,116 @@
+"""The keys of a method, made from the fields of `griffin.Method`; and the methods that a call's keys stand for.
+
+An axis is said in `griffin.Method` and nowhere else: its type, values, default and help are taken from there, and what
+goes with what is what `Method` does not refuse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import Field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from griffin import METHODS, Method
+from pipelines.config_fields import described, one_of
+from pipelines.errors import UserError
+
+AXES: dict[str, Field[Any]] = {axis.name: axis for axis in fields(Method)}
+
+
+def _type(axis: Field[Any]) -> Any:
+    """The axis's type as the configuration may have it, which knows no unions and no statistics of one's own."""
+    hint = get_type_hints(Method)[axis.name]
+    return hint if hint in (str, bool, int, float) else str if axis.metadata["values"] else Any
+
+
+def help_of(axis: Field[Any]) -> str:
+    """What an axis means, and what it may be."""
+    text, values = axis.metadata["help"], axis.metadata["values"]
+    return text if all(value in text for value in values) else f"{text}: {', '.join(values)}"
+
+
+MethodKeys: Any = make_dataclass(
+    "MethodKeys",
+    [(name, _type(axis), described(help_of(axis), axis.default)) for name, axis in AXES.items()],
+    namespace={"__module__": __name__, "__doc__": "How a run prunes."},
+)
+
+GridConfig: Any = make_dataclass(
+    "GridConfig",
+    [
+        ("method", list[str], described(f"named methods, on top of which single keys go: {', '.join(METHODS)}", list)),
+        *((name, list[_type(axis)], described(f"values of {name}", list)) for name, axis in AXES.items()),  # type: ignore[misc]
+    ],
+    namespace={
+        "__module__": __name__,
+        "__doc__": "Several methods in one process: every possible combination of the lists. Empty: the root's own.",
+    },
+)
+
+
+def planned(config: Any) -> list[Method]:
+    """The methods of a call, dense first: every combination of its keys that `Method` takes, each once.
+
+    All of sparsity 0 are the one dense method.
+
+    Args:
+        config: has the keys of `MethodKeys`, and a `grid`.
+
+    Raises:
+        UserError: a value that goes with none of the others.
+    """
+    for name in config.grid.method:
+        one_of("grid.method", name, tuple(METHODS))
+    for name, axis in AXES.items():
+        listed = getattr(config.grid, name)
+        for value in (listed or [getattr(config, name)]) if axis.metadata["values"] else ():
+            one_of(f"grid.{name}" if listed else name, value, axis.metadata["values"])
+    named = [METHODS[name] for name in config.grid.method]
+    points = [point for base in named or [Method()] if not (named and base.dense) for point in _points(config, base)]
+    pruned = [point for point in points if not _is_dense(point["sparsity"])]
+    methods = _taken(pruned or points, config)
+    if len(pruned) < len(points) or any(base.dense for base in named):
+        methods = [Method(sparsity=0.0), *(method for method in methods if not method.dense)]
+    return methods
+
+
+def _points(config: Any, base: Method) -> list[dict[str, Any]]:
+    """Every combination: of the grid's values where it has any, else the root's where it was set, else the base's."""
+    values = [
+        getattr(config.grid, name)
+        or [getattr(base, name) if getattr(config, name) == axis.default else getattr(config, name)]
+        for name, axis in AXES.items()
+    ]
+    return [dict(zip(AXES, point, strict=True)) for point in itertools.product(*values)]
+
+
+def _taken(points: Sequence[dict[str, Any]], config: Any) -> list[Method]:
+    taken: list[dict[str, Any]] = []
+    refused: list[tuple[dict[str, Any], str]] = []
+    methods: dict[Method, None] = {}
+    for point in points:
+        try:
+            method = Method(**point)
+        except (ValueError, TypeError) as error:
+            refused.append((point, str(error)))
+        else:
+            taken.append(point)
+            methods[Method(**method.settings)] = None
+    for point, refusal in refused:  # a value that goes with nothing is a mistake, and no gap of the grid
+        if any(all(other[name] != value for other in taken) for name, value in point.items()):
+            raise UserError(as_typed(refusal, [name for name in AXES if getattr(config.grid, name)]))
+    return list(methods)
+
+
+def _is_dense(sparsity: Any) -> bool:
+    return sparsity == 0 or (isinstance(sparsity, list | tuple) and bool(sparsity) and not any(sparsity))
+
+
+def as_typed(refusal: str, listed: Sequence[str] = ()) -> str:
+    """A refusal of `Method` as the command line says it: without quotes, and with `grid.` before what is from it."""
+    setting, colon, allowed = re.sub(r"='([^']*)'", r"=\1", refusal).replace("=None", "=null").partition(": ")
+    for name in listed:
+        setting = re.sub(rf"\b{name}=", f"grid.{name}=", setting)
+    return setting + colon + allowed

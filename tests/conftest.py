@@ -1,0 +1,17 @@
+"""What tests of the library and of the pipeline share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only reference counting frees memory: what is no longer used must go at once."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

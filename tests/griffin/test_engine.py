@@ -1,0 +1,259 @@
+"""The engine: one dense pass over each prompt, and rows that go on together, each as it does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from engines import Text, begun, generated, prefilled, refuse_parting, scored, uncompiled
+from families import MASKS, VOCABULARY, tiny
+from running import TOLERANCE, difference, same, tokens
+from torch import Tensor
+
+import griffin
+from griffin import Engine, Generation, Method, PromptState, Row, begin, decode, prefill, score, wanted
+
+# All that can be recorded, and a method for each of it.
+METHODS = [
+    *(Method(name) for name, one in griffin.STATISTICS.items() if not one.oracle),
+    *(Method(compensation=name) for name in griffin.COMPENSATIONS),
+]
+EVERYTHING = wanted(METHODS)
+
+
+def keys_values(state: PromptState) -> list[Tensor]:
+    """All keys and values that a state's cache shows."""
+    assert state.cache is not None
+    window = slice(None), slice(None), slice(0, state.length)
+    return [buffer[window] for layer in state.cache.layers for buffer in (layer.keys, layer.values)]
+
+
+def everything(state: PromptState) -> list[Tensor]:
+    """All tensors of a state."""
+    recorded = [total for layers in state.recorded.totals.values() for total in layers]
+    return [state.logits_TV, *keys_values(state), *recorded]
+
+
+def refuse_difference(found: PromptState, expected: PromptState) -> None:
+    assert (found.ids, found.length) == (expected.ids, expected.length)
+    assert found.recorded.tokens == expected.recorded.tokens == found.length
+    for one, other in zip(*([state.logits_TV, *keys_values(state)] for state in (found, expected)), strict=True):
+        assert one.shape == other.shape
+        assert difference(one, other) < TOLERANCE
+    for statistic, layers in expected.recorded.totals.items():
+        for one, other in zip(found.recorded.totals[statistic], layers, strict=True):
+            if one.dim() == 3:  # the latest rows: a longer prompt beside it puts rows of zeros in front
+                assert not one[:, : -other.shape[1]].any()
+                one = one[:, -other.shape[1] :]
+            assert difference(one, other) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", MASKS)
+def test_a_padded_batch_is_its_prompts_one_by_one_of_which_nothing_more_is_recorded(family: str) -> None:
+    engine, counts = Engine(tiny(family)), [11, 4, 1, 17]
+    texts = [tokens(length, length) for length in (12, 9, 1, 17)]
+    found = prefill(engine, texts, EVERYTHING, prompt_lengths=counts, keep_logits=12)
+    for state, ids, count in zip(found, texts, counts, strict=True):
+        whole, alone = prefilled(engine, ids, keep_logits=12), prefilled(engine, ids[:count], *METHODS)
+        assert state.logits_TV.shape == (min(12, len(ids)), VOCABULARY)
+        assert difference(state.logits_TV, whole.logits_TV) < TOLERANCE
+        refuse_difference(replace(state, logits_TV=alone.logits_TV), alone)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        prefill(Engine(tiny("llama")), [tokens(5), []], [])
+
+
+@pytest.mark.parametrize(("before", "length"), [(5, 13), (6, 7), (1, 7)])
+@pytest.mark.parametrize("family", MASKS)
+def test_a_prompt_goes_on_from_its_prefix(family: str, before: int, length: int) -> None:
+    engine, ids = Engine(tiny(family)), tokens(length)
+    prefix = prefilled(engine, ids[:before], *METHODS)
+    whole = prefilled(engine, ids, *METHODS, keep_logits=length - before)
+    refuse_difference(prefilled(engine, ids, *METHODS, keep_logits=length, prefix=prefix), whole)
+
+
+def test_a_prefix_of_a_prefix_and_one_that_was_one_of_a_batch() -> None:
+    engine, ids = Engine(tiny("llama")), tokens(13)
+    expected, state = prefilled(engine, ids, *METHODS), prefilled(engine, ids[:3], *METHODS)
+    lengths: list[int] = []
+    engine.dense.module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    for length in (6, 7, 13):
+        state = prefilled(engine, ids[:length], *METHODS, prefix=state)
+    refuse_difference(state, expected)
+    assert lengths == [3, 1, 6], "what was run is not run again"
+    _, prefix = prefill(engine, [tokens(17, 1), ids[:6]], EVERYTHING)
+    refuse_difference(prefilled(engine, ids, *METHODS, prefix=prefix), expected)
+
+
+def test_a_prefix_must_have_recorded_what_is_wanted_and_the_rest_is_forgotten() -> None:
+    """Else methods would choose from a part of a prompt without anybody's notice."""
+    engine = Engine(tiny("llama"))
+    prefix = prefilled(engine, tokens(5), Method("griffin"))
+    with pytest.raises(ValueError, match="without recording"):
+        prefilled(engine, tokens(9), Method("wanda"), prefix=prefix)
+    with pytest.raises(ValueError, match="without recording"):
+        prefilled(engine, tokens(9), prefix=prefix, likely_tokens=True)
+    prefix = prefilled(engine, tokens(5), Method("griffin"), Method("wanda"))
+    state = prefilled(engine, tokens(9), Method("joint"), prefix=prefix)
+    assert list(state.recorded.totals) == wanted([Method("griffin")]), "joint records what griffin does"
+    with pytest.raises(ValueError, match="without recording"):
+        prefilled(engine, tokens(13), Method("wanda"), prefix=state)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_no_use_of_a_state_changes_it(family: str) -> None:
+    """A part of a shared prompt once changed the prompt that it was part of."""
+    engine = Engine(tiny(family))
+    refreshed = Method(compensation="ridge", refresh="compensation")
+    verified = replace(refreshed, verification="exact")
+    methods = [Method("wanda"), Method(compensation="ridge"), Method(sparsity=0.0), refreshed, verified]
+    states = prefill(engine, [tokens(9, 1), tokens(12, 2)], wanted(methods), likely_tokens=True)
+    before = [[tensor.clone() for tensor in everything(state)] for state in states]
+
+    def texts(state: PromptState) -> list[tuple[list[int], Tensor]]:
+        rows = [begin(engine, [state], method, labels=[method])[0] for method in methods]
+        return list(generated(engine, rows, 20, most=3).values())
+
+    first = texts(states[0])
+    generated(engine, begin(engine, states, refreshed, labels=[0, 1]), 20, most=2)
+    prefilled(engine, [*tokens(9, 1), 5, 6], *methods, prefix=states[0])
+    scored(engine, begin(engine, [states[1]], refreshed)[0], tokens(18))
+    for state, tensors in zip(states, before, strict=True):
+        assert same(everything(state), tensors)
+    for (ours, logits), (theirs, their_logits) in zip(texts(states[0]), first, strict=True):
+        assert ours == theirs
+        assert torch.equal(logits, their_logits)
+
+
+REFRESHED = [Method(name, compensation="ridge", refresh="compensation") for name in ("griffin", "wanda")]
+# Beside each other in one batch.
+BATCHED = [
+    Method(sparsity=0.0),
+    Method(),
+    Method("wanda", sparsity=0.75),
+    Method("random", "sample"),
+    Method(sparsity=(0.5, 0.0, 0.9)),
+    Method("joint", compensation="ridge", budget="late"),
+    Method(compensation="ridge"),
+    *REFRESHED,
+]
+LENGTHS = [12, 3, 17]  # some beyond the sliding window
+LIMIT = 20  # two refreshes
+
+
+def ended(row: Row) -> bool:
+    return (sum(row.tokens) + 3 * len(row.tokens)) % 29 == 5
+
+
+def rows(engine: Engine, methods: list[Method]) -> Iterator[Row]:
+    """Every prompt under every method, labelled by both."""
+    for length in LENGTHS:
+        state = prefilled(engine, tokens(length, length), *methods)
+        for method in methods:
+            yield from begin(engine, [state], method, labels=[(length, method)])
+
+
+@cache
+def alone(family: str) -> dict[tuple[int, Method], Text]:
+    """What every row generates by itself, on compact weights."""
+    engine = Engine(tiny(family), mode="compact")
+    return generated(engine, rows(engine, BATCHED), LIMIT, ended=ended)
+
+
+@pytest.mark.parametrize(("most", "compiler"), [(4, None), (30, None), (30, uncompiled), (7, uncompiled)])
+@pytest.mark.parametrize("family", MASKS)
+def test_a_row_generates_what_it_does_alone(family: str, most: int, compiler: Any) -> None:
+    """Masked in a batch of other prompts and methods, of which some end and others come; or all of them together."""
+    engine, expected = Engine(tiny(family), compiler=compiler), alone(family)
+    longest = 17 if most == 4 else 0  # where it is not announced, a longer prompt makes room for itself
+    found = generated(engine, rows(engine, BATCHED), LIMIT, most=most, longest=longest, ended=ended)
+    assert found.keys() == expected.keys()
+    for label in expected:
+        refuse_parting(found[label], expected[label])
+    assert list(found) != list(expected), "rows end in another order than they come in"
+
+
+def test_rows_end_at_different_times_and_methods_differ() -> None:
+    # Else the test above would not show that one takes the place of another, nor that each has its own experts.
+    lengths = {len(text) for family in MASKS for text, _ in alone(family).values()}
+    assert len(lengths) > 4
+    assert max(lengths) == LIMIT
+    texts = {method: tuple(alone("llama")[12, method][1][1].tolist()) for method in BATCHED[:7]}
+    assert len({*texts.values()}) == len(texts)
+    last = {method: tuple(alone("bloom")[17, method][1][-1].tolist()) for method in [BATCHED[1], *REFRESHED]}
+    assert len({*last.values()}) == len(last)
+
+
+def test_a_prompt_runs_when_there_is_room_for_it() -> None:
+    # Else the caches of all prompts would be held at once.
+    engine, came = Engine(tiny("llama")), []
+
+    def coming() -> Iterator[Row]:
+        for row in rows(engine, BATCHED[1:3]):
+            came.append(row)
+            yield row
+
+    for over, _ in enumerate(decode(engine, coming(), Generation(LIMIT, ended), batch_size=2)):
+        assert len(came) <= over + 2
+        assert all(row.state.cache is None for row in came), "copied, and not needed any more"
+    assert len(came) == 6
+    assert [len(text) for text, _ in generated(engine, rows(engine, BATCHED[:3]), 1, most=2).values()] == [1] * 9
+    assert not list(decode(engine, [], Generation(3), batch_size=2))
+
+
+def compiles(module: Any) -> Any:
+    """A compiler whose calls fail."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    return fail
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3_text"])
+def test_scoring_a_text_gives_the_logits_that_generated_it_and_compiles_nothing(family: str) -> None:
+    engine, expected = Engine(tiny(family), compiler=compiles), alone(family)
+    given = ((row, expected[row.label][0]) for row in rows(engine, BATCHED))
+    found = list(score(engine, given, 4))
+    assert [row.label for row, _ in found] == [row.label for row in rows(engine, BATCHED)], "in order"
+    for row, logits_CV in found:
+        text, picked = expected[row.label]
+        assert len(logits_CV) == len(text)
+        assert difference(logits_CV[:-1], picked[1:]) < TOLERANCE or len(text) == 1
+    with pytest.raises(AssertionError, match="compiled"):
+        generated(engine, [begun(engine, tokens(5), BATCHED[1])], 3)
+
+
+@pytest.mark.parametrize("ends", [0, 4])
+@pytest.mark.parametrize("compiler", [None, uncompiled])
+def test_shared_experts_are_refreshed_by_all_texts_that_have_not_ended(compiler: Any, ends: int) -> None:
+    """What runs on behind the end of a text, where calls are compiled, teaches nothing."""
+    engine, method = Engine(tiny("llama"), compiler=compiler), REFRESHED[0]
+    states = [prefilled(engine, tokens(length, length), method) for length in LENGTHS]
+    members = begin(engine, states, method, labels=LENGTHS)
+    over, learned = {LENGTHS[0]: ends}, members[0].experts
+    texts = generated(engine, members, 10, most=3, ended=lambda row: len(row.tokens) == over.get(row.label))
+    assert {len(texts[length][0]) for length in LENGTHS} == ({10} if not ends else {4, 10})
+    assert len({id(row.experts) for row in members}) == 1, "one set, after refreshes too"
+    # The one refresh, with the ninth token, adds a correction of each text to the prompts'.
+    for before, after in zip(learned.corrections, members[0].experts.corrections, strict=True):
+        assert len(after) == len(before) + (2 if ends else 3)
+
+
+@pytest.mark.parametrize("compiler", [None, uncompiled])
+def test_processors_see_every_token_so_far(compiler: Any) -> None:
+    """Where calls are compiled too, whose tokens the host reads some steps late."""
+    engine, seen = Engine(tiny("llama"), compiler=compiler), []
+
+    def look(rows: list[Row], drafted: Any, logits_BV: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows[0].tokens))
+        return logits_BV
+
+    list(decode(engine, [begun(engine, tokens(5), METHODS[1])], Generation(12, process_logits=look)))
+    assert seen == [*range(12)]

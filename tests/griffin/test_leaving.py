@@ -1,0 +1,270 @@
+"""Errors, nesting, copies and threads leave a model as it is outside; what may be kept: experts, and pruned models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import reference
+import torch
+from families import fresh, tiny
+from running import IDS, ROUTED, OutOfMemoryError, as_lists, difference, failing, hooks, prompt, text, unchanged
+from transformers import AutoModelForCausalLM, StoppingCriteria
+
+import griffin
+from griffin import Engine, Experts, Method, UnsupportedModelError, compact_model
+
+# How experts are put to work.
+WAYS: dict[str, dict[str, Any]] = {
+    "compact": {},
+    "masked": {"mode": "masked"},
+    "offloaded": {"offload_dense": True},
+    "refreshed": {"compensation": "ridge", "refresh": "compensation"},
+    "verified": {"verification": "exact"},
+}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@pytest.mark.parametrize("call", [1, 3])  # in the prompt, and behind it
+@each_way
+def test_an_error_in_generate_leaves_the_model_and_the_pruning_whole(way: dict[str, Any], call: int) -> None:
+    model = fresh("llama")
+    with griffin.prune(model, **way):
+        expected = text(model, IDS)
+    with unchanged(model), failing(model, call), griffin.prune(model, **way), pytest.raises(OutOfMemoryError):
+        text(model, prompt(7, 1), max_new_tokens=12)
+    with unchanged(model), griffin.prune(model, **way):
+        with torch.no_grad(), pytest.raises(IndexError):
+            model(torch.tensor([[10**6]]))  # no such token
+        assert torch.equal(text(model, IDS), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", griffin.MODES)
+def test_a_generation_interrupted_by_leaving_the_context_is_never_dense(mode: str) -> None:
+    model, tokens, pruner = tiny("llama"), prompt(2, 1), griffin.prune(tiny("llama"), mode=mode)
+    with pruner:
+        cache = model(IDS).past_key_values
+        model(tokens[:, :1], past_key_values=cache)
+        expected = model(tokens[:, 1:], past_key_values=cache).logits
+    with pruner:
+        cache = model(IDS).past_key_values
+        model(tokens[:, :1], past_key_values=cache)
+    with pruner:
+        assert torch.equal(model(tokens[:, 1:], past_key_values=cache).logits, expected)
+
+
+def test_nesting_is_refused_and_two_models_are_pruned_at_once() -> None:
+    model, other = tiny("llama"), tiny("mistral")
+    with griffin.prune(model):
+        expected = text(model, IDS)
+    with unchanged(model), unchanged(other), griffin.prune(model) as outer, griffin.prune(other):
+        for again in (griffin.prune(model), outer):
+            with pytest.raises(RuntimeError, match="pruned already"), again:
+                pass
+        text(other, IDS)
+        assert torch.equal(text(model, IDS), expected)
+
+
+def test_a_generate_and_hooks_of_the_users_own_stay() -> None:
+    model, calls, seen = fresh("llama"), [], []
+    original = model.generate
+
+    def generate_and_count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    model.generate = generate_and_count
+    model.register_forward_pre_hook(lambda *_: seen.append("model"))
+    reference.output_projection(model, "llama", 1).register_forward_pre_hook(lambda *_: seen.append("projection"))
+    with unchanged(model), griffin.prune(model):
+        seen.clear()
+        text(model, IDS, max_new_tokens=2)
+        assert seen == ["model", "projection"] * 2
+    assert calls == [None]
+    assert vars(model).get("generate") is generate_and_count
+
+
+def copied(model: Any, how: str, path: Any) -> Any:
+    if how == "save_pretrained":
+        model.save_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path).eval()
+    if how == "torch.save":
+        torch.save(model, path / "model")
+        return torch.load(path / "model", weights_only=False)
+    if how == "state_dict":
+        (other := fresh("llama")).load_state_dict(model.state_dict())
+        return other
+    return copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+
+
+@torch.no_grad()
+@each_way
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "save_pretrained"])
+def test_copies_made_inside_are_the_dense_model(how: str, way: dict[str, Any], tmp_path: Any) -> None:
+    model = tiny("llama")
+    dense = model(IDS).logits
+    with griffin.prune(model, **way):
+        expected = text(model, IDS)
+        other = copied(model, how, tmp_path)
+        assert not {*ROUTED} & {*vars(other)}
+        assert hooks(other) == 0
+        assert torch.equal(other(IDS).logits, dense)
+        assert torch.equal(text(model, IDS), expected), "the model is still pruned"
+        with griffin.prune(other, **way):
+            assert torch.equal(text(other, IDS), expected), "and the copy can be"
+    assert not {*ROUTED} & {*vars(model)}
+
+
+class Pausing(StoppingCriteria):
+    """Stops a generation in its middle until it may go on."""
+
+    def __init__(self) -> None:
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+        self.inside.set()
+        assert self.go_on.wait(30)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("second", ["generate", "forward"])
+@each_way
+def test_another_thread_waits_until_the_first_is_done(way: dict[str, Any], second: str) -> None:
+    model, ids, found = tiny("llama"), prompt(5, 1), {}
+    with griffin.prune(model, **way), torch.no_grad():
+        expected = text(model, IDS), text(model, ids) if second == "generate" else model(ids).logits
+        pausing = Pausing()
+
+        @torch.no_grad()
+        def work(which: int) -> None:
+            if which == 0:
+                found[0] = text(model, IDS, stopping_criteria=[pausing])
+            else:
+                found[1] = text(model, ids) if second == "generate" else model(ids).logits
+
+        threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+        threads[0].start()
+        assert pausing.inside.wait(30)
+        threads[1].start()
+        threads[1].join(0.1)
+        assert not found
+        pausing.go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+OTHER = prompt(9, 5)
+
+
+def experts_of(family: str, **options: Any) -> Experts:
+    with griffin.prune(tiny(family), **options) as pruner:
+        text(tiny(family), IDS)
+    (experts,) = pruner.chosen
+    assert experts is not None
+    return experts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compensation", ["none", "ridge"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_compact_checkpoint_is_an_ordinary_smaller_one(family: str, compensation: str, tmp_path: Any) -> None:
+    experts = experts_of(family, compensation=compensation)
+    engine = Engine(tiny(family))
+    engine.compact.load(experts)
+    compact_model(tiny(family), experts).save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {block.width for block in griffin.find_feedforward_blocks(found)} == {40}
+    assert sum(one.numel() for one in found.parameters()) < sum(one.numel() for one in tiny(family).parameters())
+    assert difference(found(OTHER).logits, engine.compact.module(OTHER).logits) < 1e-6
+    assert torch.equal(text(found, OTHER), text(engine.compact.module, OTHER))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("bloom", {}, "no config for an FF width of 64"),
+        ("llama", {"sparsity": [0.5, 0.25, 0.5]}, "layers keep 40 to 60 neurons: a checkpoint has one FF width"),
+        ("llama", {"budget": "late"}, "expected budget='uniform' and one sparsity"),
+    ],
+)
+def test_what_has_no_config_says_so(
+    family: str, options: dict[str, Any], words: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(griffin.selection, "late", lambda layers: [-1.0, 0.0, 1.0])  # its own is flat in so few layers
+    experts = experts_of(family, **options)
+    pruned = compact_model(tiny(family), experts)
+    engine = Engine(tiny(family))
+    engine.compact.load(experts)
+    assert torch.equal(text(pruned, OTHER), text(engine.compact.module, OTHER))
+    with pytest.raises(UnsupportedModelError, match=words):
+        pruned.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("mode", griffin.MODES)
+@pytest.mark.parametrize("compensation", griffin.COMPENSATIONS)
+def test_experts_that_were_saved_give_the_same_text(compensation: str, mode: str, tmp_path: Any) -> None:
+    model, experts = tiny("llama"), experts_of("llama", compensation=compensation, sparsity=[0.5, 0.0, 0.9])
+    experts.save(tmp_path / "experts.safetensors")
+    loaded = Experts.load(tmp_path / "experts.safetensors")
+    found = []
+    for one in (experts, loaded):
+        with griffin.prune(model, [0.5, 0.0, 0.9], mode=mode, experts=one) as pruner:
+            found += [text(model, OTHER), text(model, OTHER)]
+            assert as_lists(pruner.experts) == as_lists(experts.neurons, None)
+    assert all(torch.equal(one, found[0]) for one in found)
+    with pytest.raises(ValueError, match="expected"):
+        griffin.prune(model, 0.75, experts=loaded)
+    by_token = griffin.choose(Engine(model), [], Method("teal"))
+    assert by_token is not None
+    with pytest.raises(ValueError, match="each token has experts of its own"):
+        by_token.save(tmp_path / "none")
+
+
+@pytest.mark.parametrize("options", [{"refresh": "compensation"}, {"verification": "exact"}, {}], ids=str)
+def test_experts_that_are_given_learn_nothing(options: dict[str, Any]) -> None:
+    model, experts = tiny("llama"), experts_of("llama", compensation="ridge")
+    with griffin.prune(model, compensation="ridge", experts=experts, **options) as pruner:
+        first = text(model, OTHER, max_new_tokens=20)
+        text(model, IDS, max_new_tokens=20)
+        assert torch.equal(text(model, OTHER, max_new_tokens=20), first)
+    learned = [len(corrections) for corrections in pruner.chosen[0].corrections]
+    assert learned == ([0] if "verification" in options else [1]) * 3, "a draft has them in its weights"
+
+
+def adapted(*modules: str) -> Any:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(fresh("llama"), peft.LoraConfig(target_modules=[*modules])).eval()
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "lora_B" in name:
+                one.normal_(std=0.3)
+    return model
+
+
+@torch.no_grad()
+def test_lora_on_attention_is_pruned_and_kept() -> None:
+    model, found = adapted("q_proj", "v_proj"), []
+    dense = text(model, IDS, max_new_tokens=12)
+    assert not torch.equal(dense, text(fresh("llama"), IDS, max_new_tokens=12)), "the adapter does something"
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode):
+            cache = model(IDS).past_key_values
+            by_hand = model(IDS[:, :3], past_key_values=cache).logits
+            found.append((text(model, IDS, max_new_tokens=12), by_hand))
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.equal(found[0][0], dense)
+    assert difference(found[0][1], found[1][1]) < 1e-5
+    with griffin.prune(model, verification="exact"):
+        assert torch.equal(text(model, IDS, max_new_tokens=12), dense)
+    assert torch.equal(text(model, IDS, max_new_tokens=12), dense)
+
+
+def test_lora_on_feedforward_blocks_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.up_proj"):
+        griffin.prune(adapted("up_proj"))
