@@ -81,7 +81,6 @@ METRICS = {
     "draft_ms": Metric("drafting", "ms/token", -1, 2),
     "check_ms": Metric("checking", "ms/token", -1, 2),
     "learn_ms": Metric("learning", "ms/token", -1, 2),
-    "choose_anew_ms": Metric("choosing anew", "ms/token", -1, 2),
     "learning_overhead": Metric("learning / checking", "", -1, 3),
     "jaccard_sequences": Metric("Jaccard of different sequences"),
     "jaccard_halves": Metric("of a sequence's halves"),

@@ -27,7 +27,7 @@ _LATENCY = (
     *("decode_speedup", "pruned_decode_speedup", "decode_limit", "decode_fraction_of_limit", "prompt_overhead"),
     *("compaction_vs_memcpy", "breakeven_tokens", "total_speedup", "dense_decode_ms", "pruned_decode_ms"),
     *("acceptance_rate", "tokens_per_check", "effective_density"),
-    *("draft_ms", "check_ms", "learn_ms", "choose_anew_ms", "learning_overhead"),
+    *("draft_ms", "check_ms", "learn_ms", "learning_overhead"),
 )
 
 SAMPLES = Metric("samples", "", 0, 0)

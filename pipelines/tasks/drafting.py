@@ -64,8 +64,8 @@ def _ratios(counts: dict[str, int], dense_bytes: int) -> dict[str, float]:
 
 
 def timing(samples: Sequence[Sample]) -> dict[str, float]:
-    """What learning and choosing anew took, over what the checks took: for a record's `timing`, which may differ from
-    run to run, and for latency, where times are what is measured."""
+    """What learning took, over what the checks took: for a record's `timing`, which may differ from run to
+    run, and for latency, where times are what is measured."""
     found = [sample["drafting"]["seconds"] for sample in samples if "drafting" in sample]
     checking = sum(seconds["check"] for seconds in found)
     learning = sum(seconds["learn"] for seconds in found)
