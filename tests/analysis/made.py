@@ -184,3 +184,11 @@ def every_kind() -> list[Record]:
         record("fidelity-dense", "fidelity", sparsity=0, metrics=score(0.0, 0.0, "kl")),
         record("flocking-dense", "flocking", sparsity=0, metrics=flocking | {"samples": 2}),
     ]
+
+
+def write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
+    """Other samples of a run, which its record's digests know."""
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    written = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    written["digests"] = digests(written["metrics"], folder / "samples.jsonl")
+    (folder / "record.json").write_text(json.dumps(written), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from made import record, write_run
+from made import record, write_run, write_samples
 
 from analysis import samples as samples_module
 from analysis.contents import Report, make_report
@@ -31,7 +31,7 @@ def answered(root: Path, run_id: str, sparsity: float, scores: dict[int, float],
         | {"rouge1": value, "generated_tokens": 7}
         for index, value in scores.items()
     ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples), encoding="utf-8")
+    write_samples(folder, samples)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_chosen_answers_are_no_texts(tmp_path: Path) -> None:
     shape = {"acc": 0.5, "acc_stderr": 0.1, "samples": 2}
     folder = write_run(tmp_path / "runs", record("choice", "classification", metrics=shape))
     lines = [{"index": i, "answers": [[-1.0, False], [-2.0, True]], "target": 0, "metrics": {"acc": i}} for i in (0, 1)]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    write_samples(folder, lines)
     assert make_report(str(tmp_path / "runs")).answers == []
 
 
