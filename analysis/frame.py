@@ -60,12 +60,12 @@ _METHOD = (
     *("statistic", "selection", "compensation", "budget", "refresh"),
     *("verification", "draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold"),
 )
-_VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
+VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 COLUMNS = (
     *("run_id", "model", "kind", "task", "method", "family", "role", *_METHOD),
     *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "scored", "samples", "seconds"),
     *("dtype", "protocol", "decoding", "limit", "offset", "seed", *ROUNDING, "mode", "device"),
-    *(*_VERSIONS, "command"),
+    *(*VERSIONS, "command"),
 )
 _NUMBERS = (
     *("sparsity", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
@@ -177,7 +177,7 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         "batch_size": None if batch_size == "auto" else batch_size,
         "mode": method.get("mode"),
         "command": environment.get("command"),
-        **{name: environment.get(name) for name in _VERSIONS},
+        **{name: environment.get(name) for name in VERSIONS},
     }
     return [
         shared

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command_line import key_values
-from analysis.frame import frame
+from analysis.frame import VERSIONS, frame
 from analysis.metrics import metric
 from analysis.paired import pairs, pairs_by_task
 from analysis.render import markdown
@@ -24,7 +24,6 @@ from pipelines.errors import UserError
 USAGE = "python -m analysis.leaderboard runs=outputs out=docs/leaderboard.md"
 _KEYS = {"runs": "folder of runs (several with commas between)", "out": "file that the page is written into"}
 
-_VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
 _HEAD = """# Leaderboard
 
 Which method keeps most of the dense model's quality at the same bytes of weights per token. This page is made from run
@@ -87,7 +86,7 @@ def leaderboard(source: str) -> tuple[str, int]:
             board.rows.append(((str(rank), pair.method), [density, pair.points, pair.longer]))
         lines.append(markdown(board))
         environment = environments[first.row.run_id]
-        known = ", ".join(f"{name} {environment[name]}" for name in _VERSIONS if environment.get(name))
+        known = ", ".join(f"{name} {environment[name]}" for name in VERSIONS if environment.get(name))
         lines += [f"{known}; {environment.get('device')}.", ""]
     return "\n".join(lines).rstrip() + "\n", sum(map(len, members.values()))
 

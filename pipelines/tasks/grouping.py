@@ -16,7 +16,7 @@ from pipelines.config import RunConfig
 Item = TypeVar("Item", bound=Any)  # with an `index`, as samples have
 Done = dict[Method, set[int]]
 
-# Batches that a group of generated texts has at least: rows that end early make room for others of their group.
+# Batches that a group of generated texts has at least: only the last one of a group may have fewer rows.
 BATCHES = 4
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -86,9 +85,7 @@ class Browser:
         os.close(self._write)
         self._incoming.close()
 
-    def open(
-        self, path: Path, width: int, dark: bool = False, screenshot: Path | None = None, script: str = ""
-    ) -> Seen:
+    def open(self, path: Path, width: int, dark: bool = False, script: str = "") -> Seen:
         """Open a file in a window of this width, wait for its images, run a script if there is one, and look."""
         self._events = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -106,9 +103,6 @@ class Browser:
         seen.result = self._value(session, script) if script else None
         seen.page_width = self._value(session, "document.documentElement.scrollWidth")
         seen.colour = self._value(session, "getComputedStyle(document.body).backgroundColor")
-        if screenshot is not None:
-            image = self._call("Page.captureScreenshot", session, captureBeyondViewport=True, format="png")
-            screenshot.write_bytes(base64.b64decode(image["data"]))
         for event in self._events:
             content = event.get("params", {})
             if event["method"] == "Network.requestWillBeSent":

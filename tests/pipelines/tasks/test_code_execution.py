@@ -157,7 +157,7 @@ def test_the_system_is_out_of_reach(attack: str, victim: Path) -> None:
     assert [path.name for path in victim.parent.iterdir()] == ["victim"]
 
 
-TEST = "assert candidate(4) == 86461, candidate(5)"  # a value that no program guesses
+TEST = "assert candidate(4) == int('86461' * 6), candidate(5)"  # which no address of an object contains by chance
 EVERY = "import os\nfor fd in range(64):\n    try: os.write(fd, {text})\n    except OSError: pass\n"
 VERDICT = EVERY.format(text='b\'{"error": null, "missing": []}\'')
 
@@ -173,16 +173,16 @@ import sys
 def f(x):
     frame = sys._getframe()
     while frame:
-        assert '86461' not in repr([*frame.f_locals.values(), *frame.f_globals.values()]), 86461
+        assert '86461' * 6 not in repr([*frame.f_locals.values(), *frame.f_globals.values()])
         frame = frame.f_back
 """,
     "looks for it in all objects": """
 import gc
 def f(x):
-    secret = '8646' + str(1)
+    secret = '86461' * 6
     return int(secret) if any(secret in repr(item) for item in gc.get_objects() if isinstance(item, dict)) else None
 """,
-    "looks for it in memory": "def f(x): return 86461 if b'8646' + b'1' in open('/proc/self/mem', 'rb').read(1) else 0",
+    "looks for it in memory": "def f(x): return int('86461' * 6) if b'86461' * 6 in open('/proc/self/mem', 'rb').read(1) else 0",
     "equals everything": "class A:\n def __eq__(self, other): return True\ndef f(x): return A()",
     "is a number that equals everything": "class A(int):\n def __eq__(self, other): return True\ndef f(x): return A()",
     "is a list that equals everything": "class A(list):\n def __eq__(self, other): return True\ndef f(x): return A()",
