@@ -124,7 +124,8 @@ class Router:
             raise ValueError("this prompt is over: its KV cache cannot begin another turn")
         columns_B: list[slice | Tensor] = [slice(None)] * rows
         if (valid_BS := self._valid_positions(call, cached, rows, columns)) is not None and not valid_BS.all():
-            columns_B = [valid_S.nonzero().squeeze(1) for valid_S in valid_BS]
+            # On the host, since layers may be on several devices.
+            columns_B = [valid_S.nonzero().squeeze(1) for valid_S in valid_BS.cpu()]
         counts = [columns if isinstance(valid, slice) else len(valid) for valid in columns_B]
         prompt.recorder.expect(columns_B, counts)
         prompt.experts = []
