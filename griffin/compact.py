@@ -7,7 +7,7 @@ all of its neurons has the model's own weights, so that it is bit-identical to d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 from weakref import ref
@@ -66,10 +66,10 @@ class CompactView(View):
                 projections[-1].correct(correction)
         self._loaded = ref(experts)
 
-    def learn(self, corrections: dict[int, Correction]) -> None:
+    def learn(self, corrections: Iterable[tuple[int, Correction]]) -> None:
         """Add to what the loaded experts write, by layer, until any are loaded again."""
         self._loaded = lambda: None
-        for layer, correction in corrections.items():
+        for layer, correction in corrections:
             self._layers[layer][-1].correct(correction)
 
     def written(self, layer: int, kept_NK: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from griffin.engine import Engine
 from griffin.kv_cache import copied
-from griffin.refresh import PIECE, Seen, call_ends, learn, to_learn
+from griffin.refresh import PIECE, Seen, call_ends, to_learn
 from griffin.rows import Generation, Row
 from griffin.selection import Experts
 from griffin.verification import decode_verified
@@ -106,8 +106,8 @@ def corrected(engine: Engine, experts: Experts, groups: Sequence[Seen], count: i
     """Experts that have learned from the first tokens that were seen."""
     fits = []
     for fit in experts.fits:
-        corrections, fit = learn(fit, *to_learn(fit, groups, count), partial(engine.written, experts))
-        experts = experts.corrected(corrections)
+        corrections, fit = fit.learn(*to_learn(fit, groups, count), partial(engine.written, experts))
+        experts = experts.corrected(dict(corrections))
         fits.append(fit)
     return replace(experts, fits=tuple(fits))
 

@@ -16,7 +16,7 @@ from griffin.draft_vocabulary import BEST
 from griffin.engine import Engine
 from griffin.kv_cache import KVCache
 from griffin.method import MOST_DRAFTED
-from griffin.refresh import Seen, learn, to_learn
+from griffin.refresh import Seen, to_learn
 from griffin.ridge import RidgeFit
 from griffin.rows import DraftStatistics, Generation, Row, Traffic, traffic
 
@@ -145,9 +145,9 @@ class DraftModel:
                 unlearned.append(to_learn(fit, groups, accepted))
                 if sum(kept_LNK.shape[1] for kept_LNK, _ in unlearned) >= LEARN_EVERY:
                     kept_LNK, target_LNH = (torch.cat(parts, dim=1) for parts in zip(*unlearned, strict=True))
-                    written = self._engine.compact.written
-                    corrections, self._fits[place] = learn(fit, kept_LNK, target_LNH, written)
-                    self._engine.compact.learn(corrections)
+                    compact = self._engine.compact
+                    corrections, self._fits[place] = fit.learn(kept_LNK, target_LNH, compact.written)
+                    compact.learn(corrections)
                     unlearned.clear()
 
 

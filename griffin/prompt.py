@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,11 +123,14 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
     experts, activations = Experts(neurons, ((),) * len(kept), tuple(scores)), COMPENSATIONS[method.compensation]
     if activations is None:
         return experts
-    rows = ([state.recorded.totals[activations][layer] for state in states] for layer in range(len(kept)))
+    dropping = [layer for layer, K in enumerate(kept) if engine.widths[layer] > K]
+    rows = (torch.cat([state.recorded.totals[activations][layer] for state in states]) for layer in dropping)
     corrections, fits = fit_prompt(
-        (layer, engine.dense.bring(layer), neurons_K.to(rows_TX[0].device), torch.cat(rows_TX))
-        for layer, (neurons_K, rows_TX) in enumerate(zip(neurons, rows, strict=True))
-        if len(neurons_K) < engine.widths[layer]
+        (
+            (layer, neurons[layer], rows_TX.index_select(1, neurons[layer]), rows_TX[:, engine.widths[layer] :].clone())
+            for layer, rows_TX in zip(dropping, rows, strict=True)
+        ),
+        partial(engine.written, experts),
     )
     return replace(experts.corrected(corrections), fits=fits)
 

@@ -8,14 +8,14 @@ Not in the paper, whose experts are the prompt's until the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from griffin.activations import row_lengths
 from griffin.feedforward import FeedForwardBlock
-from griffin.ridge import Correction, RidgeFit
+from griffin.ridge import RidgeFit
 
 # name: what is refreshed.
 REFRESHES = {
@@ -81,12 +81,3 @@ def to_learn(fit: RidgeFit, groups: Sequence[Seen], count: int) -> tuple[Tensor,
         z_LND, output_LNH = z_LND[places], output_LNH[places]
     scale_LN1 = WEIGHT**0.5 / row_lengths(z_LND)
     return scale_LN1 * fit.kept(z_LND).float(), scale_LN1 * output_LNH
-
-
-def learn(
-    fit: RidgeFit, kept_LNK: Tensor, target_LNH: Tensor, written: Callable[[int, Tensor], Tensor]
-) -> tuple[dict[int, Correction], RidgeFit]:
-    """One step of recursive least squares."""
-    layers = zip(fit.layers, kept_LNK, fit.sizes, strict=True)
-    wrote = [written(layer, kept_NK[:, :size]) for layer, kept_NK, size in layers]
-    return fit.learn(kept_LNK, target_LNH - torch.stack(wrote).float())

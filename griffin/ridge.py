@@ -14,7 +14,7 @@ of the prompt, N = rows that are learned at a time, M = rows that were learned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,9 @@ class RidgeFit:
         index_LNK = self._neurons_LK.unsqueeze(1).expand(-1, z_LND.shape[1], -1)
         return z_LND.gather(2, index_LNK).masked_fill_(self._absent_L1K, 0.0)
 
-    def learn(self, kept_LNK: Tensor, error_LNH: Tensor) -> tuple[dict[int, Correction], RidgeFit]:
+    def learn(
+        self, kept_LNK: Tensor, target_LNH: Tensor, written: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Iterator[tuple[int, Correction]], RidgeFit]:
         """Learn N more rows. The first time, of a prompt, this is the ridge solution of them all.
 
         With U = Z_new P and S = I + Z_new P Z_new^T = F F^T, the solution gains U^T S^-1 error = basis^T weights, and P
@@ -110,12 +112,16 @@ class RidgeFit:
         condition of at most 1 + K / RIDGE. Where a layer's step is not finite all the same (no token, activations that
         are not finite), it learns nothing.
 
+        The error is target - written(Z_new), and writing is linear: weights = F^-1 target - written(F^-1 Z_new).
+
         Args:
             kept_LNK: the kept activations, each row over the length of all activations of its token.
-            error_LNH: what the block wrote there and the kept neurons do not, on the same scale.
+            target_LNH: what the block wrote there, on the same scale.
+            written: (layer, kept activations [N, K]) -> what its kept neurons write [N, H] as they are.
 
         Returns:
-            By layer, what is to be added to what the kept neurons write; and the fit that has learned it.
+            Layer by layer, what is to be added to what the kept neurons write: each is made when it is asked for, so
+            that a layer's weights are read and changed at one time; and the fit that has learned it.
         """
         penalty_L11 = self._penalty_L11
         if penalty_L11 is None:
@@ -123,7 +129,7 @@ class RidgeFit:
         if self._prompt_LTK is None and kept_LNK.shape[1] > kept_LNK.shape[2]:
             # As many rows as kept neurons say the same: Z = Q R, and Z^T Z = R^T R.
             turn_LNK, kept_LNK = torch.linalg.qr(kept_LNK)
-            error_LNH = turn_LNK.mT @ error_LNH
+            target_LNH = turn_LNK.mT @ target_LNH
         through_LNK = kept_LNK / penalty_L11
         for known_LMK in (self._prompt_LTK, self._learned_LMK):
             if known_LMK is not None and known_LMK.shape[1]:
@@ -134,17 +140,19 @@ class RidgeFit:
         eye_NN = torch.eye(gain_LNN.shape[1], device=gain_LNN.device)
         # An inverse and products take less time than solving for K and H right sides.
         inverse_LNN = torch.linalg.solve_triangular(factor_LNN, eye_NN.expand_as(factor_LNN), upper=False)
-        basis_LNK, weights_LNH = inverse_LNN @ through_LNK, inverse_LNN @ error_LNH
-        finite_L11 = (basis_LNK.isfinite().all((1, 2)) & weights_LNH.isfinite().all((1, 2))).view(-1, 1, 1)
-        basis_LNK, weights_LNH = torch.where(finite_L11, basis_LNK, 0.0), torch.where(finite_L11, weights_LNH, 0.0)
+        basis_LNK, inputs_LNK = inverse_LNN @ through_LNK, inverse_LNN @ kept_LNK
+        target_LNH = inverse_LNN @ target_LNH
+        finite_L11 = (basis_LNK.isfinite().all((1, 2)) & target_LNH.isfinite().all((1, 2))).view(-1, 1, 1)
+        basis_LNK, target_LNH = (torch.where(finite_L11, values, 0.0) for values in (basis_LNK, target_LNH))
+        inputs_LNK = torch.where(finite_L11, inputs_LNK, 0.0)
         learned = copy.copy(self)
         learned._penalty_L11 = penalty_L11
         learned._remember(basis_LNK)
-        corrections = {
-            layer: Correction(basis_LNK[place, :, :size], weights_LNH[place])
-            for place, (layer, size) in enumerate(zip(self.layers, self.sizes, strict=True))
-        }
-        return corrections, learned
+        layers = zip(self.layers, self.sizes, basis_LNK, inputs_LNK, target_LNH, strict=True)
+        return (
+            (layer, Correction(basis_NK[:, :size], target_NH - written(layer, inputs_NK[:, :size]).float()))
+            for layer, size, basis_NK, inputs_NK, target_NH in layers
+        ), learned
 
     @property
     def _learned_LMK(self) -> Tensor:
@@ -168,26 +176,26 @@ class RidgeFit:
 
 
 def fit_prompt(
-    layers: Iterable[tuple[int, FeedForwardBlock, Tensor, Tensor]],
+    layers: Iterable[tuple[int, Tensor, Tensor, Tensor]], written: Callable[[int, Tensor], Tensor]
 ) -> tuple[dict[int, Correction], tuple[RidgeFit, ...]]:
     """By layer, the least-squares prediction, from the kept activations, of what the dropped neurons wrote during the
     prompt: (Z_K^T Z_K + c I)^-1 Z_K^T Y for Y = Z_R Wd[:, R]^T and c = RIDGE * mean(diag(Z_K^T Z_K)); and the fit that
     gave it, by device.
 
     Args:
-        layers: those that drop neurons: number, block with its weights, kept neurons [K], recorded rows [T, X].
+        layers: those that drop neurons: number, kept neurons [K], what was recorded of them [T, K], and what the block
+            wrote [T, H].
+        written: as in `RidgeFit.learn`.
     """
     devices: dict[torch.device, list[tuple[int, Tensor, Tensor, Tensor]]] = {}
-    for layer, block, neurons_K, rows_TX in layers:
-        kept_TK = rows_TX[:, : block.width].index_select(1, neurons_K)
-        error_TH = rows_TX[:, block.width :] - block.written(kept_TK, neurons_K)
-        devices.setdefault(kept_TK.device, []).append((layer, neurons_K, kept_TK, error_TH))
+    for layer in layers:
+        devices.setdefault(layer[1].device, []).append(layer)
     corrections: dict[int, Correction] = {}
     fits: list[RidgeFit] = []
     for group in devices.values():
-        numbers, neurons, kept, errors = zip(*group, strict=True)
+        numbers, neurons, kept, targets = zip(*group, strict=True)
         padded = [pad(kept_TK, (0, max(map(len, neurons)) - kept_TK.shape[1])) for kept_TK in kept]
-        learned, fit = RidgeFit(numbers, neurons).learn(torch.stack(padded), torch.stack(errors))
+        learned, fit = RidgeFit(numbers, neurons).learn(torch.stack(padded), torch.stack(targets), written)
         corrections |= learned
         fits.append(fit)
     return corrections, tuple(fits)

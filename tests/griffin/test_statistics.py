@@ -248,8 +248,8 @@ def test_a_shared_correction_is_that_of_all_tokens(mode: str) -> None:
 def test_a_prompt_without_activations_or_with_broken_ones_stays_uncorrected() -> None:
     blocks, good_TX = griffin.find_feedforward_blocks(tiny("llama")), torch.randn(5, 112)
     rows = [torch.zeros(5, 112), good_TX.index_fill(1, torch.tensor(3), torch.inf), good_TX]
-    layers = ((number, blocks[number], torch.arange(40), rows_TX) for number, rows_TX in enumerate(rows))
-    found, _ = ridge.fit_prompt(layers)
+    layers = ((number, torch.arange(40), rows_TX[:, :40], rows_TX[:, 80:]) for number, rows_TX in enumerate(rows))
+    found, _ = ridge.fit_prompt(layers, lambda layer, kept_NK: blocks[layer].written(kept_NK, torch.arange(40)))
     changed = [bool(found[number].output(torch.eye(40)).any()) for number in range(3)]
     assert changed == [False, False, True], "and does not keep other layers from it"
 
@@ -266,15 +266,20 @@ def test_refreshes_are_rare_and_a_given_text_is_read_in_few_calls(monkeypatch: p
 def test_a_fit_has_bounded_memory_and_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ridge, "LEARNED", 4)
     fit = ridge.RidgeFit([0], [torch.arange(8)])
+
+    def learn(fit: ridge.RidgeFit, rows: int) -> tuple[Tensor, ridge.RidgeFit]:
+        generator = torch.Generator().manual_seed(rows)
+        more = (torch.randn(1, rows, width, generator=generator) for width in (8, 5))
+        corrections, learned = fit.learn(*more, lambda layer, kept_NK: kept_NK.new_zeros(len(kept_NK), 5))
+        return dict(corrections)[0].output(torch.eye(8)), learned
+
     for _ in range(20):
         known = fit
-        corrections, fit = fit.learn(torch.randn(1, 3, 8), torch.randn(1, 3, 5))
-        assert bool(corrections[0].output(torch.eye(8)).isfinite().all())
-        more = torch.randn(1, 2, 8), torch.randn(1, 2, 5)
-        expected, _ = fit.learn(*more)
-        known.learn(torch.randn(1, 3, 8), torch.randn(1, 3, 5))  # something else, from where this one came
-        found, _ = fit.learn(*more)
-        assert torch.equal(found[0].output(torch.eye(8)), expected[0].output(torch.eye(8)))
+        correction, fit = learn(fit, 3)
+        assert bool(correction.isfinite().all())
+        expected, _ = learn(fit, 2)
+        learn(known, 3)  # something else, from where this one came
+        assert torch.equal(learn(fit, 2)[0], expected)
     memory = sum(one.numel() for one in vars(fit).values() if isinstance(one, Tensor) and one.dim() == 3)
     assert memory < 8 * (2 * 4 + 3 + 8)
 
