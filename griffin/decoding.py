@@ -140,8 +140,10 @@ def decode(
         for row in verified:
             decode_verified(engine, row, generation, columns)
             yield row
-        if together := [row for row in group if row not in verified]:
-            yield from _decode(engine, together, columns, generation)
+        together = [row for row in group if row not in verified]
+        for precision in dict.fromkeys(row.method.quantization for row in together):  # a view has one
+            rows_of_it = [row for row in together if row.method.quantization == precision]
+            yield from _decode(engine, rows_of_it, columns, generation)
 
 
 def _decode(engine: Engine, rows: Sequence[Row], columns: int, generation: Generation) -> Iterator[Row]:
@@ -201,11 +203,12 @@ def score(
 
 
 def _batches(rows: Iterable[tuple[Row, Sequence[int]]], batch_size: int) -> Iterator[list[tuple[Row, Sequence[int]]]]:
-    """Rows in order; those that are refreshed only beside rows of the same length."""
+    """Rows in order, of one precision; those that are refreshed only beside rows of the same length."""
     batch: list[tuple[Row, Sequence[int]]] = []
     for row, ids in rows:
         refreshed = row.refreshes or any(other.refreshes for other, _ in batch)
-        if batch and (len(batch) == batch_size or (refreshed and len(ids) != len(batch[0][1]))):
+        other = batch and row.method.quantization != batch[0][0].method.quantization
+        if batch and (len(batch) == batch_size or other or (refreshed and len(ids) != len(batch[0][1]))):
             yield batch
             batch = []
         batch.append((row, ids))

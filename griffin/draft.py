@@ -54,13 +54,18 @@ class DraftModel:
     def __init__(self, engine: Engine, row: Row) -> None:
         self._engine, self._row = engine, row
         assert row.experts is not None
-        self._traffic: Traffic = traffic(engine.model, [len(neurons_K) for neurons_K in row.experts.neurons])
-        self._vocabulary = engine.draft if row.method.prunes_vocabulary else None
+        self._traffic: Traffic = traffic(
+            engine.model, [len(neurons_K) for neurons_K in row.experts.neurons], quantization=row.method.quantization
+        )
+        self._vocabulary = engine.draft(row.method.quantization) if row.method.prunes_vocabulary else None
         if self._vocabulary is not None:
             assert row.state.likely is not None
             self._vocabulary.begin(row.state.likely)
             row.state = row.state if row.keep_cache else replace(row.state, likely=None)
-        engine.compact.load(row.experts)
+        self._compact = engine.compact(row.method.quantization)
+        self._compact.load(row.experts)
+        if self._vocabulary is None:
+            self._compact.quantize_head()
         self._fits: list[RidgeFit] = list(row.experts.fits) if row.method.refresh != "none" else []
         # By fit, what it has not learned: kept activations [L, N, K] and what the blocks wrote there [L, N, H].
         self._unlearned: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._fits]
@@ -71,7 +76,8 @@ class DraftModel:
     @property
     def bytes(self) -> int:
         """That one step of it reads."""
-        return self._traffic.draft(None if self._vocabulary is None else self._vocabulary.used)
+        rows = None if self._vocabulary is None else self._vocabulary.used
+        return self._traffic.draft(rows) + self._compact.learned_bytes
 
     def draft(self, length: DraftLength, cache: KVCache, generation: Generation) -> DraftTokens:
         """Draft tokens behind the row's last one."""
@@ -108,7 +114,7 @@ class DraftModel:
         row, vocabulary = self._row, self._vocabulary
         at = row.state.length + len(row.tokens) - 1 + len(drafts)
         position_11 = torch.arange(at, at + 1, device=latest_11.device).unsqueeze(0)
-        view = self._engine.compact if vocabulary is None else vocabulary
+        view = self._compact if vocabulary is None else vocabulary
         logits = view(latest_11, cache, positions_BS=position_11)[0, -1].float()
         if vocabulary is not None:
             logits = vocabulary.allowed(logits)
@@ -145,9 +151,8 @@ class DraftModel:
                 unlearned.append(to_learn(fit, groups, accepted))
                 if sum(kept_LNK.shape[1] for kept_LNK, _ in unlearned) >= LEARN_EVERY:
                     kept_LNK, target_LNH = (torch.cat(parts, dim=1) for parts in zip(*unlearned, strict=True))
-                    compact = self._engine.compact
-                    corrections, self._fits[place] = fit.learn(kept_LNK, target_LNH, compact.written)
-                    compact.learn(corrections)
+                    corrections, self._fits[place] = fit.learn(kept_LNK, target_LNH, self._compact.written)
+                    self._compact.learn(corrections)
                     unlearned.clear()
 
 

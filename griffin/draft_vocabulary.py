@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from griffin.compact import CompactView
 from griffin.feedforward import UnsupportedModelError
+from griffin.quantization import rounded
 from griffin.views import Compiler, View
 
 DRAFT_VOCABULARIES = {"full": "all of the model's", "prompt": "what the prompt and the text so far make likely"}
@@ -57,10 +58,11 @@ class DraftView(View):
 
     @torch.inference_mode(False)
     def __init__(self, compact: CompactView, compiler: Compiler | None = None) -> None:
-        super().__init__(compact.module, compiler, compact.projections)
+        super().__init__(compact.module, compiler, compact.shared)
         head = output_embedding(self.module)
         self._head, self.size, device = head, len(head.weight), head.weight.device
         self._whole = {name: whole.detach() for name, whole in head.named_parameters(recurse=False)}  # weight, bias
+        self._quantization = compact.quantization
         self._capacity = min(self.size, CAPACITY)
         # One row more takes what there is no room for.
         self._rows = {
@@ -94,7 +96,8 @@ class DraftView(View):
         fits_M = new_M & (place_M < self._capacity)
         place_M = place_M.where(fits_M, self._capacity)
         for name, whole in self._whole.items():
-            self._rows[name].index_copy_(0, place_M, whole[tokens_M])
+            rows = rounded(whole[tokens_M], self._quantization) if name == "weight" else whole[tokens_M]
+            self._rows[name].index_copy_(0, place_M, rows)
         self._tokens_C.index_copy_(0, place_M, tokens_M.where(fits_M, self.size))
         self._known_V.index_fill_(0, tokens_M, True)
         self.count += fits_M.sum()

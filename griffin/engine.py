@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -57,6 +58,10 @@ class Engine:
         self.widths = [block.width for block in self.blocks]
         self.compiled = compiler is not None
         self.mode, self._compiler, self._offload = mode, compiler, offload_dense
+        # Views by precision.
+        self._compact: dict[str, CompactView] = {}
+        self._masked: dict[str, MaskedView] = {}
+        self._draft: dict[str, DraftView] = {}
         self._cache: KVCache | None = None
 
     @property
@@ -70,32 +75,38 @@ class Engine:
         """The model as it is."""
         return DenseView(self.model, pruning=bool(self.blocks), compiler=self._compiler, offloaded=self._offload)
 
-    @cached_property
-    def compact(self) -> CompactView:
-        """The model on the experts that were loaded last."""
-        return CompactView(self.model, self.dense, self._compiler)
+    def compact(self, quantization: str = "none") -> CompactView:
+        """The model on the experts that were loaded last, in one precision."""
+        if quantization not in self._compact:
+            self._compact[quantization] = CompactView(self.model, self.dense, self._compiler, quantization)
+        return self._compact[quantization]
 
-    @cached_property
-    def masked(self) -> MaskedView:
-        """The model with each row on the experts that were loaded for it last."""
-        return MaskedView(self.model, self._compiler)
+    def masked(self, quantization: str = "none") -> MaskedView:
+        """The model with each row on the experts that were loaded for it last, in one precision."""
+        if quantization not in self._masked:
+            self._masked[quantization] = MaskedView(self.model, self._compiler, quantization)
+        return self._masked[quantization]
 
-    @cached_property
-    def draft(self) -> DraftView:
+    def draft(self, quantization: str = "none") -> DraftView:
         """The compact view with a part of the output embedding, see `output_embedding`."""
-        return DraftView(self.compact, self._compiler)
+        if quantization not in self._draft:
+            self._draft[quantization] = DraftView(self.compact(quantization), self._compiler)
+        return self._draft[quantization]
 
     def view(self, rows: Sequence[Experts | None]) -> View:
-        """The view on which rows run together, with their experts; None: the row runs dense."""
+        """The view on which rows of one precision run together, with their experts; None: the row runs dense."""
         if all(row is None for row in rows):
             return self.dense
         first = rows[0]
         shared = all(row is first for row in rows)
         if first is not None and shared and self.mode != "masked" and first.by_token is None:
-            self.compact.load(first)
-            return self.compact
-        self.masked.load(rows)
-        return self.masked
+            compact = self.compact(first.quantization)
+            compact.load(first)
+            compact.quantize_head()
+            return compact
+        masked = self.masked(next(row.quantization for row in rows if row is not None))
+        masked.load(rows)
+        return masked
 
     def decoding_cache(self, rows: int, columns: int, *, static: bool = False) -> KVCache:
         """An empty cache of at least these rows and columns, for compiled calls if `static`; last time's if it fits."""
@@ -109,16 +120,24 @@ class Engine:
 
     def unload(self) -> None:
         """Free views and buffers; they are made again when they are needed."""
-        for name in ("draft", "compact", "masked", "dense"):
-            vars(self).pop(name, None)
+        for views in (self._draft, self._compact, self._masked):
+            views.clear()
+        vars(self).pop("dense", None)
         self._cache = None
 
     def written(self, experts: Experts, layer: int, kept_NK: Tensor) -> Tensor:
         """What a layer's experts write [N, H] at these activations of N tokens, corrected, without the bias."""
-        if "compact" in vars(self) and self.compact.holds(experts):
-            return self.compact.written(layer, kept_NK).float()
-        written_NH = self.dense.bring(layer).written(kept_NK, experts.neurons[layer])
-        return sum((correction.output(kept_NK.float()) for correction in experts.corrections[layer]), written_NH)
+        compact = self._compact.get(experts.quantization)
+        if compact is not None and compact.holds(experts):
+            return compact.written(layer, kept_NK).float()
+        block = self.dense.bring(layer)
+        if experts.quantization != "none":
+            return functional.linear(kept_NK.float(), experts.output_weights(layer, block))
+        columns_HK = block.output_columns(experts.neurons[layer])
+        written_NH = functional.linear(kept_NK.to(columns_HK.dtype), columns_HK).float()
+        for correction in experts.corrections[layer]:
+            written_NH = written_NH + correction.output(kept_NK.float())
+        return written_NH
 
 
 def refuse_uncroppable(model: nn.Module) -> None:

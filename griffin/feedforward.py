@@ -88,12 +88,11 @@ class FeedForwardBlock:
         """D, the number of neurons of the dense block."""
         return weight_out_in(self.output).shape[1]
 
-    def written(self, kept_NK: Tensor, neurons_K: Tensor) -> Tensor:
-        """What these neurons write [N, H] at their activations, without the output's bias; float32."""
+    def output_columns(self, neurons_K: Tensor) -> Tensor:
+        """What these neurons write by [H, K]: their columns of the output projection."""
         weight = self.output.get_parameter("weight").detach()
         columns = gather(weight, 1 - isinstance(self.output, Conv1D), neurons_K.to(weight.device))
-        columns = columns.T if isinstance(self.output, Conv1D) else columns
-        return nn.functional.linear(kept_NK.to(columns.dtype), columns).float()
+        return columns.T if isinstance(self.output, Conv1D) else columns
 
     @cached_property
     def input_norms(self) -> Tensor:

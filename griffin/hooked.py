@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from griffin.activations import Recorder
 from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks
 from griffin.kv_cache import KVCache
 from griffin.offloading import Offloaded
+from griffin.quantization import linear_layers, quantize
 from griffin.refresh import Seen
 from griffin.selection import Experts
 from griffin.views import Compiler, View
@@ -104,6 +106,7 @@ class Masks:
         self._rows: tuple[Experts | None, ...] = ()
         self._dropped: list[Tensor] = []  # by layer, which neurons each row drops [B, 1, D]
         self._gated = False
+        self._weights: dict[tuple[int, int], Tensor] = {}  # by layer and row, what quantised rows write by
         self._up: dict[int, Tensor] = {}  # by layer, what the up projection gave in the call that runs
 
     def load(self, rows: Sequence[Experts | None]) -> None:
@@ -111,6 +114,7 @@ class Masks:
         if len(rows) == len(self._rows) and all(new is old for new, old in zip(rows, self._rows, strict=True)):
             return
         self._rows, self._dropped = tuple(rows), []
+        self._weights.clear()
         choices = [row.by_token for row in rows if row is not None and row.by_token is not None]
         self._gated = any(choice.statistic.gate for choice in choices)
         for layer, block in enumerate(self._blocks):
@@ -141,26 +145,45 @@ class Masks:
 
     def correct(self, layer: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Behind the output projection of a layer: add each row's corrections."""
-        corrected = {b: row for b, row in enumerate(self._rows) if row is not None and row.corrections[layer]}
+        corrected = {
+            b: row
+            for b, row in enumerate(self._rows)
+            if row is not None and (row.corrections[layer] or row.quantization != "none")
+        }
         if not corrected:
             return None
         z_BSD = args[0].reshape(len(self._rows), -1, args[0].shape[-1])
         output_BSH = output.reshape(*z_BSD.shape[:2], -1).clone()
         for b, row in corrected.items():
             kept_SK = z_BSD[b].index_select(1, row.neurons[layer]).float()
+            if row.quantization != "none":
+                bias: Any = getattr(module, "bias", None)
+                written_SH = functional.linear(kept_SK, self._output_weights(layer, row)).to(output.dtype)
+                output_BSH[b] = written_SH if bias is None else written_SH + bias
+                continue
             for correction in row.corrections[layer]:
                 output_BSH[b] += correction.output(kept_SK).to(output.dtype)
         return output_BSH.view(output.shape)
 
+    def _output_weights(self, layer: int, row: Experts) -> Tensor:
+        """Quantised: each row has output weights of its own, as it has them in the compact view."""
+        key = layer, id(row)
+        if key not in self._weights:
+            self._weights[key] = row.output_weights(layer, self._blocks[layer])
+        return self._weights[key]
+
 
 class MaskedView(View):
-    """The model with each row on the experts that were loaded for it last."""
+    """The model with each row on the experts that were loaded for it last, in one precision."""
 
-    def __init__(self, model: nn.Module, compiler: Compiler | None = None) -> None:
+    def __init__(self, model: nn.Module, compiler: Compiler | None = None, quantization: str = "none") -> None:
         super().__init__(model, compiler)
         masks = Masks(find_feedforward_blocks(model))
-        self.load = masks.load
-        for layer, block in enumerate(find_feedforward_blocks(self.module)):
+        self.load, blocks = masks.load, find_feedforward_blocks(self.module)
+        if quantization != "none":
+            for linear in {*linear_layers(self.module)} - {block.output for block in blocks}:
+                quantize(linear, quantization, packed=False)
+        for layer, block in enumerate(blocks):
             block.output.register_forward_pre_hook(partial(masks.mask, layer))
             block.output.register_forward_hook(partial(masks.correct, layer))
             if len(block.inputs) * block.parts > 1:

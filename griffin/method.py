@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from griffin.draft_vocabulary import DRAFT_VOCABULARIES
+from griffin.quantization import QUANTIZATIONS
 from griffin.refresh import REFRESHES
 from griffin.ridge import COMPENSATIONS
 from griffin.selection import BUDGETS, SELECTIONS, kept_per_layer
@@ -40,7 +41,7 @@ def axis(default: Any, values: Sequence[str], help: str, word: str = "{}") -> An
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune. Sparsity 0 is the dense model, for which nothing else here means anything.
+    """One way to prune. Sparsity 0 is the dense model, or its quantised copy, whose neurons nothing chooses.
 
     Raises:
         ValueError: a value that is not allowed, or two that do not go together; the message names the key, the value
@@ -61,6 +62,7 @@ class Method:
     compensation: str = axis("none", tuple(COMPENSATIONS), "how the kept neurons make up for the dropped ones")
     budget: str = axis("uniform", tuple(BUDGETS), "how the layers share what is kept")
     refresh: str = axis("none", tuple(REFRESHES), "what follows the generated text", "refresh={}")
+    quantization: str = axis("none", tuple(QUANTIZATIONS), "the precision of what the experts compute with")
     verification: str = axis("none", tuple(VERIFICATIONS), "how the dense model checks what the experts draft")
     draft_tokens: int | str = axis(
         "auto", (), f"tokens drafted before each check: 1 to {MOST_DRAFTED}; auto: until the draft is unsure", "k={}"
@@ -94,7 +96,7 @@ class Method:
             raise ValueError(f"budget={self.budget!r} with a sparsity for each layer: expected one of the two")
         if self.by_token and not self.dense:
             plain = Method(sparsity=0.0)
-            for key in ("selection", "compensation", "refresh", "verification"):
+            for key in ("selection", "compensation", "quantization", "refresh", "verification"):
                 if getattr(self, key) != getattr(plain, key):
                     raise ValueError(
                         f"{key}={getattr(self, key)!r} with statistic={self.scorer.name!r}, by which each token "
@@ -118,7 +120,7 @@ class Method:
         if self.verification != "none" and self.dense:
             raise ValueError(
                 f"verification={self.verification!r} with sparsity=0: a dense draft is the model itself; "
-                "expected sparsity > 0"
+                "expected sparsity > 0, or a quantization"
             )
 
     @property
@@ -154,9 +156,14 @@ class Method:
         return self.verified and self.draft_vocabulary == "prompt"
 
     @property
+    def prunes(self) -> bool:
+        """Whether neurons are dropped."""
+        return any(self.sparsity) if isinstance(self.sparsity, tuple) else bool(self.sparsity)
+
+    @property
     def dense(self) -> bool:
-        """Whether nothing is pruned."""
-        return not any(self.sparsity) if isinstance(self.sparsity, tuple) else not self.sparsity
+        """Whether it is the model as it is."""
+        return not self.prunes and self.quantization == "none"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,6 +171,7 @@ class Method:
         if self.dense:
             return {"sparsity": 0.0}
         idle = {"none": DRAFTING, "exact": DRAFTING[-1:]}.get(self.verification, ())
+        idle += () if self.prunes else CHOOSING
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in idle}
 
     @property
@@ -172,7 +180,7 @@ class Method:
         if self.dense:
             return "dense"
         name = self.scorer.name if self.compensation == "none" else f"{self.scorer.name}+{self.compensation}"
-        words = [name, "(by token, masked)"] if self.by_token else [name]
+        words = [name] * self.prunes + ["(by token, masked)"] * (self.by_token and self.prunes)
         axes = {one.name: one for one in fields(self)}
         for name, value in self.settings.items():
             if name in ("statistic", "compensation", "sparsity") or value == axes[name].default:
@@ -189,7 +197,8 @@ class Method:
         """The method in words, for tables and run names."""
         if self.dense:
             return "dense"
-        return f"{self.family} {'per layer' if isinstance(self.sparsity, tuple) else f'{100 * self.sparsity:g}%'}"
+        share = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
+        return f"{self.family} {share}" if self.prunes else self.family
 
     def kept(self, widths: Sequence[int]) -> list[int]:
         """How many neurons each layer keeps.
@@ -202,6 +211,9 @@ class Method:
         """
         return kept_per_layer(widths, self.sparsity, self.budget)
 
+
+# Fields that mean nothing where no neuron is dropped.
+CHOOSING = ("statistic", "selection", "compensation", "budget", "refresh")
 
 # Fields that mean nothing without verification.
 DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")
@@ -217,6 +229,8 @@ METHODS: Mapping[str, Method] = {
     "magnitude": Method("magnitude"),
     "wanda": Method("wanda"),
     "teal": Method("teal"),
+    "int8": Method(sparsity=0.0, quantization="int8"),
+    "int4": Method(sparsity=0.0, quantization="int4"),
     "recipe": RECIPE,
     "exact": EXACT,
     "sirius": Method(verification="threshold", draft_tokens=16, draft_vocabulary="full"),

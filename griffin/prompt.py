@@ -39,7 +39,7 @@ def wanted(methods: Sequence[Method]) -> list[ActivationStatistic]:
     statistics: list[ActivationStatistic | None] = []
     for method in methods:
         scorer = method.scorer
-        if not method.dense and isinstance(scorer, Statistic):
+        if method.prunes and isinstance(scorer, Statistic):
             statistics += [None if scorer.oracle else scorer.activations, COMPENSATIONS[method.compensation]]
     return list(dict.fromkeys(statistic for statistic in statistics if statistic is not None))
 
@@ -111,7 +111,9 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
     """
     kept = method.kept(engine.widths)
     if kept == engine.widths:
-        return None
+        everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
+        nothing = ((),) * len(kept)
+        return None if method.dense else Experts(everything, nothing, quantization=method.quantization)
     if isinstance(method.scorer, TokenStatistic):
         everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
         return Experts(everything, ((),) * len(kept), by_token=TokenChoice(method.scorer, tuple(kept)))
@@ -120,7 +122,8 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
     neurons = tuple(
         select(scores_D, K, method.selection, draw_D) for K, scores_D, draw_D in zip(kept, scores, draws, strict=True)
     )
-    experts, activations = Experts(neurons, ((),) * len(kept), tuple(scores)), COMPENSATIONS[method.compensation]
+    experts = Experts(neurons, ((),) * len(kept), tuple(scores), quantization=method.quantization)
+    activations = COMPENSATIONS[method.compensation]
     if activations is None:
         return experts
     dropping = [layer for layer, K in enumerate(kept) if engine.widths[layer] > K]

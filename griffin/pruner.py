@@ -11,6 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -96,6 +97,7 @@ class Pruner:
         compiler = compiler_for(compiled, next(self.model.parameters()).device)
         self._engine = Engine(self.model, mode=mode, compiler=compiler, offload_dense=offload_dense)
         self.blocks, self.kept = self._engine.blocks, method.kept(self._engine.widths)
+        experts = experts and replace(experts, quantization=method.quantization)
         if experts is not None and [len(neurons_K) for neurons_K in experts.neurons] != self.kept:
             raise ValueError(f"experts: {[*map(len, experts.neurons)]} neurons, by layer; expected {self.kept}")
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
@@ -103,8 +105,10 @@ class Pruner:
                 f"{type(model).__name__} has no KV cache: pruning needs it to tell the prompt from what follows"
             )
         # Why our own loop decodes, if it does. Where nothing is dropped, decoding stays dense to the bit.
-        prunes = self.kept != self._engine.widths
-        axes = [axis for axis in ("verification", "refresh") if prunes and getattr(method, axis) != "none"]
+        dense = self.kept == self._engine.widths and method.quantization == "none"
+        axes = [
+            axis for axis in ("verification", "refresh") if not dense and method.settings.get(axis, "none") != "none"
+        ]
         self._reason = axes[0] if axes else None if compiler is None else "compiled"
         if self._reason is not None:
             refuse_uncroppable(self.model)
@@ -237,7 +241,7 @@ class Pruner:
 
     @functools.cached_property
     def _traffic(self) -> Any:
-        return traffic(self.model, self.kept, self.method.scorer)
+        return traffic(self.model, self.kept, self.method.scorer, self.method.quantization)
 
     def _forget(self) -> None:
         """The last prompts, whose memory goes unless their KV caches live."""

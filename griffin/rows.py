@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from griffin.activations import Recorded
 from griffin.engine import Engine
-from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks
+from griffin.feedforward import FeedForwardBlock, find_feedforward_blocks, weight_out_in
 from griffin.method import Method
 from griffin.prompt import PromptState, choose
+from griffin.quantization import linear_layers, stored_bits
 from griffin.refresh import next_refresh
 from griffin.selection import Experts
 from griffin.statistics import TokenStatistic
@@ -35,9 +36,10 @@ class Traffic:
         return self.pruned if tokens is None else self.pruned - (self.vocabulary - tokens) * self.output_row
 
 
-def traffic(model: nn.Module, kept: Sequence[int], statistic: object = None) -> Traffic:
+def traffic(model: nn.Module, kept: Sequence[int], statistic: object = None, quantization: str = "none") -> Traffic:
     """What a step of a model reads that keeps so many neurons of each layer; a `TokenStatistic` reads more, to choose.
-    An embedding table counts only where it is the output layer too: decoding looks up one row of it."""
+    An embedding table counts only where it is the output layer too: decoding looks up one row of it. Quantised weights
+    count as if the model's own had 16 bits, whatever it runs in."""
     whole: Any = model
     blocks = find_feedforward_blocks(model)
     embedding, output = whole.get_input_embeddings().weight, whole.get_output_embeddings()
@@ -50,8 +52,15 @@ def traffic(model: nn.Module, kept: Sequence[int], statistic: object = None) -> 
         * (block.width - left)
         for block, left, neuron in zip(blocks, kept, neuron_bytes(blocks), strict=True)
     )
-    rows = 0 if output is None else len(output.weight)
-    return Traffic(dense, dense - dropped, output.weight[0].nbytes if rows else 0, rows)
+    pruned, row = dense - dropped, 0 if output is None else output.weight[0].nbytes
+    if quantization != "none":
+        outputs = {block.output: left / block.width for block, left in zip(blocks, kept, strict=True)}
+        shares = outputs | {module: outputs[block.output] for block in blocks for module in block.inputs}
+        for layer in linear_layers(model):
+            bits = stored_bits(quantization, weight_out_in(layer).shape[1] * outputs.get(layer, 1.0))
+            pruned -= round(layer.get_parameter("weight").nbytes * shares.get(layer, 1.0) * (1.0 - bits / 16))
+        row = round(row * stored_bits(quantization, output.weight.shape[1]) / 16)
+    return Traffic(dense, pruned, row, 0 if output is None else len(output.weight))
 
 
 def neuron_bytes(blocks: Sequence[FeedForwardBlock]) -> list[int]:
@@ -151,7 +160,10 @@ def begin(
     random statistics and selections. `keep_cache`: see `Row`; what was recorded is kept then too.
     """
     began = time.perf_counter()
-    experts = replace(experts, fits=()) if experts is not None else choose(engine, states, method, seed)
+    if experts is None:
+        experts = choose(engine, states, method, seed)
+    else:
+        experts = replace(experts, fits=(), quantization=method.quantization)
     seconds = (time.perf_counter() - began) / len(states)
     if not keep_cache:  # the memory of what was recorded can go, since experts are chosen for good
         light = [replace(state, recorded=Recorded(state.recorded.tokens), continuation=None) for state in states]

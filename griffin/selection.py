@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from griffin.feedforward import FeedForwardBlock
+from griffin.quantization import rounded
 from griffin.ridge import Correction, RidgeFit
 from griffin.statistics import TokenChoice
 
@@ -114,6 +116,14 @@ class Experts:
     scores: tuple[Tensor, ...] = ()  # what the neurons were chosen by [D], float32; none where they are not known
     by_token: TokenChoice | None = None  # how each token chooses among these neurons, which are all; None: none does
     fits: tuple[RidgeFit, ...] = ()  # what the corrections were fitted by, by device, where they can go on learning
+    quantization: str = "none"  # the precision of all that computes with them
+
+    def output_weights(self, layer: int, block: FeedForwardBlock) -> Tensor:
+        """What a layer's experts write by [H, K], float32: corrected, and quantised where they are."""
+        weight_HK = block.output_columns(self.neurons[layer]).float()
+        for correction in self.corrections[layer]:
+            weight_HK = torch.addmm(weight_HK, correction.weights_NH.T, correction.basis_NK)
+        return rounded(weight_HK, self.quantization)
 
     def corrected(self, further: dict[int, Correction]) -> Experts:
         """The same with further corrections of some layers."""

@@ -29,7 +29,7 @@ def view_of(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Module:
     """A copy of a model's modules, `shared` ones excepted, and of their hooks; it shares all tensors and the config."""
     whole: Any = model
     memo: dict[int, Any] = {id(thing): thing for thing in (*model.parameters(), *model.buffers(), *shared)}
-    memo[id(whole.config)] = whole.config
+    memo |= {id(config): config for config in [getattr(whole, "config", None)] if config is not None}
     return copy.deepcopy(model, memo)
 
 

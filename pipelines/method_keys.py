@@ -53,7 +53,7 @@ GridConfig: Any = make_dataclass(
 def planned(config: Any) -> list[Method]:
     """The methods of a call, dense first: every combination of its keys that `Method` takes, each once.
 
-    All of sparsity 0 are the one dense method.
+    All that neither prune nor quantise are the one dense method.
 
     Args:
         config: has the keys of `MethodKeys`, and a `grid`.
@@ -69,7 +69,7 @@ def planned(config: Any) -> list[Method]:
             one_of(f"grid.{name}" if listed else name, value, axis.metadata["values"])
     named = [METHODS[name] for name in config.grid.method]
     points = [point for base in named or [Method()] if not (named and base.dense) for point in _points(config, base)]
-    pruned = [point for point in points if not _is_dense(point["sparsity"])]
+    pruned = [point for point in points if not _is_dense(point)]
     methods = _taken(pruned or points, config)
     if len(pruned) < len(points) or any(base.dense for base in named):
         methods = [Method(sparsity=0.0), *(method for method in methods if not method.dense)]
@@ -104,8 +104,10 @@ def _taken(points: Sequence[dict[str, Any]], config: Any) -> list[Method]:
     return list(methods)
 
 
-def _is_dense(sparsity: Any) -> bool:
-    return sparsity == 0 or (isinstance(sparsity, list | tuple) and bool(sparsity) and not any(sparsity))
+def _is_dense(point: dict[str, Any]) -> bool:
+    sparsity = point["sparsity"]
+    several = isinstance(sparsity, list | tuple) and bool(sparsity)
+    return point["quantization"] == "none" and (not any(sparsity) if several else sparsity == 0)
 
 
 def as_typed(refusal: str, listed: Sequence[str] = ()) -> str:

@@ -22,7 +22,7 @@ class DecodingCost:
 
     def __init__(self, engine: griffin.Engine, methods: Sequence[griffin.Method]) -> None:
         self.traffic = {
-            method: griffin.traffic(engine.model, method.kept(engine.widths), method.scorer)
+            method: griffin.traffic(engine.model, method.kept(engine.widths), method.scorer, method.quantization)
             for method in methods
             if not method.dense
         }

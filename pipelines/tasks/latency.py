@@ -85,7 +85,7 @@ def evaluate(
     for method in methods:
         engine = engine_for(fast, [method], dense_settings)
         kept = method.kept([block.width for block in griffin.find_feedforward_blocks(model)])
-        traffic = griffin.traffic(model, kept)
+        traffic = griffin.traffic(model, kept, quantization=method.quantization)
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue

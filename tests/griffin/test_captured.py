@@ -17,7 +17,7 @@ from torch._subclasses import fake_tensor
 
 import griffin
 from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, Row, begin, decode
-from griffin.compact import CompactProjection
+from griffin.projection import CompactProjection
 
 VERIFIED = griffin.as_method("exact", draft_tokens=3)
 METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": VERIFIED}
@@ -136,7 +136,7 @@ def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Meth
         texts(engine, method, [length])
         layers = [layer for cache in [engine._cache] for layer in cache.layers]
         cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
-        weights = [weight for projection in engine.compact.projections for weight in projection.parameters()]
+        weights = [weight for projection in engine.compact().shared for weight in projection.parameters()]
         found.append([tensor.data_ptr() for tensor in (*weights, *cached)])
     assert len(found[0]) > 6
     assert found[0] == found[1] == found[2]

@@ -41,7 +41,7 @@ RIDGE = ("ridge", "compensation")
 def folded(engine: Engine, layer: int, count: int) -> Tensor:
     """[K, H]: what each kept neuron of the draft writes."""
     eye_KK = torch.eye(count)
-    return engine.compact.written(layer, eye_KK) - engine.compact.written(layer, torch.zeros_like(eye_KK))
+    return engine.compact().written(layer, eye_KK) - engine.compact().written(layer, torch.zeros_like(eye_KK))
 
 
 @torch.no_grad()
@@ -88,9 +88,9 @@ def test_only_what_is_to_be_learned_is_and_experts_are_put_to_work_again_without
 def test_its_logits_are_those_of_its_tokens(family: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_vocabulary, "CAPACITY", 90)
     engine = Engine(tiny(family), compiler=uncompiled if static else None)
-    engine.compact.load(chosen(engine, prefilled(engine, tokens(9), Method()), Method()))
-    ids_1S, view = torch.tensor([tokens(5)]), engine.draft
-    whole_SV = engine.compact(ids_1S, KVCache(1, 8))[0]
+    engine.compact().load(chosen(engine, prefilled(engine, tokens(9), Method()), Method()))
+    ids_1S, view = torch.tensor([tokens(5)]), engine.draft()
+    whole_SV = engine.compact()(ids_1S, KVCache(1, 8))[0]
     cases = (([5], [], 1), ([7, 3, 3, 50], [3, 8, 8, 96], 5), ([1, 2], [*range(VOCABULARY)], 90), ([9], [], 1))
     for begins, joins, count in cases:
         view.begin(torch.tensor(begins))
@@ -104,13 +104,13 @@ def test_its_logits_are_those_of_its_tokens(family: str, static: bool, monkeypat
         assert have.sum(dim=1).tolist() == [count] * 5
         assert count == 90 or set(have[0].nonzero().flatten().tolist()) == {*begins, *joins}
         assert difference(found[have], whole_SV[have]) < 1e-5
-    assert torch.equal(engine.compact(ids_1S, KVCache(1, 8))[0], whole_SV)
+    assert torch.equal(engine.compact()(ids_1S, KVCache(1, 8))[0], whole_SV)
 
 
 def test_an_output_embedding_that_is_not_linear_is_refused() -> None:
     model = build("gpt2", n_embd=16, n_inner=32, n_layer=1, n_head=2, n_positions=64, vocab_size=VOCABULARY)
     model.lm_head = nn.Sequential(model.lm_head)
-    for prune in (lambda: Engine(model).draft, lambda: griffin.prune(model, verification="exact")):
+    for prune in (Engine(model).draft, lambda: griffin.prune(model, verification="exact")):
         with pytest.raises(griffin.UnsupportedModelError, match="expected draft_vocabulary=full"):
             prune()
 
@@ -179,7 +179,7 @@ def test_the_vocabulary_grows_with_the_text_and_is_forgotten_with_it() -> None:
         row = begun(engine, tokens(11), verified(draft_tokens=4))
         before = set(row.state.likely.tolist())
         decoded(engine, row)
-        found = set(engine.draft.tokens_C.tolist())
+        found = set(engine.draft().tokens_C.tolist())
         assert before | set(row.tokens[1:]) <= found
         assert before < found < set(range(VOCABULARY))
         sizes.append(len(found))

@@ -176,13 +176,13 @@ def experts_of(family: str, **options: Any) -> Experts:
 def test_a_compact_checkpoint_is_an_ordinary_smaller_one(family: str, compensation: str, tmp_path: Any) -> None:
     experts = experts_of(family, compensation=compensation)
     engine = Engine(tiny(family))
-    engine.compact.load(experts)
+    engine.compact().load(experts)
     compact_model(tiny(family), experts).save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert {block.width for block in griffin.find_feedforward_blocks(found)} == {40}
     assert sum(one.numel() for one in found.parameters()) < sum(one.numel() for one in tiny(family).parameters())
-    assert difference(found(OTHER).logits, engine.compact.module(OTHER).logits) < 1e-6
-    assert torch.equal(text(found, OTHER), text(engine.compact.module, OTHER))
+    assert difference(found(OTHER).logits, engine.compact().module(OTHER).logits) < 1e-6
+    assert torch.equal(text(found, OTHER), text(engine.compact().module, OTHER))
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_what_has_no_config_says_so(
     experts = experts_of(family, **options)
     pruned = compact_model(tiny(family), experts)
     engine = Engine(tiny(family))
-    engine.compact.load(experts)
-    assert torch.equal(text(pruned, OTHER), text(engine.compact.module, OTHER))
+    engine.compact().load(experts)
+    assert torch.equal(text(pruned, OTHER), text(engine.compact().module, OTHER))
     with pytest.raises(UnsupportedModelError, match=words):
         pruned.save_pretrained(tmp_path)
 

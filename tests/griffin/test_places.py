@@ -65,11 +65,11 @@ def test_a_block_has_weights_of_the_device_while_it_runs_and_all_others_are_away
     first, second = (chosen(engine, state, method) for method in (one, other))
     found = []
     for experts in (second, first, second):  # a layer that keeps all is brought again
-        engine.compact.load(experts)
-        found.append(engine.compact.module(IDS).logits)
+        engine.compact().load(experts)
+        found.append(engine.compact().module(IDS).logits)
     assert torch.equal(found[0], found[2])
-    engine.compact.load(second)
-    whole = find_feedforward_blocks(engine.compact.module)[1]
+    engine.compact().load(second)
+    whole = find_feedforward_blocks(engine.compact().module)[1]
     assert not {id(weight) for weight in whole.weights} & {id(weight) for away in host for weight in away}
 
 

@@ -249,7 +249,9 @@ def test_a_prompt_without_activations_or_with_broken_ones_stays_uncorrected() ->
     blocks, good_TX = griffin.find_feedforward_blocks(tiny("llama")), torch.randn(5, 112)
     rows = [torch.zeros(5, 112), good_TX.index_fill(1, torch.tensor(3), torch.inf), good_TX]
     layers = ((number, torch.arange(40), rows_TX[:, :40], rows_TX[:, 80:]) for number, rows_TX in enumerate(rows))
-    found, _ = ridge.fit_prompt(layers, lambda layer, kept_NK: blocks[layer].written(kept_NK, torch.arange(40)))
+    found, _ = ridge.fit_prompt(
+        layers, lambda layer, kept_NK: kept_NK @ blocks[layer].output_columns(torch.arange(40)).T
+    )
     changed = [bool(found[number].output(torch.eye(40)).any()) for number in range(3)]
     assert changed == [False, False, True], "and does not keep other layers from it"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import griffin
 from griffin import Correction, Engine, Experts, Method, refuse_uncroppable, traffic, view_of
-from griffin.compact import CompactProjection
+from griffin.projection import CompactProjection
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 IDS = prompt(5, 3)
@@ -31,7 +31,7 @@ def experts(engine: Engine, method: Method, seed: int = 0) -> Experts:
 
 def logits(engine: Engine, mode: str, rows: Sequence[Experts | None]) -> Tensor:
     """Of rows of the same ids, each with its own experts."""
-    view = engine.compact if mode == "compact" else engine.masked
+    view = engine.compact() if mode == "compact" else engine.masked()
     view.load(rows[0] if mode == "compact" else rows)
     found: Tensor = view.module(IDS.expand(len(rows), -1)).logits
     return found
@@ -77,8 +77,8 @@ def test_corrections_fold_in_one_by_one_as_all_at_once_and_not_where_others_have
 
 def test_a_layer_that_keeps_all_has_the_models_own_weights_and_widths_may_differ() -> None:
     engine = Engine(tiny("llama"))
-    engine.compact.load(experts(engine, Method(sparsity=(0.0, 0.5, 0.0))))
-    pairs = zip(griffin.find_feedforward_blocks(engine.compact.module), engine.blocks, strict=False)
+    engine.compact().load(experts(engine, Method(sparsity=(0.0, 0.5, 0.0))))
+    pairs = zip(griffin.find_feedforward_blocks(engine.compact().module), engine.blocks, strict=False)
     assert [ours.output.weight is theirs.output.weight for ours, theirs in pairs] == [True, False, True]
     model = fresh("llama")
     narrow = copy.deepcopy(model.config)
@@ -118,8 +118,9 @@ def test_rows_that_share_experts_run_compact_and_others_masked() -> None:
     rows = ([one], [one, one], [one, other], [None, one], [None], [other], [None, None], [one, None], [one])
     names = ["compact", "compact", "masked", "masked", "dense", "compact", "dense", "masked", "compact"]
     for members, name in zip(rows, names, strict=True):
-        assert engine.view(members) is getattr(engine, name)
-        assert masked.view(members) is getattr(masked, name.replace("compact", "masked"))
+        for owner, expected in ((engine, name), (masked, name.replace("compact", "masked"))):
+            view = {"compact": owner.compact(), "masked": owner.masked(), "dense": owner.dense}[expected]
+            assert owner.view(members) is view
     with pytest.raises(ValueError, match="mode='fast': expected one of auto, compact, masked"):
         Engine(tiny("llama"), mode="fast")
 
@@ -149,7 +150,7 @@ def test_the_decoding_cache_is_the_same_where_it_is_large_enough_and_goes_with_u
     assert engine.decoding_cache(1, 9, static=True) is not first, "a compiled graph is for so many rows"
     generated(engine, [begun(engine, tokens(9), Method(), label) for label in range(2)], 3, most=2)
     scored(engine, begun(engine, tokens(9), Method()), tokens(3))
-    watched = [ref(engine.dense), ref(engine.compact), ref(engine.masked), ref(engine.decoding_cache(1, 2))]
+    watched = [ref(engine.dense), ref(engine.compact()), ref(engine.masked()), ref(engine.decoding_cache(1, 2))]
     gc.collect()
     gc.disable()
     engine.unload()
