@@ -6,7 +6,7 @@ A quantised view has all of its linear layers quantised: attention once, the kep
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -42,7 +42,7 @@ class CompactView(View):
             ]
             for block in blocks
         ]
-        self._loaded: Callable[[], Experts | None] = lambda: None
+        self._loaded: list[list[ref[Any]]] = []  # by layer, the neurons and corrections that the weights are made of
         # What a view of this one has in common with it: layers whose weights change or are packed.
         self.shared = [module for block in blocks for module in block.projections]
         self._head: Any = None  # the output embedding, until it is quantised
@@ -65,38 +65,48 @@ class CompactView(View):
             self._head = None
 
     def holds(self, experts: Experts) -> bool:
-        """Whether these are the experts that were loaded last."""
-        return self._loaded() is experts
+        """Whether these were loaded last."""
+        loaded = self._follows(experts)
+        return loaded is not None and [*map(len, loaded)] == [*map(len, _parts(experts))]
 
     def load(self, experts: Experts) -> None:
-        """Compute with these experts; those that follow the loaded ones are not gathered anew."""
-        if self.holds(experts):
-            return
-        before = self._loaded()
-        self._loaded = lambda: None  # nothing is complete before all of it is gathered
-        if before is not None and not experts.follows(before):
-            before = None
-        for layer, (projections, neurons_K) in enumerate(zip(self._layers, experts.neurons, strict=True)):
-            if before is None:
-                block = self._dense.bring(layer)
+        """Compute with these experts; those that were loaded, with further corrections, are not gathered anew."""
+        loaded = self._follows(experts) or [[] for _ in self._layers]
+        self._loaded = []  # nothing is complete before all of it is gathered
+        for layer, (projections, parts) in enumerate(zip(self._layers, _parts(experts), strict=True)):
+            if not loaded[layer]:
+                block, neurons_K = self._dense.bring(layer), experts.neurons[layer]
                 kept = None if len(neurons_K) == block.width and not self._dense.offloaded else neurons_K
                 for projection, dense in zip(projections, block.projections, strict=True):
                     projection.load(dense, kept)
-            for correction in experts.corrections[layer][0 if before is None else len(before.corrections[layer]) :]:
+            for correction in parts[max(1, len(loaded[layer])) :]:
                 projections[-1].correct(correction)
             for projection in projections:
                 projection.finish()
-        self._loaded = ref(experts)
+        self._loaded = [[ref(part) for part in parts] for parts in _parts(experts)]
+
+    def _follows(self, experts: Experts) -> list[list[ref[Any]]] | None:
+        """By layer, what is loaded, if it is what these experts begin with."""
+        if not self._loaded:
+            return None
+        for parts, loaded in zip(_parts(experts), self._loaded, strict=True):
+            if len(loaded) > len(parts) or any(old() is not new for old, new in zip(loaded, parts, strict=False)):
+                return None
+        return self._loaded
 
     def learn(self, corrections: Iterable[tuple[int, Correction]]) -> None:
         """Add to what the loaded experts write, by layer, until any are loaded again."""
-        self._loaded = lambda: None
+        self._loaded = []
         for layer, correction in corrections:
             self._layers[layer][-1].learn(correction)
 
     def written(self, layer: int, kept_NK: Tensor) -> Tensor:
         """What a layer's neurons write [N, H] at N tokens, with all that was learned and without the bias."""
         return self._layers[layer][-1].written(kept_NK)
+
+
+def _parts(experts: Experts) -> list[tuple[Any, ...]]:
+    return [(neurons_K, *added) for neurons_K, added in zip(experts.neurons, experts.corrections, strict=True)]
 
 
 def compact_model(model: nn.Module, experts: Experts) -> Any:

@@ -132,11 +132,6 @@ class Experts:
         )
         return replace(self, corrections=corrections)
 
-    def follows(self, before: Experts) -> bool:
-        """Whether these are the experts of before with further corrections, if any."""
-        corrections = zip(self.corrections, before.corrections, strict=True)
-        return self.neurons is before.neurons and all(now[: len(then)] == then for now, then in corrections)
-
     def save(self, path: str | Path) -> None:
         """Write the neurons and corrections, without scores and fits, as one safetensors file; a ValueError where each
         token chooses its own neurons."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from running import difference, generate, prompt, text, tokens
 from torch import Tensor, nn
 
 import griffin
-from griffin import Engine, Method, quantization, traffic
+from griffin import Engine, Method, projection, quantization, traffic
 from griffin.projection import BESIDE
 
 IDS = prompt(11)
@@ -165,3 +166,20 @@ def test_labels_say_the_precision() -> None:
         "joint+ridge late refresh=compensation int4 verified 50%",
         "int8 verified",
     ]
+
+
+def test_weights_are_quantised_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine(tiny("llama")), []
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        calls.append(arguments[0])
+        quantization.quantize(*arguments, **options)
+
+    monkeypatch.setattr(projection, "quantize", counted)
+    found = []
+    for method, length in ((griffin.METHODS["int4"], 9), (griffin.METHODS["int4"], 5), (INT4, 9), (INT4, 5)):
+        row = begun(engine, tokens(length), method)
+        calls.clear()
+        scored(engine, row, tokens(12, 1))  # refreshed once, after 8 tokens
+        found.append(len(calls))
+    assert found == [3 * LAYERS, 0, 4 * LAYERS, 4 * LAYERS]
