@@ -23,16 +23,11 @@ class WriteReport(Callback):
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra calls this after a single job."""
-        self._write(config)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra calls this after a sweep."""
-        self._write(config)
-
-    def _write(self, config: DictConfig) -> None:
         output_dir = Path(config.output_dir)
         try:
             report = make_report(str(output_dir))
             CLOSING.append(summary(report, write_report(report, output_dir / "report")))
         except UserError as error:
             CLOSING.append(f"warning: no report: {error}")
+
+    on_multirun_end = on_run_end  # after a sweep

@@ -11,13 +11,8 @@ from pipelines.errors import UserError
 def key_values(
     arguments: Sequence[str], usage: str, keys: Mapping[str, str], defaults: Mapping[str, str]
 ) -> dict[str, str]:
-    """The values by their keys. `--help` prints the keys and ends the process.
-
-    Args:
-        arguments: of the command.
-        usage: how it is called.
-        keys: what each key means.
-        defaults: of keys that may be left out; the others must be given.
+    """The values by their keys, of which those without a default must be given. `--help` prints the usage and what each
+    key means, and ends the process.
 
     Raises:
         UserError: an argument has no value, or a key is unknown or missing.

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from analysis import critical_sparsity, latency_figures, quality_figures
+from analysis import critical_sparsity, figures
 from analysis.drawing import Group, Styles, numbered
 from analysis.flocking_figures import flocking
-from analysis.frame import QUALITY, frame, select
+from analysis.frame import QUALITY, VERSIONS, frame, select
 from analysis.paired import differences, pairs
-from analysis.runs import Record, Runs
+from analysis.runs import Record, Runs, read_runs
 from analysis.samples import Answers, answers, read_scores
-from analysis.sources import read_runs
 from analysis.tables import Table, tables
 from pipelines.errors import UserError
 
@@ -23,13 +22,7 @@ _NOISE = 1.05  # a decode speed-up this many times above its limit can only come
 
 @dataclass(frozen=True)
 class Section:
-    """Figures and tables of one subject.
-
-    Attributes:
-        title: heading above them.
-        groups: the figures; a group may be empty.
-        tables: the tables that have rows.
-    """
+    """Figures and tables of one subject. A group of figures may be empty, all tables have rows."""
 
     title: str
     groups: list[Group]
@@ -42,7 +35,6 @@ class Report:
 
     Attributes:
         source: where the runs were read from, as the user named it.
-        runs: records and problems.
         frame: the records as a DataFrame.
         summary: what the runs show, in sentences.
         sections: figures and tables by their subjects.
@@ -55,6 +47,11 @@ class Report:
     summary: list[str]
     sections: list[Section]
     answers: list[Answers]
+
+    @property
+    def shown(self) -> list[Section]:
+        """The sections that have a figure or a table."""
+        return [section for section in self.sections if section.tables or any(g.drawings for g in section.groups)]
 
     @property
     def tables(self) -> list[Table]:
@@ -70,12 +67,11 @@ class Report:
     def notes(self) -> list[str]:
         """Warnings for readers who compare runs: versions that differ, and disturbed time measurements."""
         found = []
-        for name in ("griffin-pruning", "torch", "transformers", "lm-eval"):
+        for name in VERSIONS:
             versions = self.frame.drop_duplicates("run_id")[name].dropna().value_counts()
             if len(versions) > 1:
-                found.append(
-                    f"{name} differs: " + ", ".join(f"{key} ({count} runs)" for key, count in versions.items())
-                )
+                counts = ", ".join(f"{key} ({count} runs)" for key, count in versions.items())
+                found.append(f"{name} differs: {counts}")
         above = select(self.frame, metric="decode_fraction_of_limit")
         for row in above[above["value"] > _NOISE].itertuples():
             found.append(
@@ -91,25 +87,18 @@ FILTERS = ("tags", "model", "task", "method")
 
 def _filtered(runs: Runs, only: Mapping[str, str]) -> Runs:
     wanted = {key: {word.strip() for word in text.split(",")} for key, text in only.items() if text.strip()}
-    if not wanted:
-        return runs
 
-    def values(record: Record) -> dict[str, set[str]]:
-        config, method = record["config"], record["method"]
-        return {
-            "tags": {*(config.get("tags") or ())},
-            "model": {config["model"]["name"]},
-            "task": {config["task"]["name"]},
-            "method": {method["label"], method["family"]},
-        }
+    def values(record: Record, key: str) -> set[str]:
+        if key == "method":
+            return {record["method"]["label"], record["method"]["family"]}
+        return {*(record["config"].get("tags") or ())} if key == "tags" else {record["config"][key]["name"]}
 
-    known = [(record, values(record)) for record in runs.records]
-    left = [record for record, mine in known if all(mine[key] & words for key, words in wanted.items())]
-    if not left:
+    left = [record for record in runs.records if all(values(record, key) & words for key, words in wanted.items())]
+    if wanted and not left:
         asked = " ".join(f"{key}={only[key]}" for key in wanted)
-        found = {key: sorted({value for _, mine in known for value in mine[key]}) for key in wanted}
+        found = {key: sorted(set().union(*(values(record, key) for record in runs.records))) for key in wanted}
         there = "; ".join(f"{key}: {', '.join(values)}" for key, values in found.items())
-        raise UserError(f"{asked}: no such run among {len(known)}; there are {there}")
+        raise UserError(f"{asked}: no such run among {len(runs.records)}; there are {there}")
     return replace(runs, records=left)
 
 
@@ -117,7 +106,7 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     """Read the runs of a source and make all tables and figures that they have data for. Figures are drawn later.
 
     Args:
-        source: as in `analysis.sources.read_runs`.
+        source: as in `analysis.runs.read_runs`.
         only: by one of `FILTERS`, values with commas between; empty: all runs.
 
     Raises:
@@ -128,29 +117,23 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     styles = Styles(table["family"])
     scores = read_scores(runs, table)
     to_dense, to_griffin = (pairs(scores, table, against) for against in ("dense", "griffin"))
-    compared = [critical_sparsity.critical_sparsities(to_dense), differences(to_dense, to_griffin)]
-    labels = {row.run_id: (row.model, row.task) for row in table.itertuples()}
-    made = {one.name: one for one in [*tables(table), *compared] if one.rows}
-    figures = numbered(
-        [
-            quality_figures.against_sparsity(table, styles),
-            quality_figures.against_speed(table, styles),
-            quality_figures.by_length(table, styles),
-            critical_sparsity.against_bytes(to_dense, styles),
-            quality_figures.predicted_speed(table, styles),
-            latency_figures.bars(table, styles),
-            flocking(runs, labels),
-        ]
-    )
+    made = [*tables(table), critical_sparsity.critical_sparsities(to_dense), differences(to_dense, to_griffin)]
+    quality = [make(table, styles) for make in (figures.against_sparsity, figures.against_speed, figures.by_length)]
     parts = [
-        ("Quality", figures[:3], (*QUALITY, "perplexity_lengths")),
-        ("Differences to dense", figures[3:4], ("critical_sparsity", "differences")),
-        ("Verified decoding", figures[4:5], ("verified",)),
-        ("Latency", figures[5:6], ("latency",)),
-        ("Flocking", figures[6:], ("flocking", "flocking_generation")),
+        ("Quality", quality, (*QUALITY, "perplexity_lengths")),
+        (
+            "Differences to dense",
+            [critical_sparsity.against_bytes(to_dense, styles)],
+            ("critical_sparsity", "differences"),
+        ),
+        ("Verified decoding", [figures.predicted_speed(table, styles)], ("verified",)),
+        ("Latency", [figures.latency(table, styles)], ("latency",)),
+        ("Flocking", [flocking(runs)], ("flocking", "flocking_generation")),
     ]
+    rows = {one.name: one for one in made if one.rows}
     sections = [
-        Section(title, groups, [made[name] for name in names if name in made]) for title, groups, names in parts
+        Section(title, [*map(numbered, groups)], [rows[name] for name in names if name in rows])
+        for title, groups, names in parts
     ]
     summary = critical_sparsity.sentences(to_dense, table)
     return Report(source, runs, table, summary, sections, answers(runs, table, scores))

@@ -7,17 +7,19 @@ difference to dense excludes a loss of more than a margin. Nothing is interpolat
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections import defaultdict
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.drawing import Drawing, Group, Styles, add_legend, file_name
+from analysis.drawing import DENSE_LINE, Group, Styles, add_legend, drawing, name_sparsities
 from analysis.frame import select
 from analysis.metrics import Metric, metric
-from analysis.paired import Pair, pairs_by_task
+from analysis.paired import Pair, Pairs
 from analysis.tables import SAMPLES, Cell, Table
 from pipelines.figure_style import NEUTRAL, new_figure
 
@@ -26,7 +28,7 @@ _SPARSITY = Metric("sparsity", "%", 1, 0)
 _DENSE = Metric("dense", "points", 1, 1)
 
 
-def critical_sparsities(pairs: Sequence[Pair]) -> Table:
+def critical_sparsities(pairs: Pairs) -> Table:
     """A row per model, task and method without its sparsity, from every run's difference to dense."""
     note = (
         "The largest measured sparsity at which the paired 95% interval excludes a loss of more than one percent of "
@@ -36,7 +38,7 @@ def critical_sparsities(pairs: Sequence[Pair]) -> Table:
     columns = ["samples", "dense (points)", "largest sparsity within 1% of dense"]
     columns += ["largest sparsity within two points", "largest measured (%)"]
     table = Table("critical_sparsity", "Critical sparsity", note, ("model and task", "metric", "method"), columns)
-    for (model, task), rows in pairs_by_task(pairs).items():
+    for (model, task), rows in pairs.items():
         for family, mine in _families(rows).items():
             first, last = mine[0], mine[-1]
             cells: list[Cell | None] = [
@@ -49,13 +51,11 @@ def critical_sparsities(pairs: Sequence[Pair]) -> Table:
     return table
 
 
-def _families(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """The pairs with one sparsity for all layers by their methods without it, each by rising sparsity."""
-    found: dict[str, list[Pair]] = defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: (pair.row.family, pair.row.sparsity)):
-        if not math.isnan(pair.row.sparsity):
-            found[pair.row.family].append(pair)
-    return found
+def _families(pairs: Sequence[Pair], along: str = "row.sparsity") -> dict[str, list[Pair]]:
+    """The pairs that have this number by their methods without sparsity, each by rising number."""
+    number, family = operator.attrgetter(along), operator.attrgetter("row.family")
+    known = sorted(sorted((pair for pair in pairs if not math.isnan(number(pair))), key=number), key=family)
+    return {name: [*mine] for name, mine in itertools.groupby(known, key=family)}
 
 
 def _within(pairs: Sequence[Pair], margin: float) -> Pair | None:
@@ -72,18 +72,13 @@ def _largest(pairs: Sequence[Pair], margin: float) -> Cell:
     return Cell(sparsity, _SPARSITY, pair.row.run_id, words=f"{sparsity:g}%{density}")
 
 
-def sentences(pairs: Sequence[Pair], runs: pd.DataFrame) -> list[str]:
+def sentences(pairs: Pairs, runs: pd.DataFrame) -> list[str]:
     """What the runs show, a sentence for each model and task: which methods stay within two points of dense, up to
-    which sparsity, and at which measured speed where that was measured; else which comes closest.
-
-    Args:
-        pairs: every run's difference to dense.
-        runs: the DataFrame that they come from.
-    """
+    which sparsity, and at which measured speed where that was measured; else which comes closest."""
     speeds = select(runs, kind="latency", metric="decode_speedup")
     speed = {(row.model, row.method): row.value for row in speeds.itertuples()}
     found = []
-    for (model, task), rows in pairs_by_task(pairs).items():
+    for (model, task), rows in pairs.items():
         families = _families(rows)
         mine = [pair for members in families.values() for pair in members]
         count = max((pair.difference.samples for pair in mine), default=0)
@@ -108,19 +103,15 @@ def sentences(pairs: Sequence[Pair], runs: pd.DataFrame) -> list[str]:
     return found
 
 
-def against_bytes(pairs: Sequence[Pair], styles: Styles) -> Group:
+def against_bytes(pairs: Pairs, styles: Styles) -> Group:
     """One figure per model and task with several densities: differences to dense against bytes per token."""
-    drawings = [
-        Drawing(
-            file_name("bytes", model, task),
-            f"{task}, {model}",
-            "",
-            tuple(dict.fromkeys(run_id for pair in mine for run_id in (pair.other.run_id, pair.row.run_id))),
-            functools.partial(_figure, mine, styles),
-        )
-        for (model, task), mine in pairs_by_task([pair for pair in pairs if pair.density is not None]).items()
-        if len({pair.density for pair in mine}) > 1
-    ]
+    drawings = []
+    for (model, task), rows in pairs.items():
+        mine = [pair for pair in rows if pair.density is not None]
+        if len({pair.density for pair in mine}) > 1:
+            run_ids = [run_id for pair in mine for run_id in (pair.other.run_id, pair.row.run_id)]
+            draw = functools.partial(_figure, mine, styles)
+            drawings.append(drawing(("bytes", model, task), f"{task}, {model}", run_ids, draw))
     note = (
         "What methods score more or less than dense, sample by sample, bars: 95% intervals by the paired bootstrap; "
         "numbers are sparsities in %. The dashed line is the dense model, the grey band two points around it. What is "
@@ -133,20 +124,12 @@ def against_bytes(pairs: Sequence[Pair], styles: Styles) -> Group:
 def _figure(pairs: Sequence[Pair], styles: Styles) -> Figure:
     figure, axis = new_figure()
     axis.axhspan(-TWO_POINTS, TWO_POINTS, color=NEUTRAL, alpha=0.12, linewidth=0)
-    axis.axhline(0.0, color=NEUTRAL, linestyle="--", linewidth=1.2, label="dense")
-    families: dict[str, list[Pair]] = defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: (pair.row.family, pair.density)):
-        families[pair.row.family].append(pair)
-    for family, mine in families.items():
-        differences = [pair.difference for pair in mine]
-        across = [pair.density for pair in mine]
-        means = [difference.mean for difference in differences]
-        below = [0.0 if math.isnan(one.low) else one.mean - one.low for one in differences]
-        above = [0.0 if math.isnan(one.high) else one.high - one.mean for one in differences]
-        axis.errorbar(across, means, [below, above], linestyle=":", **styles.points(family))
-        for pair, x, y in zip(mine, across, means, strict=True):
-            text = "per layer" if math.isnan(pair.row.sparsity) else f"{100 * pair.row.sparsity:g}"
-            axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    axis.axhline(0.0, **DENSE_LINE)
+    for family, mine in _families(pairs, "density").items():
+        across, means = [pair.density or 0.0 for pair in mine], [pair.difference.mean for pair in mine]
+        ends = np.array([(pair.difference.low, pair.difference.high) for pair in mine]).T
+        axis.errorbar(across, means, np.nan_to_num(np.abs(ends - means)), linestyle=":", **styles.points(family))
+        name_sparsities(axis, across, means, [pair.row.sparsity for pair in mine])
     axis.set_xlabel(metric("effective_density").axis)
     axis.set_ylabel(f"{pairs[0].row.label}, difference to dense (points),\nhigher is better")
     axis.margins(x=0.12)

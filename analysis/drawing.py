@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,26 +19,20 @@ from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 _KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin+ridge", "impact+ridge", "griffin+mean")
 _COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # number 7 is a grey, like dense
 MOST_SHOWN = 12  # figures of a kind, and tasks with examples, in a report: nobody looks at hundreds
+DENSE_LINE = {"color": NEUTRAL, "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 _INSIDE = 6  # a legend with more entries is placed below the axes
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that has not been drawn yet, because it is drawn once per theme.
-
-    Attributes:
-        name: file name without suffix.
-        title: heading above the figure.
-        caption: what the group's note does not say of this figure; may be empty.
-        run_ids: the runs whose numbers it shows.
-        draw: draws it in the active theme.
-    """
+    """A figure of some runs that has not been drawn yet, because it is drawn once in each theme. Its caption tells what
+    its group's note does not; its name is that of its file, without suffix."""
 
     name: str
     title: str
-    caption: str
-    run_ids: tuple[str, ...]
+    run_ids: Sequence[str]
     draw: Callable[[], Figure]
+    caption: str = ""
 
     def _repr_png_(self) -> bytes:
         """Notebooks call this to show the figure."""
@@ -48,13 +44,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures of one kind.
+    """Figures of one kind; empty if no run has data for them.
 
     Attributes:
-        title: heading above the group.
-        drawings: in order; empty if no run has data for them.
-        command: a command whose runs give the data.
-        note: what all its figures show, and how they are read.
+        command: its runs give the data.
+        note: what all figures show, and how they are read.
         hint: what the user must fill into the command.
     """
 
@@ -76,8 +70,8 @@ class Styles:
         present = {family for family in families if family.partition(" [")[0] != "dense"}
         self._place = {family: place for place, family in enumerate(_KNOWN) if family in present}
         others = sorted(present - {*_KNOWN})
-        places = (*range(len(_COLOURS)), *range(len(_COLOURS), len(_COLOURS) + len(others)))
-        free = (place for place in places if place not in self._place.values())
+        used = {*self._place.values()}
+        free = (place for place in itertools.count() if place not in used)
         self._place |= dict(zip(others, free, strict=False))
 
     def colour(self, family: str) -> str:
@@ -104,25 +98,34 @@ def add_legend(figure: Figure, axis: Axes, *, inside: bool = True) -> None:
     figure.legend(handles, labels, loc="outside lower center")
 
 
+def name_sparsities(axis: Axes, across: Iterable[float], up: Iterable[float], sparsities: Iterable[float]) -> None:
+    """Write the sparsity of every point beside it, in %."""
+    for x, y, sparsity in zip(across, up, sparsities, strict=True):
+        text = "per layer" if math.isnan(sparsity) else f"{100 * sparsity:g}"
+        axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+
+
+def drawing(
+    words: Sequence[str], title: str, run_ids: Iterable[str], draw: Callable[[], Figure], caption: str = ""
+) -> Drawing:
+    """A drawing whose file is named by words; run ids may be repeated."""
+    return Drawing(file_name(*words), title, [*dict.fromkeys(run_ids)], draw, caption)
+
+
 def file_name(*words: str) -> str:
     """Words as a file name. Different words may give the same name."""
     return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word).strip("_") for word in words)[:120]
 
 
-def numbered(groups: Sequence[Group]) -> list[Group]:
-    """The same groups, where drawings of the same name are numbered, each with its first `MOST_SHOWN` drawings; its
-    note says how many more there would be."""
+def numbered(group: Group) -> Group:
+    """The group with its first `MOST_SHOWN` drawings, where those of the same name are numbered; its note says how many
+    more there would be."""
     seen: Counter[str] = Counter()
-
-    def named(drawing: Drawing) -> Drawing:
+    drawings = []
+    for drawing in group.drawings[:MOST_SHOWN]:
         seen[drawing.name] += 1
         number = seen[drawing.name]
-        return drawing if number == 1 else replace(drawing, name=f"{drawing.name}_{number}")
-
-    shown = []
-    for group in groups:
-        more = len(group.drawings) - MOST_SHOWN
-        words = f" {more} more are not drawn: choose with model=, task= or method=." if more > 0 else ""
-        drawings = [named(drawing) for drawing in group.drawings[:MOST_SHOWN]]
-        shown.append(replace(group, drawings=drawings, note=group.note + words))
-    return shown
+        drawings.append(drawing if number == 1 else replace(drawing, name=f"{drawing.name}_{number}"))
+    more = len(group.drawings) - MOST_SHOWN
+    words = f" {more} more are not drawn: choose with model=, task= or method=." if more > 0 else ""
+    return replace(group, drawings=drawings, note=group.note + words)

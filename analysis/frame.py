@@ -7,7 +7,7 @@
 | `kind`, `task` | the kind of task, and its name; if runs of this name were evaluated differently (limit, protocol, decoding, data, ...), with the difference: `xsum [limit=12]` |
 | `method` | the method in words: `dense`, `griffin 50%` |
 | `family` | the method without its sparsity: `griffin`; it has one colour in all figures |
-| `statistic`, `selection`, `compensation`, `budget`, `refresh`, `verification`, `draft_tokens`, `draft_vocabulary`, `prompt_lookup`, `verification_threshold` | the settings of the method; empty for dense |
+| `statistic`, `selection`, `compensation`, ... | the settings of the method, by the names that the records of pruned runs have for them; empty for dense |
 | `role` | `dense`; `assisted`: dense decoding that something drafted for; or `pruned` |
 | `sparsity` | share of FF neurons dropped; NaN if every layer has its own |
 | `metric` | its name in the record, without a suffix for lengths |
@@ -26,14 +26,19 @@ Rows may be compared, or one divided by the other, only within one `model` and o
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from analysis.labels import ROUNDING, Labels, labels, rounding
 from analysis.metrics import metric, order
+
+Item = TypeVar("Item", bound=Any)
 
 # The kinds of task that measure quality, and their titles.
 QUALITY = {
@@ -48,21 +53,16 @@ QUALITY = {
 _SUFFIX = re.compile(r"(?P<name>.+)_p(?P<prompt>\d+)_g(?P<generation>\d+)")
 # These metrics say how much was run, and not how well: the DataFrame has no rows for them.
 _COUNTS = (
-    "samples",
-    "skipped_prompts",
-    "prompt_tokens",
-    "generated_tokens",
-    "peak_memory_bytes",
-    "dense_peak_memory_bytes",
+    *("samples", "skipped_prompts", "prompt_tokens", "generated_tokens"),
+    *("peak_memory_bytes", "dense_peak_memory_bytes"),
 )
 
-_METHOD = (
-    *("statistic", "selection", "compensation", "budget", "refresh"),
-    *("verification", "draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold"),
-)
+# A record's `method` says these, too; all else that it says is a setting of the method, and a column.
+_NO_SETTINGS = ("label", "family", "sparsity", "mode", "shared_experts", "assistance", "assistant")
 VERSIONS = ("griffin-pruning", "torch", "transformers", "lm-eval")
+_NAMES = ("run_id", "model", "kind", "task", "method", "family", "role")
 COLUMNS = (
-    *("run_id", "model", "kind", "task", "method", "family", "role", *_METHOD),
+    *_NAMES,
     *("sparsity", "metric", "prompt_length", "generation_length", "value", "stderr", "scored", "samples", "seconds"),
     *("dtype", "protocol", "decoding", "limit", "offset", "seed", *ROUNDING, "mode", "device"),
     *(*VERSIONS, "command"),
@@ -74,24 +74,25 @@ _NUMBERS = (
 
 
 def frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The sorted DataFrame of some records in today's form. Without records it still has all its columns."""
+    """The sorted DataFrame of some records in today's form. Without records it still has all of `COLUMNS`."""
     records = sorted(records, key=lambda record: record["run_id"])
-    rows = [row for record, names in zip(records, labels(records), strict=True) for row in _rows(record, names)]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for name in COLUMNS:
-        table[name] = table[name].astype("float64" if name in _NUMBERS else object)
-    keys = pd.DataFrame(
-        {
-            "place": [f"{row.model}\0{row.kind}\0{row.task}" for row in table.itertuples()],
-            "pruned": table["role"].map(("dense", "assisted", "pruned").index),
-            "family": table["family"],
-            "sparsity": table["sparsity"],
-            "run_id": table["run_id"],
-            "metric": [order(name) for name in table["metric"]],
-            "lengths": list(zip(table["prompt_length"].fillna(0), table["generation_length"].fillna(0), strict=True)),
-        }
-    )
-    return table.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
+    settings = dict.fromkeys(key for record in records for key in record["method"] if key not in _NO_SETTINGS)
+    rows = [
+        dict.fromkeys(settings, "") | row
+        for record, names in zip(records, labels(records), strict=True)
+        for row in _rows(record, names)
+    ]
+    table = pd.DataFrame(rows, columns=[*_NAMES, *settings, *COLUMNS[len(_NAMES) :]])
+    table = table.astype({name: "float64" if name in _NUMBERS else object for name in table})
+    # Sparsities that differ by layer come last, metrics without lengths first.
+    ranked = table.fillna({"sparsity": math.inf, "prompt_length": 0, "generation_length": 0})
+    return table.loc[[row.Index for row in sorted(ranked.itertuples(), key=_place)]].reset_index(drop=True)
+
+
+def _place(row: Any) -> tuple[Any, ...]:
+    """A sort key: by model and task, dense first, then by method."""
+    method = ("dense", "assisted", "pruned").index(row.role), row.family, row.sparsity, row.run_id
+    return row.model, row.kind, row.task, *method, order(row.metric), row.prompt_length, row.generation_length
 
 
 def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
@@ -102,22 +103,18 @@ def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 
 def headlines(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first metric of every task that measures quality; `better` and `label` are its."""
+    """The rows of the first metric of every task that measures quality; `label` is the metric's."""
     table = table[table["kind"].isin(QUALITY) & table["scored"].astype(bool) & table["prompt_length"].isna()]
-    first = {
-        (row.model, row.task): row.metric for row in sorted(table.itertuples(), key=lambda row: order(row.metric))[::-1]
-    }
-    names = [first[place] for place in zip(table["model"], table["task"], strict=True)]
-    shown = [metric(name) for name in names]
-    table = table.assign(better=[one.better for one in shown], label=[one.label for one in shown])
-    return table[table["metric"] == names]
+    first = {place: min((row.metric for row in rows), key=order) for place, rows in by_task(table.itertuples()).items()}
+    table = table[table["metric"] == [first[place] for place in zip(table["model"], table["task"], strict=True)]]
+    return table.assign(label=[metric(name).label for name in table["metric"]])
 
 
-def by_task(rows: pd.DataFrame) -> dict[tuple[str, str], list[Any]]:
-    """The rows of every model and task."""
-    found: dict[tuple[str, str], list[Any]] = {}
-    for row in rows.itertuples():
-        found.setdefault((row.model, row.task), []).append(row)
+def by_task(rows: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
+    """What has a model and a task, by the two."""
+    found: dict[tuple[str, str], list[Item]] = defaultdict(list)
+    for row in rows:
+        found[row.model, row.task].append(row)
     return dict(sorted(found.items()))
 
 
@@ -145,12 +142,6 @@ def _same(row: Any, other: Any, name: str) -> bool:
     return bool(pd.isna(mine) or pd.isna(theirs) or mine == theirs)
 
 
-def _role(method: dict[str, Any]) -> str:
-    if method["sparsity"] != 0:
-        return "pruned"
-    return "assisted" if method.get("assistance", "none") != "none" else "dense"
-
-
 def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
     method, evaluation = record["method"], record["evaluation"]
     config, metrics, environment = record["config"], record["metrics"], record["environment"]
@@ -158,14 +149,11 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
     # For batch_size=auto the environment holds the size that fitted into memory.
     batch_size = environment.get("batch_size", evaluation.get("batch_size"))
     shared = {
+        **asdict(names),
         "run_id": record["run_id"],
-        "model": names.model,
         "kind": config["task"]["kind"],
-        "task": names.task,
-        "method": names.method,
-        "family": names.family,
-        "role": _role(method),
-        **{name: method.get(name, "") for name in _METHOD},
+        "role": "pruned" if sparsity != 0 else "dense" if method.get("assistance", "none") == "none" else "assisted",
+        **{key: value for key, value in method.items() if key not in _NO_SETTINGS},
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
         "seconds": record["timing"].get("seconds"),
@@ -191,13 +179,10 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
 def _lengths(name: str, task: dict[str, Any]) -> dict[str, Any]:
     """A metric's name without its suffix, and the prompt and generation length that it was measured at."""
     found = _SUFFIX.fullmatch(name)
-    if found:
-        return {
-            "metric": found["name"],
-            "prompt_length": int(found["prompt"]),
-            "generation_length": int(found["generation"]),
-        }
     prompts, generations = task.get("prompt_lengths") or [], task.get("generation_lengths") or []
-    if task["kind"] == "latency" and len(prompts) == len(generations) == 1:
-        return {"metric": name, "prompt_length": prompts[0], "generation_length": generations[0]}
-    return {"metric": name, "prompt_length": None, "generation_length": None}
+    lengths: tuple[int | None, int | None] = (None, None)
+    if found:
+        name, lengths = found["name"], (int(found["prompt"]), int(found["generation"]))
+    elif task["kind"] == "latency" and len(prompts) == len(generations) == 1:
+        lengths = prompts[0], generations[0]
+    return {"metric": name, "prompt_length": lengths[0], "generation_length": lengths[1]}

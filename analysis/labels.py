@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from analysis.runs import at
+
 Flat = dict[str, Any]
 
 _DIGEST = "sha256:"
@@ -24,14 +26,7 @@ ROUNDING = ("batch_size", "compile", "cpu_onednn")
 
 @dataclass(frozen=True)
 class Labels:
-    """The names of one run.
-
-    Attributes:
-        model: names a row of a table, together with the method.
-        task: names a column.
-        family: the method without its sparsity.
-        method: the method with its sparsity.
-    """
+    """The names of one run; its family is the method without its sparsity."""
 
     model: str
     task: str
@@ -42,17 +37,18 @@ class Labels:
 def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
     """The names of all runs that are shown together. No two runs share a model, a task and a method."""
     settings = _with_file_names(records)
-    models = _suffixed(
-        [record["config"]["model"]["name"] for record in records],
-        [{key: value for key, value in one.items() if key.startswith("model.")} for one in settings],
-    )
-    tasks = _suffixed(
-        [record["config"]["task"]["name"] for record in records],
-        [{key: value for key, value in one.items() if not key.startswith("model.")} for one in settings],
-    )
+    named = {}
+    for part in ("model", "task"):
+        names = [record["config"][part]["name"] for record in records]
+        of_model = part == "model"
+        told = differences(
+            names,
+            [{key: value for key, value in one.items() if key.startswith("model.") == of_model} for one in settings],
+        )
+        named[part] = [f"{name} [{more}]" if more else name for name, more in zip(names, told, strict=True)]
     methods = [record["method"] | rounding(record) for record in records]
     # Settings that a method's label does not tell, as the mode, are told only where two runs would share a cell.
-    cells = list(zip(models, tasks, [method["label"] for method in methods], strict=True))
+    cells = list(zip(named["model"], named["task"], [method["label"] for method in methods], strict=True))
     told = differences(cells, methods)
     shared = Counter(zip(cells, told, strict=True))
     found = []
@@ -77,21 +73,18 @@ def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
     """The evaluation entries without `rounding`, where files go by their names; those of one name have a part of their
     digests, too."""
     settings = []
+    names: dict[str, str] = {}
     for record in records:
         apart = rounding(record)
         settings.append({key: value for key, value in record["evaluation"].items() if key not in apart})
-    names: dict[str, str] = {}
-    for record, one in zip(records, settings, strict=True):
-        for key, value in one.items():
-            if isinstance(value, str) and value.startswith(_DIGEST):
-                path: Any = record["config"]
-                for part in key.split("."):
-                    path = path.get(part) if isinstance(path, dict) else None
-                if isinstance(path, str):
-                    names[value] = min(PurePath(path).name, names.get(value, "\uffff"))
+        for key, value in settings[-1].items():
+            path = at(record["config"], key)
+            if isinstance(value, str) and value.startswith(_DIGEST) and isinstance(path, str):
+                names[value] = min(PurePath(path).name, names.get(value, "\uffff"))
     shared = Counter(names.values())
     told = {
-        digest: name if shared[name] == 1 else f"{name} {digest[len(_DIGEST) :][:6]}" for digest, name in names.items()
+        digest: name if shared[name] == 1 else f"{name} {digest.removeprefix(_DIGEST)[:6]}"
+        for digest, name in names.items()
     }
     return [
         {key: told.get(value, value) if isinstance(value, str) else value for key, value in one.items()}
@@ -100,35 +93,20 @@ def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
 
 
 def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str]:
-    """For each name, the settings that differ among all that have this name, as `key=value, ...`.
-
-    Args:
-        names: any number of them may be equal.
-        settings: one entry per name.
-
-    Returns:
-        One text per name, empty where equal names have equal settings.
-    """
+    """For each name, which may be repeated, its settings that differ among all of this name, as `key=value, ...`; empty
+    where none does."""
     texts = [{key: _text(value) for key, value in entry.items()} for entry in settings]
-    keys: dict[Hashable, set[str]] = defaultdict(set)
+    none, members = _text(None), defaultdict(list)
     for name, entry in zip(names, texts, strict=True):
-        keys[name] |= entry.keys()
-    values: dict[Hashable, dict[str, set[str]]] = {name: {key: set() for key in keys[name]} for name in keys}
-    for name, entry in zip(names, texts, strict=True):
-        for key, seen in values[name].items():
-            seen.add(entry.get(key, _text(None)))
-    differing = {
-        name: sorted((key for key, seen in mine.items() if len(seen) > 1), key=_short) for name, mine in values.items()
-    }
+        members[name].append(entry)
+    differing = {}
+    for name, entries in members.items():
+        keys = {key for entry in entries for key in entry}
+        differing[name] = sorted((key for key in keys if len({e.get(key, none) for e in entries}) > 1), key=_short)
     return [
-        ", ".join(f"{_short(key)}={entry.get(key, _text(None))}" for key in differing[name])
+        ", ".join(f"{_short(key)}={entry.get(key, none)}" for key in differing[name])
         for name, entry in zip(names, texts, strict=True)
     ]
-
-
-def _suffixed(names: Sequence[str], settings: Sequence[Flat]) -> list[str]:
-    told = differences(names, settings)
-    return [f"{name} [{more}]" if more else name for name, more in zip(names, told, strict=True)]
 
 
 def _short(key: str) -> str:

@@ -1,23 +1,35 @@
-"""Writes a report: into files, and into W&B."""
+"""Writes a report: into W&B, and into files.
+
+Its HTML is for any screen, light and dark: one page that fetches nothing and runs no script, and for each model and
+task a page of all answers, whose only script is its search.
+"""
 
 from __future__ import annotations
 
+import base64
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from analysis import render
 from analysis.contents import Report
-from analysis.drawing import MOST_SHOWN
-from analysis.page import answers_page, page
+from analysis.drawing import MOST_SHOWN, file_name
+from analysis.labels import labels
 from analysis.runs import watched
-from analysis.samples import examples
+from analysis.samples import Example, examples
 from pipelines.errors import UserError
 from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
 from pipelines.tracking import Media, track
 
 _TEXTS = {"md": render.markdown, "tex": render.latex, "csv": render.comma_separated}
+_VERSIONS = (
+    *("griffin-pruning", "git_commit", "torch", "transformers", "lm-eval", "rouge-score", "python", "platform"),
+    *("processor", "cpus", "memory", "device", "started", "finished"),
+)
 _WRITTEN = ".written"  # lists the tables and figures that a report wrote, by their paths in its folder
 
 
@@ -44,13 +56,15 @@ def write_report(report: Report, out: Path) -> Path:
         (out / _WRITTEN).write_text("\n".join(names) + "\n", encoding="utf-8")
         report.frame.to_csv(out / "runs.csv", index=False)
         for table in report.tables:
-            for suffix, text in _TEXTS.items():
-                (out / "tables" / f"{table.name}.{suffix}").write_text(text(table), encoding="utf-8")
-        (out / "report.md").write_text(_markdown(report), encoding="utf-8")
+            for suffix, as_text in _TEXTS.items():
+                (out / "tables" / f"{table.name}.{suffix}").write_text(as_text(table), encoding="utf-8")
+        text = render.template("report.md.j2").render(report=report, markdown=render.markdown)
+        (out / "report.md").write_text(text, encoding="utf-8")
         chosen = {}
         for number, answers in enumerate(watched(report.answers, "pages")):
             samples = answers.samples
-            (out / "answers" / f"{answers.name}.html").write_text(answers_page(answers, samples), encoding="utf-8")
+            text = render.template("answers.html.j2").render(answers=answers, samples=samples)
+            (out / "answers" / f"{answers.name}.html").write_text(text, encoding="utf-8")
             if number < MOST_SHOWN:
                 chosen[answers.name] = examples(samples)
         pictures = {}
@@ -58,10 +72,10 @@ def write_report(report: Report, out: Path) -> Path:
             with drawn_in(LIGHT):
                 figure = drawing.draw()
                 save(figure, out / "figures" / drawing.name)
-                light = as_svg(figure)
+                light = _data_uri(figure)
             with drawn_in(DARK):
-                pictures[drawing.name] = light, as_svg(drawing.draw())
-        (out / "index.html").write_text(page(report, pictures, chosen), encoding="utf-8")
+                pictures[drawing.name] = light, _data_uri(drawing.draw())
+        (out / "index.html").write_text(_page(report, pictures, chosen), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={out}: cannot write {error.filename or out}: {error.strerror}") from error
     return out / "index.html"
@@ -81,40 +95,37 @@ def log_report(report: Report, out: Path, entity: str | None, project: str) -> N
         ]
     settings = SimpleNamespace(mode="online", project=project, entity=entity)
     config = {"runs": report.source, "run_ids": [record["run_id"] for record in report.runs.records]}
-    with track(
-        settings, out, f"report-{project}", f"report on {report.source}", "report", "report", [], config
-    ) as tracker:
+    words = {"name": f"report on {report.source}", "group": "report", "job_type": "report", "tags": []}
+    with track(settings, out, f"report-{project}", config=config, **words) as tracker:
         tracker.show(Media(images, rows))
 
 
-def _markdown(report: Report) -> str:
-    """The text of report.md."""
-    lines = ["# GRIFFIN: results", "", f"From `{report.source}`: {len(report.runs.records)} runs.", ""]
-    lines += [*(f"- {sentence}" for sentence in report.summary), ""] if report.summary else []
-    if report.runs.problems:
-        problems = (f"- `{one.run_id}`: {one.state}, {one.reason}" for one in report.runs.problems)
-        lines += ["Left out:", "", *problems, ""]
-    lines += [line for note in report.notes for line in (f"Note: {note}.", "")]
-    for section in report.sections:
-        lines += (
-            [f"## {section.title}", ""] if section.tables or any(group.drawings for group in section.groups) else []
-        )
-        for group in (group for group in section.groups if group.drawings):
-            lines += [f"### {group.title}", "", group.note, ""]
-            for drawing in group.drawings:
-                words = ". ".join(filter(None, (drawing.title, drawing.caption)))
-                lines += [f"![{drawing.title}](figures/{drawing.name}.png)", "", words, ""]
-        for table in section.tables:
-            lines += [f"### {table.title}", "", table.note, "", render.markdown(table)]
-    for group in (group for group in report.groups if not group.drawings):
-        lines += [f"{group.title}: too few runs; this makes more{', ' + group.hint if group.hint else ''}:", ""]
-        lines += [f"`{group.command}`", ""]
-    lines += ["## Runs", ""]
-    for record in sorted(report.runs.records, key=lambda record: record["run_id"]):
-        environment = record["environment"]
-        versions = ", ".join(f"{key} {environment.get(key)}" for key in ("griffin-pruning", "torch", "transformers"))
-        lines += [
-            f"- `{record['run_id']}`: {versions}, {environment.get('device')}",
-            f"  `{environment.get('command')}`",
-        ]
-    return "\n".join(lines) + "\n"
+def _page(report: Report, pictures: Mapping[str, tuple[str, str]], examples: Mapping[str, Sequence[Example]]) -> str:
+    """The HTML of the page, with pictures in the light theme and in the dark theme by the names of their drawings, and
+    examples by those of their answers."""
+    records = report.runs.records
+    runs = zip(labels(records), records, strict=True)
+    of_run = {record["run_id"]: record["environment"].get("command") for record in records}
+    return render.template("report.html.j2").render(
+        report=report,
+        runs=sorted(runs, key=lambda run: (run[0].model, run[0].task, run[1]["run_id"])),
+        images=pictures,
+        examples=examples,
+        anchor=file_name,
+        versions=_versions,
+        commands=lambda run_ids: [command for command in dict.fromkeys(map(of_run.get, run_ids)) if command],
+    )
+
+
+def _versions(environment: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a run ran on, as far as it is known."""
+    known = {name: value for name, value in environment.items() if value is not None}
+    if "memory_bytes" in known:
+        known["memory"] = f"{known['memory_bytes'] / 2**30:.0f} GiB"
+    if known.get("git_clean") is False:
+        known["git_commit"] += " and changes"
+    return [(name, known[name]) for name in _VERSIONS if name in known]
+
+
+def _data_uri(figure: Figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(as_svg(figure)).decode()

@@ -7,6 +7,7 @@ are not compared, and neither are runs that were evaluated differently (`analysi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from scipy import stats
 from analysis.frame import apart, by_task, headlines, nearest, select
 from analysis.metrics import Metric
 from analysis.samples import Scores
-from analysis.tables import DASH, SAMPLES, Cell, Table, method_order
+from analysis.tables import DASH, SAMPLES, Cell, Table
 
 CONFIDENCE = 0.95
 POWER = 0.8  # the chance to see the difference of one point
@@ -113,17 +114,16 @@ class Pair:
         return None if self.length is None else Cell(self.length, _RATIO, self.row.run_id)
 
 
+# By model and task, each method's pair in the order of the tables.
+Pairs = Mapping[tuple[str, str], Sequence[Pair]]
+
+
 def compare(scores: Values, others: Values, *, largest: float, exact: bool = False) -> Difference | None:
     """The difference of two runs' scores; None where they do not have the same samples.
 
     The bootstrap of differences that are all the same has no width, which says too much of few samples. There the
     interval is what may still differ: any larger share of samples that do would show up, 39 times out of 40.
-
-    Args:
-        scores: the one run's.
-        others: the other's.
-        largest: score that there can be.
-        exact: whether the two cannot differ, so that zeros are no matter of chance.
+    Where two runs are `exact`, they cannot differ, and zeros are no matter of chance.
     """
     if not scores or scores.keys() != others.keys():
         return None
@@ -161,46 +161,33 @@ def _mcnemar(scores: Values, others: Values, largest: float) -> float | None:
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def pairs(scores: Mapping[str, Scores], table: pd.DataFrame, against: str = "dense") -> list[Pair]:
+def pairs(scores: Mapping[str, Scores], table: pd.DataFrame, against: str = "dense") -> Pairs:
     """Every pruned run of a task with scores, and its difference to the dense run or to GRIFFIN at its sparsity, on the
-    same samples; of several such runs, to the one that shares most of what changes rounding.
-
-    Args:
-        scores: as `analysis.samples.read_scores` gives them; W&B has none, so there are no pairs.
-        table: the DataFrame of the runs.
-        against: `dense` or `griffin`.
-    """
-    found = []
+    same samples; of several such runs, to the one that shares most of what changes rounding. W&B has no scores of
+    samples, so there are no pairs."""
+    found: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     densities = dict(select(table, metric="effective_density")[["run_id", "value"]].itertuples(index=False))
-    for rows in by_task(headlines(table)).values():
+    for place, rows in by_task(headlines(table).itertuples()).items():
         if rows[0].metric not in LARGEST:
             continue
-        others: dict[float | None, list[Any]] = defaultdict(list)
+        others: dict[float, list[Any]] = defaultdict(list)
         for row in rows:
-            if row.role == "dense" if against == "dense" else _plain(row) == against:
-                others[None if against == "dense" else row.sparsity].append(row)
+            if (row.role if against == "dense" else _plain(row)) == against:
+                others[row.sparsity].append(row)
         for row in rows:
-            other = nearest(row, others.get(None if against == "dense" else row.sparsity, []))
+            other = nearest(row, others[0.0 if against == "dense" else row.sparsity])
             if row.role != "pruned" or _plain(row) == against or other is None:
                 continue
             numbers, theirs = scores[row.run_id], scores[other.run_id]
             # lm-eval's tasks have no such setting, and are greedy where their metric is.
             greedy = row.decoding == "greedy" or pd.isna(row.decoding)
-            exact = row.verification == "exact" and against == "dense" and greedy
+            exact = getattr(row, "verification", None) == "exact" and against == "dense" and greedy
             difference = compare(numbers.values, theirs.values, largest=LARGEST[row.metric], exact=exact)
             if difference is not None:
                 tokens = sum(theirs.lengths.values())
                 known = tokens and numbers.lengths.keys() == theirs.lengths.keys()
                 length = sum(numbers.lengths.values()) / tokens if known else None
-                found.append(Pair(row, other, difference, length, densities.get(row.run_id)))
-    return sorted(found, key=lambda pair: (pair.row.model, pair.row.task, *method_order(pair.row)))
-
-
-def pairs_by_task(pairs: Sequence[Pair]) -> dict[tuple[str, str], list[Pair]]:
-    """The pairs of every model and task, in the order of the tables."""
-    found: dict[tuple[str, str], list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        found[pair.row.model, pair.row.task].append(pair)
+                found[place].append(Pair(row, other, difference, length, densities.get(row.run_id)))
     return found
 
 
@@ -212,7 +199,7 @@ def _plain(row: Any) -> str:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def differences(to_dense: Sequence[Pair], to_griffin: Sequence[Pair]) -> Table:
+def differences(to_dense: Pairs, to_griffin: Pairs) -> Table:
     """A row per model, task and method: its differences to dense and to GRIFFIN."""
     note = (
         "Differences sample by sample, in points, with their 95% intervals by the paired bootstrap; to GRIFFIN at the "
@@ -223,8 +210,8 @@ def differences(to_dense: Sequence[Pair], to_griffin: Sequence[Pair]) -> Table:
     columns = ["samples", "to dense: points", "to dense: p", "to GRIFFIN: points", "to GRIFFIN: p"]
     columns += ["answer length / dense", "samples for one point"]
     table = Table("differences", "Differences sample by sample", note, ("model and task", "metric", "method"), columns)
-    griffin = {pair.row.run_id: pair for pair in to_griffin}
-    for pair in to_dense:
+    griffin = {pair.row.run_id: pair for pairs in to_griffin.values() for pair in pairs}
+    for pair in itertools.chain.from_iterable(to_dense.values()):
         row, difference, other = pair.row, pair.difference, griffin.get(pair.row.run_id)
         to_other: Sequence[Cell | None] = (None, None) if other is None else (other.points, other.p)
         if _plain(row) == "griffin":

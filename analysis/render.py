@@ -1,10 +1,13 @@
-"""Tables as text: Markdown, LaTeX (booktabs) and CSV."""
+"""Templates of pages, and tables as text: Markdown, LaTeX (booktabs) and CSV."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import unicodedata
+
+import jinja2
 
 from analysis.tables import DASH, Cell, Table
 
@@ -25,6 +28,19 @@ _LATEX = {
     ">": r"\textgreater{}",
     '"': "''",
 }
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """One of `templates/`. What goes into HTML is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis", "templates"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def markdown(table: Table) -> str:
@@ -88,24 +104,14 @@ def plain(cell: Cell | None) -> str:
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return MISSING
-    number = f"**{cell.number}**" if cell.best else cell.number
-    return " ".join(
-        [
-            number,
-            *([f"± {cell.error}"] if cell.error else []),
-            *([cell.ends] if cell.ends else []),
-            *([f"({cell.percent})"] if cell.percent else []),
-        ]
-    )
+    return " ".join([f"**{cell.number}**" if cell.best else cell.number, *cell.beside])
 
 
 def _latex_cell(cell: Cell | None) -> str:
     if cell is None:
         return "--"
     number = f"\\textbf{{{cell.number}}}" if cell.best else cell.number
-    error = f" {{\\scriptsize$\\pm$ {cell.error}}}" if cell.error else ""
-    error += f" {{\\scriptsize {cell.ends}}}" if cell.ends else ""
-    return number + error + (f" {{\\scriptsize({_tex(cell.percent)})}}" if cell.percent else "")
+    return number + "".join(f" {{\\scriptsize {_tex(part)}}}" for part in cell.beside)
 
 
 def _pipes(text: str) -> str:

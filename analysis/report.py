@@ -17,7 +17,7 @@ from pathlib import Path
 from analysis.command_line import key_values
 from analysis.contents import FILTERS, Report, make_report
 from analysis.output import log_report, write_report
-from analysis.sources import WANDB
+from analysis.runs import WANDB
 from pipelines.errors import UserError
 
 _KEYS = {

@@ -1,4 +1,5 @@
-"""Runs as the analysis reads them: finished runs with their records, and problems with the others."""
+"""Runs as the analysis reads them: records of finished runs, from run folders here and from W&B in `wandb_runs`; and
+problems with the others, which are unfinished, damaged, or contradicted by their own samples."""
 
 from __future__ import annotations
 
@@ -11,8 +12,14 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from pipelines.errors import UserError
+from pipelines.records import contradiction, from_json, read_object
+
 Record = dict[str, Any]
 Item = TypeVar("Item")
+
+_FILES = ("record.json", "samples.jsonl", "config.yaml")  # a folder with any of them is a run folder
+WANDB = "wandb:"
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,79 @@ class Runs:
     layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def watched(items: Collection[Item], unit: str) -> Iterable[Item]:
-    """The items, with a progress bar where they take more than two seconds; a log file has a line now and then."""
-    interval = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(items, unit=f" {unit}", desc="report", delay=2, mininterval=interval, leave=False)
+def read_runs(source: str) -> Runs:
+    """Read the runs of a source.
+
+    Args:
+        source: one folder, or several separated by commas, each the `output_dir` of runs or a run folder; or
+            `wandb:entity/project`; or `wandb:project` for the account's default entity.
+
+    Raises:
+        UserError: the source does not exist, or holds no run.
+    """
+    if not source.strip():
+        raise UserError("runs=: expected a folder of runs, or wandb:entity/project")
+    if source.startswith(WANDB):
+        from analysis.wandb_runs import read_wandb  # importing wandb takes seconds
+
+        return read_wandb(source.removeprefix(WANDB))
+    return read_run_folders([Path(path.strip()) for path in source.split(",")])
+
+
+def read_run_folders(paths: list[Path]) -> Runs:
+    """Read all runs in some folders. Each folder holds run folders, or is one itself.
+
+    Raises:
+        UserError: a folder does not exist, or holds no run.
+    """
+    found: dict[str, Record] = {}
+    folders: dict[str, Path] = {}
+    problems: list[Problem] = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"runs={path}: {'not a folder' if path.exists() else 'no such folder'}")
+        inside = [folder for folder in ([path] if _is_run(path) else sorted(path.iterdir())) if _is_run(folder)]
+        if not inside:
+            raise UserError(f"runs={path}: no run folder in it; python -m pipelines.run output_dir={path} makes some")
+        for folder in watched(inside, "runs"):
+            record = _read(folder)
+            if isinstance(record, Problem):
+                problems.append(record)
+                continue
+            twin = found.setdefault(folder.name, record)
+            folders.setdefault(folder.name, folder)
+            if twin["metrics"] != record["metrics"]:
+                problems.append(Problem(folder.name, "conflicting", f"{folders[folder.name]} and {folder} differ"))
+    conflicting = {problem.run_id for problem in problems if problem.state == "conflicting"}
+    return Runs([record for name, record in found.items() if name not in conflicting], problems, folders)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def _read(folder: Path) -> Record | Problem:
+    path = folder / "record.json"
+    if not path.is_file():
+        samples = folder / "samples.jsonl"
+        lines = samples.read_bytes().count(b"\n") if samples.is_file() else 0
+        failed = (read_object(folder / "state.json") or {}).get("failed")
+        why = f"; it failed: {failed}" if failed else ""
+        return Problem(folder.name, "unfinished", f"no record.json, {lines} samples so far{why}")
+    try:
+        content = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return Problem(folder.name, "damaged", f"record.json cannot be read ({error})")
+    try:
+        record = checked(content, folder.name)
+    except ValueError as error:
+        return Problem(folder.name, "damaged", f"record.json {error}")
+    reason = contradiction(record, folder)
+    return Problem(folder.name, "contradicted", reason) if reason else record
 
 
 def checked(record: Any, run_id: str) -> Record:
-    """The record.
-
-    Args:
-        record: what was read, which may be anything.
-        run_id: the run that it should belong to.
+    """The record of this run, if that is what was read.
 
     Raises:
         ValueError: the record cannot be used. The message says why, as a sentence about the record.
@@ -80,11 +148,21 @@ def checked(record: Any, run_id: str) -> Record:
     return record
 
 
+def at(record: Any, place: str) -> Any:
+    """What a record holds at a place like `config.model.name`; None if it holds nothing there."""
+    for key in place.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
 def _require(record: Record, *places: str, kind: type) -> None:
     """Raise ValueError unless each place holds a value of this type; an empty text is none."""
     for place in places:
-        value: Any = record
-        for key in place.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or value == "":
+        if not isinstance(at(record, place), kind) or at(record, place) == "":
             raise ValueError(f"has no {place}")
+
+
+def watched(items: Collection[Item], unit: str) -> Iterable[Item]:
+    """The items, with a progress bar where they take more than two seconds; a log file has a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(items, unit=f" {unit}", desc="report", delay=2, mininterval=interval, leave=False)

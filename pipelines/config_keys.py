@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING as NOTHING
 from dataclasses import Field, fields
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipelines.config import RunConfig, WandbConfig
+from pipelines.config import ModelConfig, RunConfig, WandbConfig
+from pipelines.config_fields import did_you_mean
 from pipelines.errors import UserError
 from pipelines.method_keys import GridConfig
-from pipelines.model_config import ModelConfig
 from pipelines.task_config import TASKS, HubDataset
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -34,11 +33,7 @@ _NODES: tuple[tuple[str, Any], ...] = (
 
 
 def typed(cfg: DictConfig) -> RunConfig:
-    """The composed configuration as checked objects.
-
-    Raises:
-        UserError: a value is missing, of the wrong type, or at odds with another.
-    """
+    """The composed configuration as checked objects; UserError where a value is wrong, or at odds with another."""
     for prefix in dict.fromkeys(prefix for prefix, _ in _NODES):
         group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
         known = {item.name for place, node in _NODES if place == prefix for item in fields(node)}
@@ -62,8 +57,7 @@ def unknown_key(key: str) -> str:
 
 def no_such_key(key: str, keys: Iterable[str]) -> str:
     """What to tell a user who set a key that is none of these, with the one that is spelled most like it."""
-    close = difflib.get_close_matches(key, list(keys), n=1)
-    return f"{key}: no such key{f' (did you mean {close[0]}?)' if close else ''}; --help lists them all"
+    return f"{key}: no such key{did_you_mean(key, keys)}; --help lists them all"
 
 
 def help_text() -> str:
@@ -82,9 +76,9 @@ def help_text() -> str:
     for prefix, node in _NODES:
         if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        for item in fields(node):
-            if prefix + item.name not in (*GROUPS, "grid", "wandb"):
-                lines.append(f"  {prefix + item.name:26} {item.metadata['help']}{_default(item)}")
+        lines += [
+            f"  {key:26} {text}{f' ({default})' if default else ''}" for key, text, default in _listed(prefix, node)
+        ]
     lines += ["", "Choices"]
     for group in GROUPS:
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
@@ -94,12 +88,13 @@ def help_text() -> str:
 
 def shown_keys() -> list[tuple[str, str, str]]:
     """Every key of a run but those of the task and the model: its name, what it means, and its default."""
-    return [
-        (prefix + item.name, item.metadata["help"], _default(item)[2:-1])
-        for prefix, node in _NODES[:3]
-        for item in fields(node)
-        if prefix + item.name not in (*GROUPS, "grid", "wandb")
-    ]
+    return [key for prefix, node in _NODES[:3] for key in _listed(prefix, node)]
+
+
+def _listed(prefix: str, node: Any) -> Iterator[tuple[str, str, str]]:
+    for item in fields(node):
+        if prefix + item.name not in (*GROUPS, "grid", "wandb"):
+            yield prefix + item.name, item.metadata["help"], _default(item)
 
 
 # The keys that choose a file of conf/, and what each group is.
@@ -113,7 +108,7 @@ GROUPS = {
 
 
 def _default(item: Field[Any]) -> str:
-    """A field's default for the help text; empty where a file of `conf/` must set it."""
+    """A field's default in words; empty where a file of `conf/` must set it."""
     value = item.default if item.default_factory is NOTHING else item.default_factory()
     if value is NOTHING or value == MISSING:
         return ""
@@ -121,4 +116,4 @@ def _default(item: Field[Any]) -> str:
         value = json.dumps(value)
     if isinstance(value, str) and not value.isprintable():
         value = json.dumps(value)
-    return f" ({'empty' if value == '' else value})"
+    return "empty" if value == "" else str(value)

@@ -1,4 +1,7 @@
-"""Evaluation data as plain rows: from a JSON Lines file, the project's own files, or the Hugging Face hub."""
+"""Evaluation data as plain rows: from a JSON Lines file, the project's own files, or the Hugging Face hub.
+
+What reads raises UserError where the data is missing, malformed or unreachable.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.hub import NEVER_LOADED, commit_of, prepare_hub, what_to_do
 from pipelines.task_config import CodeTask, GenerationTask, HubDataset, PerplexityTask
 
@@ -25,30 +28,15 @@ revisions: dict[str, str | None] = {}
 def read_rows(
     task: GenerationTask | CodeTask, needed: tuple[str, ...], limit: int | None, offset: int = 0
 ) -> list[Row]:
-    """The rows to evaluate, in the data's order: `limit` (None: all) after the first `offset`.
-
-    Args:
-        task: where the data is.
-        needed: fields that hold text in every row.
-        limit: how many rows.
-        offset: how many come before them.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
-    stop = None if limit is None else offset + limit
-    rows = _rows(task, _DATA, needed, stop)
+    """The rows to evaluate, with text in `needed` fields, in the data's order: `limit` of them after `offset`."""
+    rows = _rows(task, _DATA, needed, None if limit is None else offset + limit)
     if offset >= len(rows):
         raise UserError(f"offset={offset}: expected less than {len(rows)}, the rows there are")
     return rows[offset:]
 
 
 def read_shots(task: GenerationTask) -> list[Row]:
-    """The first `task.shots` rows of the shots' own source.
-
-    Raises:
-        UserError: as `read_rows`, or there are fewer rows than shots.
-    """
+    """The first `task.shots` rows of the shots' own source; UserError where it has fewer."""
     if task.shots == 0:
         return []
     rows = _rows(task, _SHOTS, (task.article_field, task.summary_field), task.shots)
@@ -58,11 +46,7 @@ def read_shots(task: GenerationTask) -> list[Row]:
 
 
 def read_text(task: PerplexityTask) -> str:
-    """The task's text: a file as it is, or the rows of the data set joined.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
+    """The task's text: a file as it is, or the rows of the data set joined."""
     if task.data_files is not None and Path(task.data_files).suffix not in (".jsonl", ".json"):
         return read_text_file(task.data_files)
     rows = _rows(task, _DATA, (task.text_field,), None)
@@ -83,11 +67,7 @@ def _rows(task: Any, keys: tuple[str, str, str], needed: tuple[str, ...], limit:
 
 
 def read_text_file(path: str) -> str:
-    """The text of `task.data_files`.
-
-    Raises:
-        UserError: the file cannot be read as UTF-8.
-    """
+    """The text of `task.data_files`; UserError where it cannot be read as UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -95,11 +75,7 @@ def read_text_file(path: str) -> str:
 
 
 def read_jsonl(path: Path, needed: tuple[str, ...], key: str, limit: int | None) -> list[Row]:
-    """The rows of a JSON Lines file, each an object with text in the `needed` fields; blank lines are passed over.
-
-    Raises:
-        UserError: names `key`, the file and the line.
-    """
+    """The rows of a JSON Lines file, objects with text in `needed` fields; a UserError names `key`, file and line."""
     rows: list[Row] = []
     try:
         with path.open("rb") as lines:
@@ -172,10 +148,9 @@ def _read_hub(hub: HubDataset, split: str, needed: tuple[str, ...], limit: int |
     try:
         table = datasets.load_dataset(hub.path, hub.name, split=split)
     except Exception as error:  # the hub's failures have no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"task.hub.path={hub.path}: cannot be loaded from the hub ({reason}); {what_to_do()}, or name a local file "
-            "with task.data_files=FILE (and task.shots_file=FILE for shots)"
+            f"task.hub.path={hub.path}: cannot be loaded from the hub ({first_line(error)}); {what_to_do()}, or name a "
+            "local file with task.data_files=FILE (and task.shots_file=FILE for shots)"
         ) from error
     revisions[hub.path] = commit_of(table.cache_files[0]["filename"] if table.cache_files else None)
     missing = [name for name in needed if name not in table.column_names]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ PAGE = CONF.parent / "docs" / "tasks.md"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _rows(head: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, "|---" * head.count(" | ") + "|---|"]
-    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)])
+Rows = Iterator[Sequence[str]]
 
 
 def _comment(path: Path) -> str:
@@ -49,61 +47,61 @@ def _kind(task: Path) -> str:
     return str(kinds[schema[1]].kind) if schema else _kind(task.with_name(f"{extended}.yaml"))
 
 
-def keys() -> str:
+def keys() -> Rows:
     """Every key of a run but those of the task and the model, which `--help` has too."""
-    groups = ([f"`{name}`", "", text] for name, text in GROUPS.items())
-    shown = ([f"`{key}`", f"`{default}`" if default else "", text] for key, text, default in shown_keys())
-    return _rows("| key | default | what it is |", [*groups, *shown])
+    yield from ([f"`{name}`", "", text] for name, text in GROUPS.items())
+    yield from ([f"`{key}`", f"`{default}`" if default else "", text] for key, text, default in shown_keys())
 
 
-def tasks() -> str:
+def tasks() -> Rows:
     """Every task."""
-    rows = []
     for path in _files("task"):
         kind = KINDS[_kind(path)]
-        rows.append(
-            [
-                f"`{path.stem}`",
-                kind.title.lower(),
-                f"`{kind.metric}`" if kind.metric else "the task's own",
-                _comment(path),
-            ]
-        )
-    return _rows("| task | kind | headline | what it is |", rows)
+        headline = f"`{kind.metric}`" if kind.metric else "the task's own"
+        yield f"`{path.stem}`", kind.title.lower(), headline, _comment(path)
 
 
-def methods() -> str:
+def methods() -> Rows:
     """Every method that has a name."""
-    rows = ([f"`{name}`", method.label, _comment(CONF / "method" / f"{name}.yaml")] for name, method in METHODS.items())
-    return _rows("| method | in tables | what it is |", rows)
+    for name, method in METHODS.items():
+        yield f"`{name}`", method.label, _comment(CONF / "method" / f"{name}.yaml")
 
 
-def statistics() -> str:
+def statistics() -> Rows:
     """Every statistic."""
-    rows = [
-        [f"`{name}`", "the prompt's, a bound" if one.oracle else "the prompt's"] for name, one in STATISTICS.items()
-    ]
-    rows += [[f"`{name}`", "each token's own, masked"] for name in TOKEN_STATISTICS]
-    return _rows("| statistic | whose neurons |", rows)
+    for name, one in STATISTICS.items():
+        yield f"`{name}`", "the prompt's, a bound" if one.oracle else "the prompt's"
+    yield from ((f"`{name}`", "each token's own, masked") for name in TOKEN_STATISTICS)
 
 
-def models() -> str:
+def models() -> Rows:
     """Every model."""
-    rows = []
     for path in _files("model"):
         model: Any = OmegaConf.load(path)
         place = model.get("repo") or model.get("package") or "random weights"
-        rows.append([f"`{path.stem}`", model.source, place, model.get("dtype", "float32"), _comment(path)])
-    return _rows("| model | source | where | dtype | |", rows)
+        yield f"`{path.stem}`", model.source, place, model.get("dtype", "float32"), _comment(path)
 
 
-TABLES = {"keys": keys, "tasks": tasks, "methods": methods, "statistics": statistics, "models": models}
+HEADS = {
+    keys: "| key | default | what it is |",
+    tasks: "| task | kind | headline | what it is |",
+    methods: "| method | in tables | what it is |",
+    statistics: "| statistic | whose neurons |",
+    models: "| model | source | where | dtype | |",
+}
+
+
+def _table(make: Callable[[], Rows]) -> str:
+    head = HEADS[make]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in make()]
+    return "\n".join([head, "|---" * head.count(" | ") + "|---|", *lines])
 
 
 def main() -> None:
     """Write the tables, or only check them."""
     before = PAGE.read_text(encoding="utf-8")
-    after = _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", before)
+    tables = {make.__name__: make for make in HEADS}
+    after = _TABLE.sub(lambda found: f"{found[1]}\n{_table(tables[found[2]])}\n\n{found[3]}", before)
     if before != after and "--check" in sys.argv[1:]:
         sys.exit(f"{PAGE.name}: stale tables; python -m pipelines.docs_tables writes them")
     PAGE.write_text(after, encoding="utf-8")

@@ -13,3 +13,8 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
     )
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line; the exception's name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

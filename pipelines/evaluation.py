@@ -1,11 +1,18 @@
-"""The evaluation of one configuration's unfinished runs: the model, the samples as they come, the records."""
+"""The evaluation of one configuration's unfinished runs: the model, the samples as they come, the records.
+
+With `batch_size=auto` as many rows run at once as the device's memory holds. Results do not depend on it: every row has
+its own experts. So it begins with many, and whenever memory runs out what is missing is run with half as many; batches
+hold rows of like length, the longest first, so that this happens early.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
 import time
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +20,22 @@ import torch
 from tqdm import tqdm
 
 from griffin.offloading import dense_in_host_memory
-from pipelines.batch_size import batch_size, evaluated
 from pipelines.composition import Call
-from pipelines.config import RunConfig
+from pipelines.config import ModelConfig, RunConfig
 from pipelines.data import data_revision
-from pipelines.errors import UserError
+from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, data_digests, described, engine_for, evaluation, label, run_config
-from pipelines.model_config import ModelConfig
-from pipelines.records import Record, code_versions
+from pipelines.records import Record, Sample, code_versions
 from pipelines.run_folder import RunFolder
-from pipelines.tasks import drafting
+from pipelines.tasks.answers import learning_overhead
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
+
+# What `batch_size=auto` begins with. A CPU has cores for few rows, and rarely tells in time that its memory is short.
+ROWS_GPU = 64
+ROWS_CPU = 8
 
 
 def evaluate(
@@ -41,12 +50,10 @@ def evaluate(
 
     Args:
         config: of the call.
-        kind: the module of the task's kind.
-        items: what it read.
+        kind: the module of the task's kind, which read the items.
         folders: of the methods that are unfinished.
         of_call: of all methods of the call. Above `batch_size=1` the numbers of a row depend on the rows beside it, by
             rounding; so methods that have finished since a run began run beside it again.
-        call: for the records.
     """
     for method, folder in folders.items():
         folder.start(run_config(config, method), len(items), [other.run_id for other in folders.values()])
@@ -73,56 +80,47 @@ def evaluate(
 
     def finish(method: Method) -> None:
         # In the data's order, whatever the order of the batches: sums of floats depend on it.
-        samples[method].sort(key=lambda sample: sample["index"])
+        found = sorted(samples[method], key=lambda sample: sample["index"])
         timing = {
             "load_seconds": load_seconds,
             "duration_seconds": time.perf_counter() - began,
-            "seconds": sum(sample.get("seconds", 0.0) for sample in samples[method]),
-            **drafting.timing(samples[method]),
+            "seconds": sum(sample.get("seconds", 0.0) for sample in found),
+            **learning_overhead(found),
         }
-        media = kind.media(folders[method].path, samples[method], config) if hasattr(kind, "media") else Media()
-        origin = {"data": data_digests(config), "command": call.command} | batch_size(samples[method])
+        media = kind.media(folders[method].path, found, config) if hasattr(kind, "media") else Media()
+        origin: dict[str, Any] = {"data": data_digests(config), "command": call.command}
+        sizes = [sample["batch_size"] for sample in found if "batch_size" in sample]
+        origin |= {"batch_size": min(sizes)} if sizes else {}  # what an automatic one came down to
         records[method] = folders[method].finish(
-            run_config(config, method),
-            kind.metrics(samples[method]),
-            timing,
             loaded.device,
             versions | origin,
+            config=run_config(config, method),
+            metrics=kind.metrics(found),
+            timing=timing,
             method=described(config, method),
             evaluation=evaluation(config, method, loaded.device),
         )
-        trackers[method].finish(records[method], samples[method], media)
+        trackers[method].finish(records[method], found, media)
         if not records[method]["metrics"]["samples"]:
-            reason = samples[method][0]["skipped"] if samples[method] else "no data"
-            tqdm.write(
-                f"warning: {folders[method].path}: finished, but every prompt was skipped ({reason}, which is what the "
-                "context leaves beside task.max_new_tokens)",
-                file=sys.stderr,
-            )
+            reason = found[0]["skipped"] if found else "no data"
+            words = f"every prompt was skipped ({reason}, which is what the context leaves beside task.max_new_tokens)"
+            tqdm.write(f"warning: {folders[method].path}: finished, but {words}", file=sys.stderr)
 
     with ExitStack() as stack:
+        group = config.wandb.group or call.experiment or f"{config.task.name}-{config.model.name}"
+        words = {"group": group, "job_type": config.task.kind, "tags": config.tags}
         for method, folder in folders.items():
-            trackers[method] = stack.enter_context(
-                track(
-                    config.wandb,
-                    folder.path,
-                    folder.run_id,
-                    name=f"{what} {label(config, method)}",
-                    group=config.wandb.group or call.experiment or f"{config.task.name}-{config.model.name}",
-                    job_type=config.task.kind,
-                    tags=config.tags,
-                    config=run_config(config, method),
-                )
-            )
-        bar = stack.enter_context(
-            tqdm(
-                total=len(items) * len(folders),
-                initial=sum(map(len, samples.values())),
-                unit="sample",
-                mininterval=0.1 if sys.stderr.isatty() else 15,  # seconds: a log file wants no film
-            )
-        )
-        refusals = {method: refusal for method in together if (refusal := _refusal(loaded, config, method))}
+            words |= {"name": f"{what} {label(config, method)}", "config": run_config(config, method)}
+            trackers[method] = stack.enter_context(track(config.wandb, folder.path, folder.run_id, **words))
+        before, interval = sum(map(len, samples.values())), 0.1 if sys.stderr.isatty() else 15  # a log wants no film
+        total = len(items) * len(folders)
+        bar = stack.enter_context(tqdm(total=total, initial=before, unit="sample", mininterval=interval))
+        refusals: dict[Method, str] = {}
+        for method in together:
+            try:
+                method.kept(engine_for(loaded.model, [method], config).widths)
+            except ValueError as reason:
+                refusals[method] = str(reason)
         possible = [method for method in together if method not in refusals]
         stack.enter_context(dense_in_host_memory(loaded.model) if offloaded else nullcontext())
         batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
@@ -137,7 +135,8 @@ def evaluate(
                 metrics = kind.metrics(samples[method])
                 # Shown when the bar is next drawn: a log file gets a line now and then.
                 bar.set_description(f"{what} {label(config, method)}", refresh=False)
-                bar.set_postfix_str(_headline(metrics), refresh=False)
+                headline = next((name.removesuffix("_stderr") for name in metrics if name.endswith("_stderr")), None)
+                bar.set_postfix_str(f"{headline}={metrics[headline]:.4g}" if headline else "", refresh=False)
                 trackers[method].log(count, metrics)
             if count == len(items):
                 finish(method)
@@ -149,19 +148,34 @@ def evaluate(
             raise UserError(f"model={config.model.name}: {refusal}{several}")  # the first: of one model they are alike
 
 
-def _refusal(loaded: LoadedModel, config: RunConfig, method: Method) -> str | None:
-    """Why the model cannot be pruned by this method; None if it can."""
-    try:
-        method.kept(engine_for(loaded.model, [method], config).widths)
-    except ValueError as reason:
-        return str(reason)
-    return None
+def evaluated(
+    kind: ModuleType,
+    loaded: LoadedModel,
+    items: Any,
+    config: RunConfig,
+    methods: Sequence[Method],
+    done: dict[Method, set[int]],
+) -> Generator[tuple[Method, list[Sample]], None, None]:
+    """What `kind.evaluate` gives, with the configuration's batch size or, where it is auto, with what fits.
 
-
-def _headline(metrics: dict[str, float]) -> str:
-    """The first metric with a standard error, for the progress bar."""
-    name = next((name.removesuffix("_stderr") for name in metrics if name.endswith("_stderr")), None)
-    return f"{name}={metrics[name]:.4g}" if name else ""
+    Samples of an automatic batch size say what it was, at most. `done` grows by what was given.
+    """
+    if config.batch_size != "auto":
+        yield from kind.evaluate(loaded, items, config, methods, done)
+        return
+    rows = ROWS_GPU if loaded.model.device.type == "cuda" else ROWS_CPU
+    while True:
+        try:
+            for method, samples in kind.evaluate(loaded, items, replace(config, batch_size=rows), methods, done):
+                yield method, [sample | {"batch_size": rows} for sample in samples]
+                done[method] |= {sample["index"] for sample in samples}
+            return
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not out_of_memory(error):
+                raise
+        rows //= 2
+        tqdm.write(f"batch_size=auto: out of memory, goes on with {rows}", file=sys.stderr)
+        torch.cuda.empty_cache()
 
 
 _kept: dict[tuple[Any, ...], LoadedModel] = {}

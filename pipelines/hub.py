@@ -25,11 +25,7 @@ NEVER_LOADED = (
 
 @cache
 def check_reachable(address: str) -> None:
-    """Try to connect to a server, where clients would try for minutes.
-
-    Raises:
-        OSError: it cannot be reached within seconds.
-    """
+    """Try to connect to a server, where clients would try for minutes; OSError where it cannot be reached."""
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS):

@@ -53,13 +53,8 @@ GridConfig: Any = make_dataclass(
 def planned(config: Any) -> list[Method]:
     """The methods of a call, dense first: every combination of its keys that `Method` takes, each once.
 
-    All that neither prune nor quantise are the one dense method.
-
-    Args:
-        config: has the keys of `MethodKeys`, and a `grid`.
-
-    Raises:
-        UserError: a value that goes with none of the others.
+    All that neither prune nor quantise are the one dense method. A value that goes with none of the others raises
+    UserError.
     """
     for name in config.grid.method:
         one_of("grid.method", name, tuple(METHODS))
@@ -68,29 +63,24 @@ def planned(config: Any) -> list[Method]:
         for value in (listed or [getattr(config, name)]) if axis.metadata["values"] else ():
             one_of(f"grid.{name}" if listed else name, value, axis.metadata["values"])
     named = [METHODS[name] for name in config.grid.method]
-    points = [point for base in named or [Method()] if not (named and base.dense) for point in _points(config, base)]
-    pruned = [point for point in points if not _is_dense(point)]
-    methods = _taken(pruned or points, config)
-    if len(pruned) < len(points) or any(base.dense for base in named):
-        methods = [Method(sparsity=0.0), *(method for method in methods if not method.dense)]
-    return methods
-
-
-def _points(config: Any, base: Method) -> list[dict[str, Any]]:
-    """Every combination: of the grid's values where it has any, else the root's where it was set, else the base's."""
-    values = [
-        getattr(config.grid, name)
-        or [getattr(base, name) if getattr(config, name) == axis.default else getattr(config, name)]
-        for name, axis in AXES.items()
+    # Of the grid's values where it has any, else the root's where it was set, else those of the named method.
+    points = [
+        dict(zip(AXES, point, strict=True))
+        for base in named or [Method()]
+        if not (named and base.dense)
+        for point in itertools.product(
+            *(
+                getattr(config.grid, name)
+                or [getattr(base, name) if getattr(config, name) == axis.default else getattr(config, name)]
+                for name, axis in AXES.items()
+            )
+        )
     ]
-    return [dict(zip(AXES, point, strict=True)) for point in itertools.product(*values)]
-
-
-def _taken(points: Sequence[dict[str, Any]], config: Any) -> list[Method]:
+    pruned = [point for point in points if not _is_dense(point)]
     taken: list[dict[str, Any]] = []
     refused: list[tuple[dict[str, Any], str]] = []
     methods: dict[Method, None] = {}
-    for point in points:
+    for point in pruned or points:
         try:
             method = Method(**point)
         except (ValueError, TypeError) as error:
@@ -101,6 +91,8 @@ def _taken(points: Sequence[dict[str, Any]], config: Any) -> list[Method]:
     for point, refusal in refused:  # a value that goes with nothing is a mistake, and no gap of the grid
         if any(all(other[name] != value for other in taken) for name, value in point.items()):
             raise UserError(as_typed(refusal, [name for name in AXES if getattr(config.grid, name)]))
+    if len(pruned) < len(points) or any(base.dense for base in named):
+        return [Method(sparsity=0.0), *(method for method in methods if not method.dense)]
     return list(methods)
 
 

@@ -65,13 +65,8 @@ def label(config: RunConfig, method: Method) -> str:
 def evaluation(config: RunConfig, method: Method, device: str) -> Plain:
     """The `evaluation` of a run's record: all that two runs must share to be compared, under dotted keys.
 
-    This is the model, the task, the data, the rows, the seed, the batch size and the device. Times are compared on one
-    kind of machine only.
-
-    Args:
-        config: the call's.
-        method: the run's.
-        device: what the model runs on, in words.
+    This is the model, the task, the data, the rows, the seed, the batch size and the device, in words. Times are
+    compared on one kind of machine only.
     """
     settings = _determining(config, method)
     settings = {key: value for key, value in settings.items() if key not in (*AXES, *_HELD, *_ASSISTED)}
@@ -86,13 +81,8 @@ def identity(config: RunConfig, method: Method, device: str) -> Plain:
     """All that determines a run's result, and nothing else: equal identities are the same run.
 
     Keys with their default values are left out, so a new key changes no identity. What has no meaning for a method is
-    at its default. Data files count by their content, not by their place.
-
-    Args:
-        config: the call's, with what is `auto` as it was typed: machines where it stands for different things differ
-            in their device.
-        method: the run's.
-        device: what the model runs on, by its kind.
+    at its default. Data files count by their content, not by their place. What is `auto` counts as it was typed:
+    machines where it stands for different things differ in their kind of device.
     """
     settings = _determining(config, method)
     changed = {key: value for key, value in settings.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
@@ -124,12 +114,7 @@ def _used(config: RunConfig, method: Method) -> set[str]:
 
 
 def unused(overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """Those of a call's overrides that change nothing about any of its runs.
-
-    Args:
-        overrides: as typed.
-        config: the call's.
-    """
+    """Those of a call's overrides, as typed, that change nothing about any of its runs."""
     used = set().union(*(_used(config, method) for method in config.methods()))
     idle = {key for key in (*AXES, *_HELD) if key not in used}
     idle |= {"limit", "offset"} if config.kind.timed else set()
@@ -165,11 +150,7 @@ def _flat(values: Plain, prefix: str = "") -> Plain:
 
 
 def engine_for(model: nn.Module, methods: Sequence[Method], config: RunConfig) -> griffin.Engine:
-    """The engine that evaluates these methods, in the configuration's mode.
-
-    Raises:
-        UnsupportedModelError: the model cannot be evaluated, or not be pruned where a method does.
-    """
+    """The engine that evaluates these methods in the configuration's mode; UnsupportedModelError where it cannot."""
     griffin.refuse_uncroppable(model)
     if any(method.prunes_vocabulary for method in methods):
         griffin.output_embedding(model)  # refuses what has none

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import griffin
-from pipelines.errors import UserError, out_of_memory
+from pipelines.config import ModelConfig
+from pipelines.errors import UserError, first_line, out_of_memory
 from pipelines.hub import commit_of, prepare_hub, what_to_do
-from pipelines.model_config import ModelConfig
 from pipelines.packaged_models import converted
 
 
@@ -50,13 +50,8 @@ class LoadedModel:
     def encode(self, prompt: str, chat_template: bool = False, said: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt's token ids, with the BOS token in front where the model's configuration asks for it.
 
-        Args:
-            prompt: the text.
-            chat_template: whether it is what a user says to the model, in the model's own format of a conversation.
-            said: what user and model have said before.
-
-        Raises:
-            UserError: the model has no such format.
+        With `chat_template` the prompt is what a user says to the model, in the model's own format of a conversation,
+        after what both have `said` before.
         """
         if chat_template:
             self.need_chat_template()
@@ -70,21 +65,13 @@ class LoadedModel:
         return [self.tokenizer.bos_token_id, *ids] if self.add_bos_token else ids
 
     def need_chat_template(self) -> None:
-        """Refuse a model without a format of conversations.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Raises UserError where the model has no format of conversations."""
         if not self.tokenizer.chat_template:
             raise UserError("task.chat_template=true: the model has no chat template; expected an instruction model")
 
 
 def device_kind(device: str) -> str:
-    """cpu, cuda or mps: what `device=auto` stands for on this machine.
-
-    Raises:
-        UserError: the device is not there.
-    """
+    """cpu, cuda or mps: what `device=auto` stands for on this machine; UserError where the device is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
@@ -131,21 +118,16 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if config.add_bos_token and tokenizer.bos_token_id is None:
         raise UserError(f"model.add_bos_token=true: the tokenizer of {config.name} has no BOS token")
+    repo = config.repo if config.source == "hub" and not Path(config.repo or "").is_dir() else None
+    cached = try_to_load_from_cache(repo, "config.json", revision=config.revision or "main") if repo else None
     return LoadedModel(
         griffin.with_onednn(model) if onednn and kind == "cpu" else model,
         tokenizer,
         config.add_bos_token,
         model.config.get_text_config().max_position_embeddings,
         torch.cuda.get_device_name() if kind == "cuda" else kind,
-        _revision(config),
+        commit_of(cached if isinstance(cached, str) else None),
     )
-
-
-def _revision(config: ModelConfig) -> str | None:
-    if config.source != "hub" or config.repo is None or Path(config.repo).is_dir():
-        return None
-    path = try_to_load_from_cache(config.repo, "config.json", revision=config.revision or "main")
-    return commit_of(path if isinstance(path, str) else None)
 
 
 def _pretrained(config: ModelConfig, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -162,11 +144,11 @@ def _pretrained(config: ModelConfig, place: str) -> tuple[PreTrainedModel, PreTr
             source, dtype=config.dtype, device_map=place, use_safetensors=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         advice = f"; {what_to_do()}" if config.source == "hub" and not Path(config.repo or "").is_dir() else ""
         gated = config.licence_gate and (config.repo or "") in config.licence_gate  # not where another repo is named
         gate = f" (a gated model: its licence must have been accepted at {config.licence_gate})" if gated else ""
-        raise UserError(f"model={config.name}: cannot load {source}: {reason.rstrip('.')}{gate}{advice}") from error
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"model={config.name}: cannot load {source}: {reason}{gate}{advice}") from error
     return model, tokenizer
 
 

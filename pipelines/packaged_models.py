@@ -14,8 +14,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipelines.config import ModelConfig
 from pipelines.errors import UserError
-from pipelines.model_config import ModelConfig
 
 
 def cache_dir() -> Path:
@@ -27,8 +27,7 @@ def cache_dir() -> Path:
 def converted(model: ModelConfig) -> Path:
     """The folder with the model's safetensors and tokenizer, converted first if it is not there.
 
-    Raises:
-        UserError: the package is not installed, or the cache cannot be written.
+    UserError where the package is not installed, or the cache cannot be written.
     """
     assert model.package is not None
     try:

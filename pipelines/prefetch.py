@@ -11,16 +11,15 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from pipelines import tasks
 from pipelines.composition import compose_and_call
+from pipelines.config import ModelConfig
 from pipelines.config_keys import typed
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.hub import NEVER_LOADED, prepare_hub
-from pipelines.model_config import ModelConfig
 
 failed: list[str] = []
 
@@ -47,7 +46,9 @@ def fetch(cfg: DictConfig) -> None:
     wanted = {f"model={config.model.name}": lambda: _model(config.model)}
     if config.assistant:
         wanted[f"assistant={config.assistant}"] = lambda: _model(replace(config.model, repo=config.assistant))
-    wanted[f"task={config.task.name}"] = lambda: _data(config)
+    wanted[f"task={config.task.name}"] = lambda: (
+        f"data at hand, {len(tasks.module_of(config.task.kind).read(config))} items"
+    )
     for what, get in wanted.items():
         try:
             print(f"{what}: {get()}", flush=True)
@@ -76,14 +77,9 @@ def _model(model: ModelConfig) -> str:
     try:
         return str(snapshot_download(model.repo, revision=model.revision, ignore_patterns=list(NEVER_LOADED)))
     except Exception as error:  # the hub's failures have no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         gate = f" (a gated model: accept its licence at {model.licence_gate})" if model.licence_gate else ""
-        raise UserError(f"model={model.name}: cannot fetch {model.repo}: {reason.rstrip('.')}{gate}") from error
-
-
-def _data(config: Any) -> str:
-    items = tasks.module_of(config.task.kind).read(config)
-    return f"data at hand, {len(items)} items"
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"model={model.name}: cannot fetch {model.repo}: {reason}{gate}") from error
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -62,24 +61,6 @@ def whole_samples(path: Path) -> tuple[list[Sample], int]:
     return list(samples.values()), whole
 
 
-def append_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Append samples to a `samples.jsonl`, on disk; a sample's `arrays` go into a file of their own, first."""
-    lines = []
-    for sample in samples:
-        if "arrays" in sample:
-            name = f"arrays/{sample['index']}.npz"
-            (path.parent / "arrays").mkdir(exist_ok=True)
-            content = io.BytesIO()
-            np.savez_compressed(content, **sample["arrays"])
-            write_in_one_step(path.parent / name, content.getvalue())
-            sample = sample | {"arrays": name}
-        lines.append(to_json(sample) + "\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def to_json(value: Any, **options: Any) -> str:
     """JSON that every strict reader takes. NaN and infinity, for which JSON has no number, are `{"float": "nan"}`,
     `{"float": "inf"}` and `{"float": "-inf"}`; `from_json` makes numbers of them again."""
@@ -95,11 +76,7 @@ def _strict(value: Any) -> Any:
 
 
 def from_json(text: str | bytes) -> Any:
-    """What `to_json` wrote.
-
-    Raises:
-        ValueError: the text is not JSON, or not UTF-8.
-    """
+    """What `to_json` wrote; ValueError where the text is not JSON, or not UTF-8."""
     return json.loads(text, object_hook=lambda found: float(found["float"]) if found.keys() == {"float"} else found)
 
 
@@ -113,11 +90,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error (0 for a single value); of values that are not all finite, neither is.
-
-    Raises:
-        ValueError: no values.
-    """
+    """The mean and its standard error (0 for a single value); of values that are not all finite, neither is."""
     if not values:
         raise ValueError("no values to average")
     mean = sum(values) / len(values)  # summed as lm-eval does: the same last digit
@@ -216,11 +189,7 @@ def contradiction(record: Record, folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system says of writing here, as a user's error.
-
-    Raises:
-        UserError: the path cannot be written, or its file system has no locks.
-    """
+    """What the system says of writing here, or of locks that there are none, as a UserError."""
     try:
         yield
     except OSError as error:

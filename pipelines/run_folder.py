@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,45 +24,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from pipelines.records import (
-    Record,
-    Sample,
-    append_samples,
-    contradiction,
-    digests,
-    environment,
-    now,
-    read_object,
-    to_json,
-    whole_samples,
-    write_in_one_step,
-    writing,
-)
+from pipelines import records
+from pipelines.records import Record, Sample, to_json, write_in_one_step, writing
 
 _NOTHING_KNOWN: dict[str, Any] = {"samples": None, "failed": None, "beside": [], "started": None, "versions": []}
 
 
 def run_id(readable: str, identity: dict[str, Any]) -> str:
-    """The name of a run: readable words and a hash of all that determines its result.
-
-    Args:
-        readable: words for people; what a file name or W&B does not take becomes a dash.
-        identity: plain values; equal identities are the same run.
-    """
+    """The name of a run: readable words, without what a file name or W&B does not take, and a hash of its identity."""
     canonical = json.dumps(identity, sort_keys=True, ensure_ascii=False)
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", readable)[:100]
     return f"{safe}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
 
 
 class RunFolder:
-    """One run's folder. Creating the object touches no file.
+    """One run's folder, `<output_dir>/<run_id>`. Creating the object touches no file.
 
-    Attributes:
-        path: `<output_dir>/<run_id>`.
+    What writes here raises UserError where the folder cannot be written.
     """
 
     def __init__(self, output_dir: Path, run_id: str) -> None:
@@ -75,14 +59,7 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock", fallback_to_soft=False, thread_local=False)
 
     def claim(self, wait_seconds: float = 1.0) -> bool:
-        """Become the one process that writes here; False if another one is.
-
-        Args:
-            wait_seconds: for the lock; `held` of another process takes it for a moment.
-
-        Raises:
-            UserError: the folder cannot be written, or its file system has no locks.
-        """
+        """Become the one process that writes here; False if another one is. `held` takes the lock for a moment only."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -114,40 +91,38 @@ class RunFolder:
         """The record of a finished run; None where there is none, or it is damaged, or contradicted by its samples, so
         that the run is done again."""
         record = self._written()
-        return None if record is None or contradiction(record, self.path) else record
+        return None if record is None or records.contradiction(record, self.path) else record
 
     def damage(self) -> str | None:
         """What is wrong with a record that is there, as a sentence; None if nothing is, or there is no record."""
-        if not self._record.exists():
-            return None
         record = self._written()
-        return "record.json cannot be read" if record is None else contradiction(record, self.path)
+        if record is None:
+            return "record.json cannot be read" if self._record.exists() else None
+        return records.contradiction(record, self.path)
 
     def _written(self) -> Record | None:
-        record = read_object(self._record)
+        record = records.read_object(self._record)
         return record if record and record.get("status") == "finished" else None
 
     def start(self, config: dict[str, Any], total: int | None = None, beside: Sequence[str] = ()) -> None:
         """Create the folder, write its configuration and forget an earlier failure.
 
         Args:
-            config: the resolved configuration of this one run.
-            total: how many samples the run will be, as far as is known.
+            config: the resolved configuration of this one run, of so many samples in `total`, as far as is known.
             beside: the ids of the runs, this one included, whose rows run in batches with this one's. A run that goes
                 on after a cut-off keeps those that it began with.
-
-        Raises:
-            UserError: the folder cannot be written.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._forget_changed_samples()
+            known, samples = (self._written() or {}).get("digests"), self._samples
+            if known and samples.exists() and records.digests({}, samples)["samples"] != known.get("samples"):
+                samples.unlink()  # changed since the run was finished, and nobody knows which of them
             for left_behind in self.path.glob(".*.tmp"):  # by a process that was killed
                 left_behind.unlink()
             write_in_one_step(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
             before = self.state() if self._samples.exists() else _NOTHING_KNOWN
             state = before | {"samples": total, "failed": None, "beside": before["beside"] or list(beside)}
-            self._note(state | {"started": before["started"] or now()})
+            self._note(state | {"started": before["started"] or records.now()})
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration; empty where it cannot be read."""
@@ -157,19 +132,8 @@ class RunFolder:
         except Exception:  # of reading, of YAML and of OmegaConf
             return {}
 
-    def _forget_changed_samples(self) -> None:
-        """Where the samples of a finished run have been changed since, nobody knows which: none is used again."""
-        record = self._written()
-        known = None if record is None else record.get("digests")
-        if known and self._samples.exists() and digests({}, self._samples)["samples"] != known.get("samples"):
-            self._samples.unlink()
-
     def add_tags(self, tags: Sequence[str]) -> list[str]:
-        """Add tags to a finished run; returns those that it did not have.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Add tags to a finished run; returns those that it did not have."""
         record = self.record()
         assert record is not None
         new = [tag for tag in dict.fromkeys(tags) if tag not in record["config"].get("tags", [])]
@@ -182,9 +146,6 @@ class RunFolder:
     def write_by(self, versions: dict[str, Any]) -> None:
         """Note what code, model and data the samples come from, from now on; and say so on stderr where those that are
         there come from others.
-
-        Raises:
-            UserError: the folder cannot be written.
         """
         state, record = self.state(), self._written()
         if record and self._samples.exists():  # which is contradicted, and about to be made again from its samples
@@ -206,74 +167,62 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """Of an unfinished run, as far as known: {samples: how many it will be, failed: why, beside: see `start`,
         started: when, versions: see `write_by`, the last one last}."""
-        return _NOTHING_KNOWN | (read_object(self._state) or {})
+        return _NOTHING_KNOWN | (records.read_object(self._state) or {})
 
     def _note(self, state: dict[str, Any]) -> None:
         write_in_one_step(self._state, to_json(state) + "\n")
 
     def samples(self) -> list[Sample]:
         """The whole samples written so far. What follows the last whole one is cut off the file."""
-        samples, whole = whole_samples(self._samples)
+        samples, whole = records.whole_samples(self._samples)
         if self._samples.exists() and whole < self._samples.stat().st_size:
             os.truncate(self._samples, whole)
         return samples
 
     def progress(self) -> tuple[int, float]:
         """The number of whole samples and the seconds they took, without touching the file."""
-        samples, _ = whole_samples(self._samples)
+        samples, _ = records.whole_samples(self._samples)
         return len(samples), sum(sample.get("seconds", 0.0) for sample in samples)
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """Append samples, and return once they are on disk.
-
-        Raises:
-            UserError: the file cannot be written, for example because the disk is full.
-        """
+        """Append samples, and return once they are on disk; their arrays go into files of their own, first."""
+        lines = []
         with writing(self._samples):
-            append_samples(self._samples, samples)
+            for sample in samples:
+                if "arrays" in sample:
+                    name = f"arrays/{sample['index']}.npz"
+                    (self.path / "arrays").mkdir(exist_ok=True)
+                    np.savez_compressed(content := io.BytesIO(), **sample["arrays"])
+                    write_in_one_step(self.path / name, content.getvalue())
+                    sample = sample | {"arrays": name}
+                lines.append(to_json(sample) + "\n")
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
 
-    def finish(
-        self,
-        config: dict[str, Any],
-        metrics: dict[str, float],
-        timing: dict[str, float],
-        device: str,
-        versions: dict[str, Any] | None = None,
-        *,
-        method: dict[str, Any] | None = None,
-        evaluation: dict[str, Any] | None = None,
-    ) -> Record:
+    def finish(self, device: str, versions: dict[str, Any] | None = None, **parts: Any) -> Record:
         """Write the record, in one step.
 
         Args:
-            config: the resolved configuration of this one run.
-            metrics: flat, name -> number.
-            timing: flat, name -> seconds.
             device: what the model ran on, in words.
             versions: of what this kind of task ran beside the usual, such as lm-eval.
-            method: what the analysis calls the run: words and settings.
-            evaluation: what the run must share with another one to be compared with it, flat.
-
-        Raises:
-            UserError: the file cannot be written.
+            parts: `config`, resolved, of this one run; flat `metrics`, and `timing` in seconds; `method`, what the
+                analysis calls the run, in words and settings; `evaluation`, what the run must share with another one to
+                be compared with it, flat.
         """
         state = self.state()
-        record: Record = {
-            "run_id": self.run_id,
-            "status": "finished",
-            "method": method,
-            "evaluation": evaluation,
-            "config": config,
-            "metrics": metrics,
-            "timing": timing,
-            "environment": environment(device)
-            | {"started": state["started"], "finished": now()}
+        record: Record = {"run_id": self.run_id, "status": "finished", "method": None, "evaluation": None}
+        record |= {"config": {}, "metrics": {}, "timing": {}} | parts
+        record["environment"] = (
+            records.environment(device)
+            | {"started": state["started"], "finished": records.now()}
             | ({"earlier_versions": state["versions"][:-1]} if state["versions"][1:] else {})
-            | (versions or {}),
-        }
+            | (versions or {})
+        )
         with writing(self._record):
             self._samples.touch()
-            record["digests"] = digests(metrics, self._samples)
+            record["digests"] = records.digests(record["metrics"], self._samples)
             write_in_one_step(self._record, to_json(record, indent=2) + "\n")
         self._state.unlink(missing_ok=True)
         return record

@@ -15,18 +15,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from griffin import (
-    Engine,
-    Generation,
-    Method,
-    Row,
-    begin,
-    decode,
-    find_feedforward_blocks,
-    neuron_bytes,
-    prefill,
-    wanted,
-)
+import griffin
+from griffin import Engine, Method, Row
 
 PARTS = ("prefill", "choose", "compact", "decode")
 
@@ -62,13 +52,13 @@ def timed(
     """
     device = engine.dense.module.device  # this view is made once, and not timed
     times = [now(device)]
-    states = prefill(engine, prompts, wanted([method]), likely_tokens=method.prunes_vocabulary)
+    states = griffin.prefill(engine, prompts, griffin.wanted([method]), likely_tokens=method.prunes_vocabulary)
     times.append(now(device))
-    rows = begin(engine, states, method, seed, range(len(states)))
+    rows = griffin.begin(engine, states, method, seed, range(len(states)))
     times.append(now(device))
     engine.view([row.experts for row in rows])
     times.append(now(device))
-    list(decode(engine, rows, Generation(steps + 1), batch_size=len(rows), max_new_tokens=room + 1))
+    list(griffin.decode(engine, rows, griffin.Generation(steps + 1), batch_size=len(rows), max_new_tokens=room + 1))
     times.append(now(device))
     return Timed(dict(zip(PARTS, [last - first for first, last in pairwise(times)], strict=True)), rows)
 
@@ -86,8 +76,8 @@ def now(device: torch.device) -> float:
 def copy_seconds(model: nn.Module, kept: Sequence[int], device: torch.device) -> float:
     """Seconds to copy as many bytes as gathering the weights of so many neurons of each layer writes, block by block:
     the floor of a full compaction."""
-    blocks = find_feedforward_blocks(model)
-    sizes = [left * neuron for left, neuron in zip(kept, neuron_bytes(blocks), strict=True)]
+    blocks = griffin.find_feedforward_blocks(model)
+    sizes = [left * neuron for left, neuron in zip(kept, griffin.neuron_bytes(blocks), strict=True)]
     sources = [torch.ones(size // 4, device=device) for size in sizes]
     targets = [torch.zeros(size // 4, device=device) for size in sizes]
 
@@ -99,12 +89,7 @@ def copy_seconds(model: nn.Module, kept: Sequence[int], device: torch.device) ->
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes per second that a copy reads and writes, together.
-
-    Args:
-        device: whose memory.
-        size: bytes that are copied, more than caches hold.
-    """
+    """Bytes per second that a copy reads and writes together, of more bytes than caches hold."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     return 2 * size / _median_seconds(lambda: target.copy_(source), device, times=7)
 

@@ -59,10 +59,10 @@ class Tracker:
         rows = [{key: value for key, value in sample.items() if key != "arrays"} for sample in samples]
         self.show(Media(media.images, {"samples": rows, **media.tables}))
         if self._run is not None:
+            parts = ("run_id", "method", "evaluation", "metrics", "timing", "environment", "digests")
+            whole = to_json({part: record[part] for part in parts})
             with _files_in(self._folder):
-                parts = ("run_id", "method", "evaluation", "metrics", "timing", "environment", "digests")
-                self._run.summary.update({**record["metrics"], **record["timing"]})
-                self._run.summary.update({"record": to_json({part: record[part] for part in parts})})
+                self._run.summary.update(record["metrics"] | record["timing"] | {"record": whole})
             self.close(0)
 
     def show(self, media: Media) -> None:
@@ -74,7 +74,8 @@ class Tracker:
         shown: dict[str, Any] = {f"{path.stem}_image": wandb.Image(str(path)) for path in media.images}
         for name, rows in media.tables.items():
             columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
-            cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+            lines = [[row.get(key) for key in columns] for row in rows]  # every column has one type, so nested is text
+            cells = [[it if isinstance(it, str | int | float | None) else to_json(it) for it in line] for line in lines]
             shown[f"{name}_table"] = wandb.Table(columns=columns, data=cells)
         with _files_in(self._folder):
             self._run.log(shown)
@@ -87,15 +88,8 @@ class Tracker:
             self._run = None
 
 
-def _cell(value: Any) -> Any:
-    """A value as a table takes it: every column has one type, so what is nested is text."""
-    return value if value is None or isinstance(value, str | int | float) else to_json(value)
-
-
 @contextlib.contextmanager
-def track(
-    settings: Settings, folder: Path, run_id: str, name: str, group: str, job_type: str, tags: list[str], config: Any
-) -> Iterator[Tracker]:
+def track(settings: Settings, folder: Path, run_id: str, **described: Any) -> Iterator[Tracker]:
     """A run in W&B until its record is there, marked as failed if the context ends with an exception before.
 
     An unreachable or refusing server costs one warning: the run goes on offline, to be uploaded by `wandb sync`.
@@ -105,27 +99,23 @@ def track(
         folder: the run folder; all of wandb's files stay in it.
         run_id: our run id. W&B's has some letters more, drawn once for the folder: two people, or one with two output
             folders, may log the same run to one project.
-        name: for people.
-        group: what the runs of a sweep share.
-        job_type: the task's kind.
-        tags: free labels.
-        config: the resolved configuration, nested plain values.
+        described: `name`, for people; `group`, which the runs of a sweep share; `job_type`, `tags` and `config`.
     """
     if settings.mode == "disabled":
         yield Tracker(None, folder)
         return
-    arguments = {
+    drawn = folder / "wandb" / "id"
+    with writing(drawn):
+        if not drawn.exists():
+            drawn.parent.mkdir(parents=True, exist_ok=True)
+            write_in_one_step(drawn, secrets.token_hex(4))
+    arguments = described | {
         "project": settings.project,
         "entity": settings.entity,
         "dir": str(folder),
-        "id": f"{run_id}-{_drawn_for(folder)}",
+        "id": f"{run_id}-{drawn.read_text(encoding='ascii')}",
         "resume": "allow",
         "reinit": "create_new",  # the methods of a grid are runs side by side
-        "name": name,
-        "group": group,
-        "job_type": job_type,
-        "tags": tags,
-        "config": config,
     }
     with _files_in(folder):
         tracker = Tracker(_init(settings, arguments), folder)
@@ -135,15 +125,6 @@ def track(
         tracker.close(1)
         raise
     tracker.close(0)
-
-
-def _drawn_for(folder: Path) -> str:
-    path = folder / "wandb" / "id"
-    with writing(path):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_in_one_step(path, secrets.token_hex(4))
-        return path.read_text(encoding="ascii")
 
 
 def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
@@ -173,11 +154,7 @@ def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
 
 
 def check_server() -> None:
-    """Whether the W&B server of the user's settings can be reached, without wandb's minutes of attempts.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raises UserError where the W&B server cannot be reached, without wandb's minutes of attempts."""
     import wandb
 
     address = wandb.setup().settings.base_url
@@ -201,13 +178,11 @@ def _warn_offline(address: str, reason: str, output_dir: str) -> None:
 def _files_in(folder: Path) -> Iterator[None]:
     """wandb keeps the bytes of tables in the home folder unless its environment says otherwise."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(dict.fromkeys(names, str(folder / "wandb")) | {"WANDB_DIR": str(folder)})
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,4 +1,5 @@
 """How sweeps are run: Hydra takes sweepers and launchers from below `hydra_plugins` only.
 
-These modules are read at every start of Hydra, so they import what is slow where it is used.
+Hydra reads every module here at each start of any program of its own, but for those whose names begin with an
+underscore; `pipelines.composition` registers these.
 """

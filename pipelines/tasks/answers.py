@@ -1,50 +1,62 @@
-"""What generated answers are measured by beside their quality: how long they are, and what they took to decode."""
+"""What generated answers are measured by beside their quality: how long they are, what they took to decode, and what
+became of their drafts; and what would become of drafts, from where a pruned model agrees with the dense one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import griffin
 from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks import drafting
+
+# Metrics of drafts that have a standard error.
+ERRORS = frozenset(("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup"))
+
+# In the samples' `drafting`, beside `step_bytes` and `seconds`.
+_COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
 
 
-class DecodingCost:
-    """What decoding takes under each method.
+def decoding_part(row: griffin.Row, traffic: griffin.Traffic | None) -> Sample:
+    """What a sample says of how its answer was decoded: its tokens, and, unless it is dense and so has no traffic, the
+    bytes of weights read for those behind the first, which comes with the prompt, beside what dense decoding reads."""
+    part: Sample = {"generated_tokens": len(row.tokens)}
+    if traffic is None:
+        return part
+    if row.method.verified:
+        return part | drafting_part([row.drafts], traffic.dense)
+    taken = row.statistics(traffic)
+    return part | {"weight_bytes": {"read": taken.bytes_read, "dense": taken.dense_bytes}}
 
-    Args:
-        engine: the model.
-        methods: all that will be asked for.
 
-    Attributes:
-        traffic: what a step reads, by method.
+def drafting_part(drafts: Sequence[griffin.DraftStatistics], step_bytes: int) -> Sample:
+    """What a sample says of drafts that the dense model checked, in sum over its rows; a dense step reads `step_bytes`.
+
+    Another run of the same call has other seconds, and nothing else.
     """
+    drafting: Sample = {name: sum(getattr(row, name) for row in drafts) for name in _COUNTS}
+    drafting["step_bytes"] = step_bytes
+    drafting["seconds"] = {part: round(sum(row.seconds[part] for row in drafts), 6) for part in drafts[0].seconds}
+    return {"drafting": drafting}
 
-    def __init__(self, engine: griffin.Engine, methods: Sequence[griffin.Method]) -> None:
-        self.traffic = {
-            method: griffin.traffic(engine.model, method.kept(engine.widths), method.scorer, method.quantization)
-            for method in methods
-            if not method.dense
-        }
 
-    def sample_part(self, method: griffin.Method, rows: Sequence[griffin.Row]) -> Sample:
-        """What a sample says of how its answers were decoded: their tokens, and the bytes of weights that were read for
-        those behind the first, which comes with the prompt; beside them, what dense decoding would read.
+def means(samples: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """The means of these numbers over the samples, with standard errors; none without samples."""
+    values: dict[str, float] = {}
+    for name in names if samples else ():
+        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in samples])
+    return values
 
-        Args:
-            method: how it was pruned.
-            rows: of the sample; without any, nothing was generated.
-        """
-        if not rows:
-            return {}
-        part: Sample = {"generated_tokens": sum(len(row.tokens) for row in rows)}
-        if method.dense:
-            return part
-        if method.verified:
-            return part | drafting.sample_part([row.drafts for row in rows], self.traffic[method].dense)
-        found = [row.statistics(self.traffic[method]) for row in rows]
-        read, dense = sum(one.bytes_read for one in found), sum(one.dense_bytes for one in found)
-        return part | {"weight_bytes": {"read": read, "dense": dense}}
+
+def scored_metrics(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
+    """The means of these scores with standard errors, counts, and what answers took, over all samples of a run."""
+    scored = [sample for sample in samples if "skipped" not in sample]
+    counts = {name: sum(sample[name] for sample in scored) for name in ("prompt_tokens", "generated_tokens")}
+    return means(scored, names) | sample_counts(samples) | counts | answer_metrics(scored)
+
+
+def sample_counts(samples: Sequence[Sample]) -> dict[str, float]:
+    """How many samples were measured, and how many skipped because their prompt does not fit."""
+    skipped = sum("skipped" in sample for sample in samples)
+    return {"samples": len(samples) - skipped, "skipped_prompts": skipped}
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -53,26 +65,80 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
     Samples that were written before these were measured give none.
     """
-    values: dict[str, float] = {}
-    lengths = [sample["generated_tokens"] for sample in samples if "generated_tokens" in sample]
-    if lengths and len(lengths) == len(samples):
-        values["answer_tokens"], values["answer_tokens_stderr"] = mean_and_stderr(lengths)
-    return values | effective_density(samples) | drafting.metrics(samples)
-
-
-def scored_metrics(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
-    """The means of these scores with standard errors, counts, and what answers took, over all samples of a run."""
-    scored = [sample for sample in samples if "skipped" not in sample]
-    values: dict[str, float] = {}
-    for name in names if scored else ():
-        values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in scored])
-    counts = {name: sum(sample[name] for sample in scored) for name in ("prompt_tokens", "generated_tokens")}
-    skipped = {"samples": len(scored), "skipped_prompts": len(samples) - len(scored)}
-    return values | skipped | counts | answer_metrics(scored)
+    lengths = [{"answer_tokens": sample["generated_tokens"]} for sample in samples if "generated_tokens" in sample]
+    values = means(lengths, ("answer_tokens",)) if len(lengths) == len(samples) else {}
+    return values | effective_density(samples) | drafting_metrics(samples)
 
 
 def effective_density(samples: Sequence[Sample]) -> dict[str, float]:
     """`effective_density` of decoding that nothing was verified in; none of dense decoding."""
     counted = [sample["weight_bytes"] for sample in samples if "weight_bytes" in sample]
-    dense = sum(one["dense"] for one in counted)
-    return {"effective_density": sum(one["read"] for one in counted) / dense} if dense else {}
+    dense = sum(sample["dense"] for sample in counted)
+    return {"effective_density": sum(sample["read"] for sample in counted) / dense} if dense else {}
+
+
+def drafting_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Ratios of sums over the samples, with their standard errors over samples by the jackknife; none without drafts.
+
+    The predicted speed-up is the one of bytes of weights read, of the dense steps over those of drafts and checks.
+    """
+    found = [sample["drafting"] for sample in samples if "drafting" in sample]
+    totals = {name: sum(sample[name] for sample in found) for name in _COUNTS}
+    dense_bytes = found[0]["step_bytes"] if found else 0
+    values = _ratios(totals, dense_bytes)
+    # What the others come to without one sample is the total less its counts.
+    without = [_ratios({name: totals[name] - sample[name] for name in _COUNTS}, dense_bytes) for sample in found]
+    for name in sorted(values.keys() & ERRORS) if len(found) > 1 else ():
+        left = [ratios[name] for ratios in without if name in ratios]
+        mean = sum(left) / len(left)
+        values[f"{name}_stderr"] = ((len(left) - 1) / len(left) * sum((ratio - mean) ** 2 for ratio in left)) ** 0.5
+    return values
+
+
+def _ratios(counts: dict[str, int], dense_bytes: int) -> dict[str, float]:
+    checks, drafted, accepted, emitted, draft_bytes = (counts[name] for name in _COUNTS)
+    if not checks:
+        return {}
+    density = (checks * dense_bytes + draft_bytes) / (emitted * dense_bytes)
+    values = {
+        "tokens_per_check": emitted / checks,
+        "drafted_per_check": drafted / checks,
+        "dense_steps": checks / (checks + drafted),
+        "effective_density": density,
+        "predicted_speedup": 1 / density,
+    }
+    return values | ({"acceptance_rate": accepted / drafted} if drafted else {})
+
+
+def learning_overhead(samples: Sequence[Sample]) -> dict[str, float]:
+    """What learning took, over what the checks took: for a record's `timing`, which may differ from run to
+    run, and for latency, where times are what is measured."""
+    found = [sample["drafting"]["seconds"] for sample in samples if "drafting" in sample]
+    checking = sum(seconds["check"] for seconds in found)
+    return {"learning_overhead": sum(seconds["learn"] for seconds in found) / checking} if checking else {}
+
+
+def rounds(agreement: Sequence[int], draft_tokens: int) -> int:
+    """How many rounds a text takes, from which tokens a draft gets right: each round keeps the drafts that are right,
+    at most so many, up to the first that is not, and has one more token of the dense model's own."""
+    ended = kept = 0
+    for right in agreement:
+        if right and kept < draft_tokens:
+            kept += 1
+        else:
+            ended, kept = ended + 1, 0
+    return ended + (kept > 0)
+
+
+def predicted(agreements: Sequence[Sequence[int]], draft_cost: float, most: int = 8) -> dict[str, float]:
+    """The speed-up of exact greedy decoding with the best fixed number of drafted tokens, and that number.
+
+    Of each text there is 1 for every token that a draft would get right, else 0. A draft costs so many dense steps.
+    """
+    tokens = sum(map(len, agreements))
+    speedups = {
+        number: tokens / sum(rounds(agreement, number) * (number * draft_cost + 1) for agreement in agreements)
+        for number in range(1, most + 1)
+    }
+    best = max(speedups, key=lambda number: speedups[number])
+    return {"predicted_speedup": speedups[best], "predicted_draft_tokens": best}

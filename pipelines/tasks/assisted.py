@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,76 +16,42 @@ import griffin
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.models import LoadedModel, load
+from pipelines.tasks.answers import drafting_part
+from pipelines.tasks.grouping import Evaluation
+from pipelines.tasks.prompts import P, Texts
 
 # Tokens that are looked up at a time where `draft_tokens=auto`, as in the method's own examples; a model drafts as
 # transformers would have it.
 LOOKED_UP = 10
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text, the time that it took with its prompt, and what became of the drafts."""
-
-    tokens: list[int]
-    seconds: float
-    drafts: griffin.DraftStatistics
-
-
-class Assisted:
-    """A model with what assists it.
-
-    Args:
-        loaded: the model.
-        config: of the run; it has `assistance`.
-
-    Attributes:
-        step_bytes: of weights that one step of the model reads.
+def assisted(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Sequence[int]], bool]) -> Texts[P]:
+    """The texts of prompts, one by one: greedy, until the new tokens are a whole text.
 
     Raises:
         UserError: the assistant cannot be loaded, or has other tokens.
     """
-
-    def __init__(self, loaded: LoadedModel, config: RunConfig) -> None:
-        self._model: Any = griffin.view_of(loaded.model)
-        self._checked, self._drafted = _counted(self._model), list[int]()
-        self._config = config
-        self._options: dict[str, Any] = {}
-        self._assistant_bytes = 0
-        if config.assistant is None:
-            number = LOOKED_UP if config.draft_tokens == "auto" else config.draft_tokens
-            self._options["prompt_lookup_num_tokens"] = number
-        else:
-            model = replace(config.model, name="assistant", repo=config.assistant)
-            small = load(model, config.device, config.seed, onednn=config.cpu_onednn)
-            if small.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-                raise UserError(
-                    f"assistant={config.assistant}: expected a model with the tokens of {config.model.name}"
-                )
-            self._options["assistant_model"] = small.model
-            self._drafted, self._assistant_bytes = _counted(small.model), _step_bytes(small.model)
-            if config.draft_tokens != "auto":
-                small.model.generation_config.num_assistant_tokens = config.draft_tokens
-                small.model.generation_config.assistant_confidence_threshold = 0.0
-        self.step_bytes = _step_bytes(loaded.model)
-
-    def generate(self, ids: Sequence[int], ended: Callable[[Sequence[int]], bool]) -> Text:
-        """Continue a prompt greedily.
-
-        Args:
-            ids: of the prompt.
-            ended: whether new tokens are a whole text.
-        """
-        ids_1S = torch.tensor([list(ids)], device=self._model.device)
-        self._checked.clear()
-        self._drafted.clear()
+    (method,) = run.methods
+    model: Any = griffin.view_of(run.loaded.model)
+    checked, step_bytes = _counted(model), _step_bytes(model)
+    assistant = _assistant(run.loaded, run.config) if run.config.assistant else None
+    drafted, draft_bytes = (_counted(assistant), _step_bytes(assistant)) if assistant else (list[int](), 0)
+    looked_up = LOOKED_UP if run.config.draft_tokens == "auto" else run.config.draft_tokens
+    by = {"assistant_model": assistant} if assistant else {"prompt_lookup_num_tokens": looked_up}
+    for prompt, ids in encoded.items():
+        if not run.lacks(method, prompt):
+            continue
+        ids_1S = torch.tensor([ids], device=model.device)
+        checked.clear()
+        drafted.clear()
         began = time.perf_counter()
-        sequences_1S = self._model.generate(
+        sequences_1S = model.generate(
             ids_1S,
             attention_mask=torch.ones_like(ids_1S),
-            max_new_tokens=self._config.task.max_new_tokens,
+            max_new_tokens=run.config.task.max_new_tokens,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Ended(len(ids), ended)]),
-            **self._options,
+            **by,
         )
         seconds = time.perf_counter() - began
         tokens = sequences_1S[0, len(ids) :].tolist()
@@ -93,16 +59,16 @@ class Assisted:
             del tokens[-1]
         # The prompt runs with the first drafts: its step is no more a check than that of an unassisted prompt, so
         # the first round counts by its drafts alone, and the first token not at all.
-        rounds = [self._checked[0] - len(ids), *(count - 1 for count in self._checked[1:])]
+        rounds = [checked[0] - len(ids), *(count - 1 for count in checked[1:])]
         checks, emitted = len(rounds) - (rounds[0] == 0), len(tokens) - 1 + (rounds[0] > 0)
         drafts = griffin.DraftStatistics(
             checks=checks,
             drafted=sum(rounds),
             accepted=emitted - checks,
             emitted=emitted,
-            draft_bytes=len(self._drafted) * self._assistant_bytes,
+            draft_bytes=len(drafted) * draft_bytes,
         )
-        return Text(tokens, seconds, drafts)
+        yield prompt, method, tokens, seconds, drafting_part([drafts], step_bytes)
 
 
 class _Ended(StoppingCriteria):
@@ -116,6 +82,18 @@ class _Ended(StoppingCriteria):
         done = any(self._ended(new[:count]) for count in range(self._asked + 1, len(new) + 1))
         self._asked = len(new)
         return torch.tensor([done], device=input_ids.device)
+
+
+def _assistant(loaded: LoadedModel, config: RunConfig) -> Any:
+    """The small model that drafts."""
+    settings = replace(config.model, name="assistant", repo=config.assistant)
+    small = load(settings, config.device, config.seed, onednn=config.cpu_onednn)
+    if small.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise UserError(f"assistant={config.assistant}: expected a model with the tokens of {config.model.name}")
+    if config.draft_tokens != "auto":
+        small.model.generation_config.num_assistant_tokens = config.draft_tokens
+        small.model.generation_config.assistant_confidence_threshold = 0.0
+    return small.model
 
 
 def _counted(model: nn.Module) -> list[int]:

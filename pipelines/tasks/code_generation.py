@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipelines.records import Sample
 from pipelines.tasks.answers import scored_metrics
 from pipelines.tasks.code_execution import run_program
 from pipelines.tasks.generation import generate
+from pipelines.tasks.grouping import Batches, Done, Evaluation
 from pipelines.tasks.prompts import Prompt
 
 FIELDS = ("prompt", "entry_point", "canonical_solution", "test")
@@ -49,43 +50,29 @@ def read(config: RunConfig) -> list[Problem]:
     Raises:
         UserError: the data is missing, malformed or unreachable.
     """
-    task = config.task
-    return [
-        Problem(
-            index,
-            str(row.get("task_id", index)),
-            f"{task.instruction}\n\n{FENCE}python\n{row['prompt']}\n{FENCE}" if task.chat_template else row["prompt"],
-            row["canonical_solution"],
-            begun=row["prompt"],
-            entry_point=row["entry_point"],
-            test=row["test"],
-            chat=task.chat_template,
-        )
-        for index, row in enumerate(read_rows(task, FIELDS, config.limit, config.offset), start=config.offset)
-    ]
+    task, problems = config.task, []
+    for index, row in enumerate(read_rows(task, FIELDS, config.limit, config.offset), start=config.offset):
+        begun, entry_point, solution, test = (row[field] for field in FIELDS)
+        text = f"{task.instruction}\n\n{FENCE}python\n{begun}\n{FENCE}" if task.chat_template else begun
+        name = str(row.get("task_id", index))
+        problems.append(Problem(index, name, text, solution, "", (), begun, entry_point, test, task.chat_template))
+    return problems
 
 
 def evaluate(
-    loaded: LoadedModel,
-    problems: Sequence[Problem],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, problems: Sequence[Problem], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Generate, and run what was generated against its tests."""
     if missing := run_program("", config.task.timeout).missing:
         tqdm.write(f"warning: this system cannot keep generated programs from {' and '.join(missing)}", file=sys.stderr)
 
     def scored(problem: Problem, text: str) -> Sample:
         outcome = run_program(program(problem, text), config.task.timeout, judging(problem), problem.entry_point)
-        return {
-            "pass_at_1": float(outcome.passed),
-            "reason": outcome.reason,
-            "text": text,
-            "reference": problem.reference,
-        }
+        scores = {"pass_at_1": float(outcome.passed), "reason": outcome.reason}
+        return scores | {"text": text, "reference": problem.reference}
 
-    return generate(loaded, problems, config, methods, done, whole_chat if config.task.chat_template else whole, scored)
+    run = Evaluation(loaded, config, methods, done)
+    return generate(run, problems, lambda text: whole(text, config.task.chat_template), scored)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -99,32 +86,22 @@ def versions(problems: Sequence[Problem]) -> dict[str, Any]:
     return {"code_not_kept_from": list(run_program("", 1).missing)}
 
 
-def whole(text: str) -> bool:
-    """Whether what a base model goes on with holds more than the function."""
-    return any(stop in text for stop in STOPS)
-
-
-def whole_chat(text: str) -> bool:
-    """Whether an answer's first block of code has ended."""
-    return text.count(FENCE) > 1
+def whole(text: str, chat: bool) -> bool:
+    """Whether an answer's first block of code has ended; or what a base model goes on with holds more than the
+    function."""
+    return text.count(FENCE) > 1 if chat else any(stop in text for stop in STOPS)
 
 
 def program(problem: Problem, text: str) -> str:
-    """The program that defines a generated function.
-
-    Args:
-        problem: what was asked for.
-        text: the function's rest; or an answer whose first block of code, if it has one, is the function or its rest.
-    """
+    """The program that defines a generated function. The text is the function's rest, or a chat's answer, whose first
+    block of code, if it has one, is the function or its rest."""
     if problem.chat:
         _, fence, behind = text.partition(FENCE)
         code = behind.partition(FENCE)[0].partition("\n")[2] if fence else text
-        head, _, _ = problem.begun.partition(f"def {problem.entry_point}")
-        written = head + code if f"def {problem.entry_point}" in code else problem.begun + code
-    else:
-        ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
-        written = problem.begun + text[: min(ends, default=len(text))]
-    return written
+        head, define, _ = problem.begun.partition(f"def {problem.entry_point}")
+        return head + code if define in code else problem.begun + code
+    ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
+    return problem.begun + text[: min(ends, default=len(text))]
 
 
 def judging(problem: Problem) -> str:

@@ -9,9 +9,8 @@ Dimensions: C = continuation tokens, V = vocabulary.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,91 +19,43 @@ from torch import Tensor
 import griffin
 from griffin import DENSE, Method
 from pipelines.config import RunConfig
-from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
-from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks.answers import DecodingCost, effective_density
-from pipelines.tasks.drafting import predicted
+from pipelines.records import Sample
+from pipelines.tasks.answers import decoding_part, effective_density, means, predicted, sample_counts
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import begun, groups
-from pipelines.tasks.prompts import Prompt, read_prompts
+from pipelines.tasks.grouping import Batches, Done, Evaluation
+from pipelines.tasks.prompts import Prompt, fitting, read
 
-
-def read(config: RunConfig) -> list[Prompt]:
-    """The prompts of a generation task.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
-    return read_prompts(config.task, config.limit, config.offset)
+__all__ = ["evaluate", "metrics", "read"]
 
 
 def evaluate(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Compare every method with dense: one dense pass a prompt, then one short pass a method, as rows of batches."""
-    steps = config.task.max_new_tokens
-    room = loaded.context_length - steps
-    engine = engine_for(loaded.model, methods, config)
-    cost = DecodingCost(engine, methods)
-    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template, prompt.said) for prompt in prompts}
-    fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
-    for prompt in prompts:
-        ids = encoded[prompt.index]
-        if len(ids) <= room:
-            continue
-        skipped = _sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}
-        for method in methods:
-            if prompt.index not in done[method]:
-                yield method, [skipped]
-    for group, run in groups(fitting, methods, config, done):
+    run = Evaluation(loaded, config, methods, done)
+    encoded, skipped = fitting(run, prompts)
+    yield from skipped
+    for group, beside in run.groups([*encoded]):
         began = time.perf_counter()
-        dense = _dense(loaded, engine, group, encoded, config, methods)
-        dense_seconds = (time.perf_counter() - began) / len(group) / len(run)
-
-        pruning = [method for method in run if not method.dense]
-        scored: Iterator[tuple[Method, _Dense, Tensor, float, Sample]] = itertools.chain(
-            ((method, one, one.logprobs_CV, 0.0, {}) for one in dense for method in run if method.dense),
-            (
-                (
-                    *(row.method, row.label, logits_CV.float().log_softmax(dim=-1), row.seconds),
-                    cost.sample_part(row.method, [row]),
-                )
-                for rows, size in begun(engine, dense, pruning, config, lambda one: one.state)
-                for row, logits_CV in griffin.score(engine, ((row, row.label.tokens) for row in rows), size)
-            ),
-        )
-        for method, one, logprobs_CV, seconds, part in scored:
-            if one.prompt.index not in done[method]:
-                kl_C, agreement_C = compare(one.logprobs_CV, logprobs_CV)
-                as_draft: Sample = {}
-                if not method.dense:
-                    as_draft = {
-                        "acceptance": acceptance(one.logprobs_CV, logprobs_CV),
-                        "agreement_by_token": agreement_C.int().tolist(),
-                        "draft_cost": cost.traffic[method].pruned / cost.traffic[method].dense,
-                    }
-                sample = (
-                    _sample(one.prompt, one.state.length)
-                    | part
-                    | {
-                        "generated_tokens": len(one.tokens),
-                        "kl": float(kl_C.mean()),
-                        "top1_agreement": float(agreement_C.mean()),
-                        "seconds": round(dense_seconds + seconds, 4),
-                        "kl_by_token": [round(float(kl), 6) for kl in kl_C],
-                        **as_draft,
-                    }
-                )
-                yield method, [sample]
+        texts = _continued(run, {prompt: encoded[prompt] for prompt in group})
+        dense_seconds = (time.perf_counter() - began) / len(group) / len(beside)
+        for method in beside:
+            for text in texts if method.dense else ():
+                if run.lacks(method, text.prompt):
+                    yield method, [_sample(text, text.logprobs_CV, dense_seconds)]
+        pruning = [method for method in beside if not method.dense]
+        for rows, size in run.begun(texts, pruning, lambda text: text.state):
+            for row, logits_CV in griffin.score(run.engine, ((row, row.label.tokens) for row in rows), size):
+                if run.lacks(row.method, row.label.prompt):
+                    traffic, logprobs_CV = run.traffic[row.method], logits_CV.float().log_softmax(dim=-1)
+                    cost = traffic.pruned / traffic.dense
+                    sample = _sample(row.label, logprobs_CV, dense_seconds + row.seconds, cost)
+                    yield row.method, [sample | decoding_part(row, traffic)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Dense:
+class _Text:
     """A prompt as the dense model continues it, and the log-probabilities [C, V] after each token that it wrote."""
 
     prompt: Prompt
@@ -113,32 +64,23 @@ class _Dense:
     logprobs_CV: Tensor
 
 
-def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
-    return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
-
-
-def _dense(
-    loaded: LoadedModel,
-    engine: griffin.Engine,
-    group: Sequence[Prompt],
-    encoded: dict[int, list[int]],
-    config: RunConfig,
-    methods: Sequence[Method],
-) -> list[_Dense]:
+def _continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[_Text]:
     """The dense model's greedy continuations: up to `max_new_tokens` tokens, ending with an end token if it comes.
 
     Statistics that are oracles record the activations of these tokens.
     """
-    ends = end_tokens(loaded)
-    scorers = [method.scorer for method in methods if method.oracle and not method.dense]
+    engine, ends = run.engine, end_tokens(run.loaded)
+    scorers = [method.scorer for method in run.methods if method.oracle and not method.dense]
     oracles = [scorer.activations for scorer in scorers if isinstance(scorer, griffin.Statistic) and scorer.activations]
-    states = [griffin.prefill(engine, [encoded[prompt.index]], griffin.wanted(methods))[0] for prompt in group]
-    rows = [row for number, state in enumerate(states) for row in griffin.begin(engine, [state], DENSE, 0, [number])]
-    generation = griffin.Generation(config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
-    texts = {row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=config.batch_size)}
+    states = {prompt: run.prefill(ids) for prompt, ids in encoded.items()}
+    rows = [griffin.begin(engine, [state], DENSE, 0, [prompt])[0] for prompt, state in states.items()]
+    generation = griffin.Generation(run.config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
+    texts = {
+        row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=run.config.batch_size)
+    }
     found = []
-    for number, prompt in enumerate(group):
-        state, tokens = states[number], texts[number]
+    for prompt, state in states.items():
+        tokens = texts[prompt]
         cache = engine.decoding_cache(1, state.length + len(tokens))
         assert state.cache is not None
         cache.put(0, state.cache, state.length)
@@ -147,17 +89,32 @@ def _dense(
         recorder.expect([slice(None)], [len(tokens)])
         (logits_CV,), _ = engine.dense.recording(torch.tensor([tokens], device=engine.device), cache, recorder)
         logprobs_CV = logits_CV.float().log_softmax(dim=-1)
-        found.append(_Dense(prompt, replace(state, continuation=recorder.recorded_B[0]), tokens, logprobs_CV))
+        found.append(_Text(prompt, replace(state, continuation=recorder.recorded_B[0]), tokens, logprobs_CV))
     return found
 
 
-def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position [C], KL(dense || pruned) in nats, and 1 where the most likely token is the same, else 0.
+def _sample(text: _Text, logprobs_CV: Tensor, seconds: float, draft_cost: float | None = None) -> Sample:
+    """A method's log-probabilities along a text; where it is pruned, by what a draft costs, also as drafts."""
+    kl_C, agreement_C = compare(text.logprobs_CV, logprobs_CV)
+    sample = text.prompt.sample_part(text.state.ids) | {
+        "generated_tokens": len(text.tokens),
+        "kl": float(kl_C.mean()),
+        "top1_agreement": float(agreement_C.mean()),
+        "seconds": round(seconds, 4),
+        "kl_by_token": [round(float(kl), 6) for kl in kl_C],
+    }
+    if draft_cost is None:
+        return sample
+    return sample | {
+        "acceptance": acceptance(text.logprobs_CV, logprobs_CV),
+        "agreement_by_token": agreement_C.int().tolist(),
+        "draft_cost": draft_cost,
+    }
 
-    Args:
-        dense_CV: log-probabilities of the dense model.
-        pruned_CV: log-probabilities of the pruned model.
-    """
+
+def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log-probabilities, per position [C], KL(dense || pruned) in nats, and 1 where the most likely token is the
+    same, else 0."""
     kl_C = (dense_CV.exp() * (dense_CV - pruned_CV)).sum(dim=-1)
     agreement_C = dense_CV.argmax(dim=-1) == pruned_CV.argmax(dim=-1)
     return kl_C, agreement_C.float()
@@ -165,12 +122,7 @@ def compare(dense_CV: Tensor, pruned_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 def acceptance(dense_CV: Tensor, pruned_CV: Tensor) -> float:
     """The probability that speculative sampling keeps a token drawn from the pruned model: the mean over positions of
-    the mass that both distributions have.
-
-    Args:
-        dense_CV: log-probabilities of the dense model.
-        pruned_CV: log-probabilities of the pruned model.
-    """
+    the mass that both distributions have, of which these are the log-probabilities."""
     return float(torch.minimum(dense_CV, pruned_CV).exp().sum(dim=-1).mean())
 
 
@@ -178,11 +130,9 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """`kl`, `top1_agreement` and `acceptance` with standard errors over prompts, counts, and what exact verification
     is predicted to bring, greedily."""
     compared = [sample for sample in samples if "skipped" not in sample]
-    values: dict[str, float] = {}
-    for name in ("kl", "top1_agreement", "acceptance"):
-        if compared and name in compared[0]:
-            values[name], values[f"{name}_stderr"] = mean_and_stderr([sample[name] for sample in compared])
-    if compared and "draft_cost" in compared[0]:
+    names = [name for name in ("kl", "top1_agreement", "acceptance") if compared and name in compared[0]]
+    values = means(compared, names)
+    if "acceptance" in values:
         values |= effective_density(compared)
         values |= predicted([sample["agreement_by_token"] for sample in compared], compared[0]["draft_cost"])
-    return values | {"samples": len(compared), "skipped_prompts": len(samples) - len(compared)}
+    return values | sample_counts(samples)

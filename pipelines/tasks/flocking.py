@@ -21,25 +21,18 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import (
-    DENSE,
-    Method,
-    Row,
-    UnsupportedModelError,
-    find_feedforward_blocks,
-    kept_neurons,
-    record_activations,
-    relative_activations,
-)
+from griffin import DENSE, Method, Row
 from pipelines.config import RunConfig
-from pipelines.data import EMBEDDED, read_jsonl, read_text_file
+from pipelines.data import read_rows, read_text_file
 from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
-from pipelines.tasks.flocking_figures import save_figures
-from pipelines.tasks.flocking_measures import TEXTS, jaccard, layer_table, overall
+from pipelines.tasks.answers import sample_counts
+from pipelines.tasks.flocking_figures import TEXTS, jaccard, layer_table, overall, save_figures
 from pipelines.tasks.generation import end_tokens
+from pipelines.tasks.grouping import Batches, Done
+from pipelines.tasks.prompts import need_context
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit
@@ -67,14 +60,7 @@ def read(config: RunConfig) -> list[Text]:
     if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
         text = read_text_file(task.data_files)
         return [Text(index, str(index), text, True) for index in range(config.offset, config.offset + count)]
-    path, key = (
-        (EMBEDDED / task.embedded, "task.embedded")
-        if task.data_files is None
-        else (Path(task.data_files), "task.data_files")
-    )
-    rows = read_jsonl(path, (task.text_field,), key, config.offset + count)[config.offset :]
-    if not rows:
-        raise UserError(f"offset={config.offset}: expected less than the number of rows of {path}")
+    rows = read_rows(task, (task.text_field,), count, config.offset)
     return [
         Text(index, str(row.get("id", index)), row[task.text_field], False)
         for index, row in enumerate(rows, start=config.offset)
@@ -82,12 +68,8 @@ def read(config: RunConfig) -> list[Text]:
 
 
 def evaluate(
-    loaded: LoadedModel,
-    texts: Sequence[Text],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, texts: Sequence[Text], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Measure one sequence after another.
 
     Raises:
@@ -96,16 +78,12 @@ def evaluate(
     task = config.task
     (method,) = methods
     try:
-        widths = {block.width for block in find_feedforward_blocks(loaded.model)}
-    except UnsupportedModelError as error:
+        widths = {block.width for block in griffin.find_feedforward_blocks(loaded.model)}
+    except griffin.UnsupportedModelError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
     if len(widths) > 1:
         raise UserError(f"model={config.model.name}: layers of different widths {sorted(widths)}; flocking takes one")
-    if task.sequence_length + task.max_new_tokens > loaded.context_length:
-        raise UserError(
-            f"task.sequence_length={task.sequence_length} with task.max_new_tokens={task.max_new_tokens}: "
-            f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
-        )
+    need_context(loaded, config, sequence_length=task.sequence_length, max_new_tokens=task.max_new_tokens)
     for text, ids in _tokenized(loaded, texts, config):
         if text.index in done[method]:
             continue
@@ -121,7 +99,7 @@ def evaluate(
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Means over layers, with standard errors: `jaccard_sequences_natural`, `jaccard_halves_permuted`, ..."""
     measured = [sample for sample in samples if "skipped" not in sample]
-    return overall(measured) | {"samples": len(measured), "skipped_prompts": len(samples) - len(measured)}
+    return overall(measured) | sample_counts(samples)
 
 
 def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
@@ -167,28 +145,24 @@ def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) ->
 
 def _measure(loaded: LoadedModel, ids: list[int], config: RunConfig, index: int) -> Sample:
     """One sequence and its controls; every list has one number per layer."""
-    sample: Sample = {"arrays": {}} | {
-        name: {} for name in ("jaccard_halves", "jaccard_generation", "kept_energy", "token_energy")
-    }
+    measures = ("jaccard_halves", "jaccard_generation", "kept_energy", "token_energy")
+    sample: Sample = {"arrays": {}} | {name: {} for name in measures}
     for text, tokens in zip(TEXTS, (ids, *_controls(loaded, ids, config.seed, index)), strict=True):
         keep = index < (_HEATMAPS if text == "natural" else 1)
         steps = config.task.max_new_tokens if text == "natural" else 0
         seen = _run(loaded, tokens, config, steps, keep)
-        prompts, generations = [calls[0] for calls in seen], [calls[1:] for calls in seen]
-        sets = {part: np.stack([layer[part] for layer in prompts]) for part in ("whole", "first", "second")}
-        sample["jaccard_halves"][text] = _numbers(jaccard(sets["first"], sets["second"]))
+        layers = {name: np.stack([calls[0][name] for calls in seen]) for name in seen[0][0]}
         if steps:
-            squares = [np.sum([call["squares"] for call in calls], axis=0) for calls in generations]
-            sets["generation"] = np.stack([_top(torch.from_numpy(square), config.task.kept) for square in squares])
-            sample["jaccard_generation"][text] = _numbers(jaccard(sets["whole"], sets["generation"]))
-        for name in ("kept_energy", "token_energy"):
-            sample[name][text] = _numbers([layer[name] for layer in prompts])
-        arrays = sample["arrays"]
-        for part, set_LD in sets.items():
-            arrays[f"{text}_sets" + (f"_{part}" if part != "whole" else "")] = np.packbits(set_LD, axis=-1)
-        arrays[f"{text}_scores"] = np.stack([layer["scores"] for layer in prompts])
-        if keep:
-            arrays[f"{text}_heatmap"] = np.stack([layer["heatmap"] for layer in prompts])
+            squares = [np.sum([call["squares"] for call in calls[1:]], axis=0) for calls in seen]
+            generation = [_top(torch.from_numpy(square_D), config.task.kept) for square_D in squares]
+            layers["sets_generation"] = np.stack(generation)
+            sample["jaccard_generation"][text] = _numbers(jaccard(layers["sets"], layers["sets_generation"]))
+        sample["jaccard_halves"][text] = _numbers(jaccard(layers["sets_first"], layers["sets_second"]))
+        for name, values in layers.items():
+            if name in measures:
+                sample[name][text] = _numbers(values)
+            else:
+                sample["arrays"][f"{text}_{name}"] = np.packbits(values, axis=-1) if "sets" in name else values
     return sample
 
 
@@ -200,7 +174,7 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
     task = config.task
 
     def look(layer: int, z_SD: Tensor) -> dict[str, Any]:
-        relative_SD = relative_activations(z_SD)
+        relative_SD = griffin.relative_activations(z_SD)
         squares_SD = relative_SD.square()
         if len(z_SD) == 1:
             return {"squares": squares_SD[0].cpu().numpy()}
@@ -209,10 +183,10 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
         count = int(kept_D.sum())
         crop_TM = relative_SD[: task.heatmap_tokens, : task.heatmap_neurons]
         return {
-            "whole": kept_D,
+            "sets": kept_D,
+            "sets_first": _top(squares_SD[:half].sum(dim=0), task.kept),
+            "sets_second": _top(squares_SD[half:].sum(dim=0), task.kept),
             "scores": total_D.sqrt().cpu().numpy(),
-            "first": _top(squares_SD[:half].sum(dim=0), task.kept),
-            "second": _top(squares_SD[half:].sum(dim=0), task.kept),
             "kept_energy": float(squares_SD[:, torch.from_numpy(kept_D).to(z_SD.device)].sum() / len(z_SD)),
             "token_energy": float(squares_SD.topk(count, dim=-1).values.sum() / len(z_SD)),
             **({"heatmap": crop_TM.cpu().numpy().astype(np.float16)} if heatmap else {}),
@@ -224,7 +198,7 @@ def _run(loaded: LoadedModel, ids: list[int], config: RunConfig, steps: int, hea
         logits_BV[:, ends] = -torch.inf
         return logits_BV
 
-    view, seen = record_activations(loaded.model, look)
+    view, seen = griffin.record_activations(loaded.model, look)
     engine = engine_for(view, [], config)
     (state,) = griffin.prefill(engine, [ids], [])
     if steps:
@@ -249,7 +223,7 @@ def _controls(loaded: LoadedModel, ids: list[int], seed: int, index: int) -> tup
 def _top(squares_D: Tensor, kept: float) -> np.ndarray:
     """[D] boolean: the top-k set; squares order neurons as scores do."""
     chosen = torch.zeros(len(squares_D), dtype=torch.bool)
-    chosen[squares_D.topk(kept_neurons(len(squares_D), 1 - kept)).indices.cpu()] = True
+    chosen[squares_D.topk(griffin.kept_neurons(len(squares_D), 1 - kept)).indices.cpu()] = True
     return chosen.numpy()
 
 

@@ -1,10 +1,13 @@
-"""The figures of flocking: heatmaps of relative activations, score curves and Jaccard similarities by layer.
+"""Flocking in numbers and figures: how alike the sets of a sequence's strongest neurons are, layer by layer; heatmaps
+of relative activations and score curves.
 
 Dimensions: T = tokens shown, M = neurons shown, N = sequences, L = layers, D = FF width.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,35 +18,130 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pipelines.figure_style import COLOURS, LIGHT, NEUTRAL, drawn_in, new_figure, save
-from pipelines.records import Sample
-from pipelines.tasks.flocking_measures import chance
+from pipelines.records import Sample, mean_and_stderr
+
+# A text as it is; the same tokens in random order; tokens drawn at random.
+TEXTS = ("natural", "permuted", "random")
+# What is compared, per text. A half has half the tokens, and a generation has few, so each is also compared with
+# those of the other sequences: what they share beyond that is the sequence's own.
+MEASURES = (
+    "jaccard_sequences",  # different sequences
+    "jaccard_halves",  # the halves of one sequence
+    "jaccard_other_halves",  # the first half of one, the second of another
+    "jaccard_generation",  # a prompt and what the dense model continues it with
+    "jaccard_other_generation",  # a prompt and what another is continued with
+    "kept_energy",  # share of the squared relative activations that the sequence's top-k set holds
+    "token_energy",  # the same of every token's own top-k set
+)
+_PAIRS = {
+    "jaccard_sequences": ("", ""),
+    "jaccard_other_halves": ("_first", "_second"),
+    "jaccard_other_generation": ("", "_generation"),
+}
 
 _LOOKS = {"natural": (COLOURS[2], "o"), "permuted": (COLOURS[3], "s"), "random": (COLOURS[4], "D")}
 _SHADES = 16
 
+# The panels of a heatmap: which sequence of a run, and which of its texts.
+_PANELS = {
+    "text A": (0, "natural"),
+    "text B": (1, "natural"),
+    "text A, permuted": (0, "permuted"),
+    "random tokens": (0, "random"),
+}
+
 # measure: (in words, what it is to be seen against)
-MEASURES = {
+COMPARED = {
     "jaccard_sequences": ("different sequences", None),
     "jaccard_halves": ("the two halves of a sequence", "jaccard_other_halves"),
     "jaccard_generation": ("a prompt and its generation", "jaccard_other_generation"),
 }
 
 
-def save_figures(folder: Path, samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> list[Path]:
-    """Draw all figures of a run as PNG and PDF.
+def jaccard(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """|A and B| / |A or B| over the last axis of boolean sets; two empty sets are equal."""
+    union = (one | other).sum(axis=-1)
+    return np.where(union > 0, (one & other).sum(axis=-1) / np.maximum(union, 1), 1.0)
 
-    Args:
-        folder: where to.
-        samples: the measured sequences, by index, with their arrays.
-        rows: as `flocking_measures.layer_table` gives them.
-        kept: share of the neurons in a top-k set.
+
+def chance(kept: float) -> float:
+    """The Jaccard similarity of two sets drawn at random, each of a share `kept` of the neurons, in wide layers."""
+    return kept / (2 - kept)
+
+
+def between_sequences(one_NLD: np.ndarray, other_NLD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Jaccard similarity of one sequence's set and another's: the mean over all pairs, and its standard error.
+
+    A pair is a row of the one boolean array, which has 2 or more, and another row of the other. Pairs share sequences,
+    so the error is the jackknife's: from the means without each sequence in turn.
 
     Returns:
-        The PNG files.
+        Means and errors of each layer and, last, of the mean of all layers: [L + 1]; errors are 0 for two sequences.
+    """
+    count = len(one_NLD)
+    shared_LNN = np.einsum("nld,mld->lnm", one_NLD.astype(np.float32), other_NLD.astype(np.float32), optimize=True)
+    union_LNN = one_NLD.sum(axis=-1).T[:, :, None] + other_NLD.sum(axis=-1).T[:, None, :] - shared_LNN
+    each_LNN = np.where(union_LNN > 0, shared_LNN / np.maximum(union_LNN, 1), 1.0).astype(np.float64)
+    each_LNN = np.concatenate([each_LNN, each_LNN.mean(axis=0, keepdims=True)])
+    different = ~np.eye(count, dtype=bool)
+    means = each_LNN[:, different].mean(axis=1)
+    if count < 3:
+        return means, np.zeros_like(means)
+    # The sum over the pairs without a sequence is that of all, less its row and its column.
+    each_LNN[:, ~different] = 0.0
+    sums_LN = each_LNN.sum(axis=(1, 2))[:, None] - each_LNN.sum(axis=1) - each_LNN.sum(axis=2)
+    without = (sums_LN / ((count - 1) * (count - 2))).T
+    return means, np.sqrt((count - 1) / count * ((without - means) ** 2).sum(axis=0))
+
+
+def sets_of(samples: Sequence[Sample], name: str) -> np.ndarray:
+    """[N, L, D] boolean: the sets of a run's sequences that have this name in their arrays."""
+    packed = np.stack([sample["arrays"][name] for sample in samples])
+    return np.unpackbits(packed, axis=-1).astype(bool)
+
+
+def layer_table(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Every measure of every text by layer: rows of layer, text, measure, value, stderr."""
+    return [
+        {"layer": layer, "text": text, "measure": measure, "value": value, "stderr": error}
+        for text, measure in itertools.product(TEXTS, MEASURES)
+        for layer, (value, error) in enumerate(_by_layer(samples, text, measure)[:-1])
+    ]
+
+
+def overall(samples: Sequence[Sample]) -> dict[str, float]:
+    """Every measure as the mean of all layers, `<measure>_<text>`, with its standard error."""
+    values: dict[str, float] = {}
+    for text, measure in itertools.product(TEXTS, MEASURES):
+        for value, error in _by_layer(samples, text, measure)[-1:]:
+            values |= {f"{measure}_{text}": value, f"{measure}_{text}_stderr": error}
+    return values
+
+
+def _by_layer(samples: Sequence[Sample], text: str, measure: str) -> list[tuple[float, float]]:
+    """(value, standard error) of each layer, and last of the mean of all layers; empty where nothing was measured."""
+    if measure in _PAIRS:
+        names = [f"{text}_sets{part}" for part in _PAIRS[measure]]
+        if len(samples) < 2 or any(name not in samples[0]["arrays"] for name in names):
+            return []
+        means, errors = between_sequences(*(sets_of(samples, name) for name in names))
+        return [(float(mean), float(error)) for mean, error in zip(means, errors, strict=True)]
+    lists = [sample[measure][text] for sample in samples if text in sample[measure]]
+    if not lists:
+        return []
+    columns = [*zip(*lists, strict=True), [math.fsum(values) / len(values) for values in lists]]
+    return [mean_and_stderr(list(column)) for column in columns]
+
+
+def save_figures(folder: Path, samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> list[Path]:
+    """Draw all figures of a run as PNG and PDF, and return the former.
+
+    The samples are the measured sequences, by index, with their arrays, the rows are those of `layer_table`, and
+    `kept` is the share of the neurons in a top-k set.
     """
     with drawn_in(LIGHT):
         measured = {row["measure"] for row in rows}
-        figures = {name: jaccard_figure(rows, name, kept) for name in MEASURES if name in measured}
+        figures = {name: jaccard_figure(rows, name, kept) for name in COMPARED if name in measured}
         figures["scores"] = score_figure(np.stack([sample["arrays"]["natural_scores"] for sample in samples]))
         layers = len(samples[0]["arrays"]["natural_scores"])
         for layer in shown_layers(layers) if panels(samples) else ():
@@ -60,36 +158,26 @@ def shown_layers(layers: int) -> list[int]:
 
 def panels(samples: Sequence[Sample]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The heatmaps that a run keeps, in words: two texts and the controls of the first. ([L, T, M], scores [L, D])."""
-    found = {}
-    for sample, letter in zip(samples, "AB", strict=False):
-        arrays = sample["arrays"]
-        for text, words in (
-            ("natural", f"text {letter}"),
-            ("permuted", f"text {letter}, permuted"),
-            ("random", "random tokens"),
-        ):
-            if f"{text}_heatmap" in arrays:
-                found[words] = (arrays[f"{text}_heatmap"], arrays[f"{text}_scores"])
-    order = ("text A", "text B", "text A, permuted", "random tokens")
-    return {words: found[words] for words in order if words in found}
+    kept = {words: (samples[place]["arrays"], text) for words, (place, text) in _PANELS.items() if place < len(samples)}
+    return {
+        words: (arrays[f"{text}_heatmap"], arrays[f"{text}_scores"])
+        for words, (arrays, text) in kept.items()
+        if f"{text}_heatmap" in arrays
+    }
 
 
 def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False) -> Figure:
     """Relative activations of one layer, tokens down and neurons across: vertical lines are flocking.
 
-    Args:
-        samples: by index, with `panels`.
-        layer: which.
-        ordered: neurons by their score in text A, the same order in all panels; else as the model has them.
+    With `ordered`, neurons are in the order of their scores in text A in all panels; else as the model has them.
     """
     shown = panels(samples)
-    first, scores_LD = shown["text A"] if "text A" in shown else next(iter(shown.values()))
+    first, scores_LD = next(iter(shown.values()))
     neurons = first.shape[-1]
     place_M = np.argsort(-scores_LD[layer][:neurons], kind="stable") if ordered else np.arange(neurons)
     top = float(np.quantile(first[layer].astype(np.float32), 0.99)) or 1.0
     shades = mpl.colormaps[mpl.rcParams["image.cmap"]].resampled(_SHADES)
     figure, axes = new_figure(height=5.2, nrows=2, ncols=2, sharex=True, sharey=True, squeeze=False)
-    image = None
     for axis, (words, (heat_LTM, _)) in zip(axes.flat, shown.items(), strict=False):
         heat_TM = heat_LTM[layer].astype(np.float32)[:, place_M]
         # One pixel per number, also in SVG and PDF; few shades make small files.
@@ -98,12 +186,10 @@ def heatmap_figure(samples: Sequence[Sample], layer: int, ordered: bool = False)
         axis.grid(False)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("neuron, by score in text A" if ordered else "neuron")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("token")
+    for axis in axes.flat:
+        axis.set(xlabel="neuron, by score in text A" if ordered else "neuron", ylabel="token")
+        axis.label_outer()
     figure.suptitle(f"layer {layer}", fontsize=9)
-    assert image is not None
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("relative activation |z| / ‖z‖")
@@ -122,10 +208,8 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     for layer in range(layers):
         label = f"layer {layer}" if layer in shown_layers(layers) else None
         axis.plot(share_D[::step], curves_LD[layer][::step], color=shades[layer], linewidth=1, label=label)
-    axis.set_xlabel("neurons, in falling order of score (%)")
-    axis.set_ylabel("score / largest score")
-    axis.set_xlim(0, 100)
-    axis.set_yscale("log")
+    axis.set(xlabel="neurons, in falling order of score (%)", ylabel="score / largest score")
+    axis.set(xlim=(0, 100), yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
     axis.legend()
@@ -133,14 +217,9 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
 
 
 def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) -> Figure:
-    """One measure by layer, a line for every kind of text, dotted what it is to be seen against, and random sets.
-
-    Args:
-        rows: layer, text, measure, value and stderr.
-        measure: one of `MEASURES` that the rows have.
-        kept: share of the neurons in a top-k set.
-    """
-    words, against = MEASURES[measure]
+    """One of `COMPARED` by layer, from the rows of `layer_table`: a line for every kind of text, dotted what it is to
+    be seen against, and sets of the share `kept` of the neurons, drawn at random."""
+    words, against = COMPARED[measure]
     figure, axis = new_figure(height=3.5)
     for text, (colour, marker) in _LOOKS.items():
         for name, looks in ((measure, {"marker": marker, "label": text}), (against, {"linestyle": ":"})):
@@ -154,10 +233,7 @@ def jaccard_figure(rows: Sequence[dict[str, Any]], measure: str, kept: float) ->
     if against:
         axis.plot([], [], color=NEUTRAL, linestyle=":", label="of different sequences")
     axis.axhline(chance(kept), color=NEUTRAL, linestyle="--", linewidth=1.2, label="random sets")
-    axis.set_title(words)
-    axis.set_xlabel("layer")
-    axis.set_ylabel(f"Jaccard similarity of the top {100 * kept:g}%")
-    axis.set_ylim(0, 1)
+    axis.set(title=words, xlabel="layer", ylabel=f"Jaccard similarity of the top {100 * kept:g}%", ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=3)
     return figure

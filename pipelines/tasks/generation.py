@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -16,16 +14,14 @@ from torch import Tensor
 import griffin
 from griffin import Method, Row
 from pipelines.config import RunConfig
-from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
-from pipelines.tasks import drafting
-from pipelines.tasks.answers import DecodingCost, scored_metrics
-from pipelines.tasks.assisted import Assisted
-from pipelines.tasks.grouping import BATCHES, begun, groups
-from pipelines.tasks.prompts import Prompt, read_prompts
+from pipelines.tasks.answers import decoding_part, scored_metrics
+from pipelines.tasks.assisted import assisted
+from pipelines.tasks.grouping import BATCHES, Batches, Done, Evaluation
+from pipelines.tasks.prompts import P, Prompt, Texts, fitting, read
 
-P = TypeVar("P", bound=Prompt)
+__all__ = ["evaluate", "metrics", "read"]
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -40,22 +36,9 @@ WORTH = 8
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
-def read(config: RunConfig) -> list[Prompt]:
-    """The task's prompts, built from its data.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
-    return read_prompts(config.task, config.limit, config.offset)
-
-
 def evaluate(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Generate, and score by ROUGE, what comes before the stop text."""
     stop = config.task.stop
 
@@ -64,75 +47,7 @@ def evaluate(
         scores = _scorer.score(target=prompt.reference, prediction=before)
         return {name: 100 * scores[name].fmeasure for name in ROUGE} | {"text": before, "reference": prompt.reference}
 
-    return generate(loaded, prompts, config, methods, done, lambda text: stop in text, scored)
-
-
-def generate(
-    loaded: LoadedModel,
-    prompts: Sequence[P],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-    whole: Callable[[str], bool],
-    scored: Callable[[P, str], Sample],
-) -> Iterator[tuple[Method, list[Sample]]]:
-    """Generate and score: every prompt runs dense once, and each method continues it as a row of a batch.
-
-    Prompts are taken by length, the longest first, so that little of a batch is padding and what does not fit into
-    memory fails at once. A prompt that leaves no room for `max_new_tokens` in the model's context is not run and says
-    so, as in the reference implementation.
-
-    Args:
-        loaded: the model.
-        prompts: what is continued.
-        config: of the run.
-        methods: all methods of the call.
-        done: of each, the prompts that it has continued before.
-        whole: whether a text is whole, so that what comes behind would be cut.
-        scored: what a sample says of the text of a prompt.
-    """
-    ended = _ended(loaded, whole)
-    tokenizer = loaded.tokenizer
-
-    def sample(prompt: P, prompt_tokens: int, tokens: Sequence[int], seconds: float) -> Sample:
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        counts = {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
-        return _sample(prompt, prompt_tokens) | counts | scored(prompt, text)
-
-    room = loaded.context_length - config.task.max_new_tokens
-    encoded = {prompt.index: loaded.encode(prompt.text, config.task.chat_template, prompt.said) for prompt in prompts}
-    fitting = [prompt for prompt in prompts if len(encoded[prompt.index]) <= room]
-    if config.batch_size > 1:
-        fitting.sort(key=lambda prompt: (-len(encoded[prompt.index]), prompt.index))
-    for prompt in prompts:
-        ids = encoded[prompt.index]
-        if len(ids) > room:
-            for method in methods:
-                if prompt.index not in done[method]:
-                    yield method, [_sample(prompt, len(ids)) | {"skipped": f"longer than {room} tokens"}]
-    if config.assistance != "none":
-        (method,) = methods
-        model = Assisted(loaded, config)
-        for prompt in fitting:
-            if prompt.index not in done[method]:
-                text = model.generate(encoded[prompt.index], ended)
-                part = drafting.sample_part([text.drafts], model.step_bytes)
-                yield method, [sample(prompt, len(encoded[prompt.index]), text.tokens, text.seconds) | part]
-        return
-    engine = engine_for(loaded.model, methods, config)
-    cost = DecodingCost(engine, methods)
-    prompts_run = _Prompts(engine, methods, encoded, loaded, prompts[0].beginning if prompts else "")
-    generation = _generation(config, ended)
-    for group, run in groups(fitting, methods, config, done, BATCHES):
-        for rows, size in begun(engine, group, run, config, prompts_run.prefilled):
-            # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
-            longest = max(map(len, encoded.values()))
-            with closing(griffin.decode(engine, rows, generation, batch_size=size, max_prompt_tokens=longest)) as ends:
-                for row in ends:
-                    if row.label.index not in done[row.method]:
-                        seconds = row.seconds + prompts_run.seconds[row.label.index] / len(methods)
-                        part = cost.sample_part(row.method, [row])
-                        yield row.method, [sample(row.label, row.state.length, row.tokens, seconds) | part]
+    return generate(Evaluation(loaded, config, methods, done), prompts, lambda text: stop in text, scored)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -140,102 +55,82 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return scored_metrics(samples, ROUGE)
 
 
-class _Prompts:
-    """Runs the prompts of a task; what all begin with runs once.
+def generate(
+    run: Evaluation, prompts: Sequence[P], whole: Callable[[str], bool], scored: Callable[[P, str], Sample]
+) -> Batches:
+    """Generate and score: every prompt runs dense once, and each method continues it as a row of a batch.
 
-    Args:
-        engine: the model.
-        methods: all methods of the call.
-        encoded: token ids of each prompt, by its index.
-        loaded: the model and its tokenizer.
-        beginning: what all prompts begin with.
-
-    Attributes:
-        seconds: what the dense pass over each prompt took, by the prompt's index.
+    Prompts are taken by length, the longest first, so that little of a batch is padding and what does not fit into
+    memory fails at once. A text that is `whole` has ended: what comes behind would be cut. Samples say of it what is
+    `scored`.
     """
+    decode, ends = partial(run.loaded.tokenizer.decode, skip_special_tokens=True), end_tokens(run.loaded)
+    encoded, skipped = fitting(run, prompts)
+    yield from skipped
 
-    def __init__(
-        self,
-        engine: griffin.Engine,
-        methods: Sequence[Method],
-        encoded: dict[int, list[int]],
-        loaded: LoadedModel,
-        beginning: str,
-    ) -> None:
-        self._engine, self._encoded, self._record = engine, encoded, griffin.wanted(methods)
-        self._likely = any(method.prunes_vocabulary for method in methods)
-        # The last token may be another one where an article follows.
-        self._beginning = loaded.encode(beginning)[:-1]
-        self._prefix: griffin.PromptState | None = None
-        self.seconds: dict[int, float] = {}
+    def ended(tokens: Sequence[int]) -> bool:
+        return tokens[-1] in ends or whole(decode(tokens))
 
-    def prefilled(self, prompt: Prompt) -> griffin.PromptState:
-        """The prompt, after it has run dense."""
-        began = time.perf_counter()
-        if self._prefix is None and self._beginning:
-            (self._prefix,) = griffin.prefill(self._engine, [self._beginning], self._record, likely_tokens=self._likely)
-        ids = self._encoded[prompt.index]
-        (state,) = griffin.prefill(
-            self._engine, [ids], self._record, prefix=self._shared_prefix(ids), likely_tokens=self._likely
-        )
-        self.seconds[prompt.index] = time.perf_counter() - began
-        return state
-
-    def _shared_prefix(self, ids: Sequence[int]) -> griffin.PromptState | None:
-        """What a prompt goes on from, where that pays."""
-        if self._prefix is None:
-            return None
-        length = self._prefix.length
-        pays = length < len(ids) < length * WORTH and tuple(ids[:length]) == self._prefix.ids
-        return self._prefix if pays else None
+    texts = _continued if run.config.assistance == "none" else assisted
+    for prompt, method, tokens, seconds, part in texts(run, encoded, ended):
+        sample = _sample(prompt, encoded[prompt], tokens, seconds)
+        yield method, [sample | scored(prompt, decode(tokens)) | part]
 
 
-def _generation(config: RunConfig, ended: Callable[[Sequence[int]], bool]) -> griffin.Generation:
-    """The task's way to pick tokens. An end token counts as one."""
-    if config.task.decoding == "reference_sampling":
-        return sampled(config.seed, config.task.max_new_tokens, lambda row: ended(row.tokens))
-    return griffin.Generation(config.task.max_new_tokens, lambda row: ended(row.tokens))
+def _continued(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Sequence[int]], bool]) -> Texts[P]:
+    """The texts of rows of batches. What all prompts begin with runs once."""
+    config, prompts = run.config, [*encoded]
+    # The last token may be another one where an article follows.
+    beginning = run.loaded.encode(prompts[0].beginning)[:-1] if prompts else []
+    prefixes: list[griffin.PromptState] = []
 
+    def prefilled(prompt: P) -> griffin.PromptState:
+        ids, length = encoded[prompt], len(beginning)
+        if beginning and not prefixes:
+            prefixes.append(run.prefill(beginning))
+        pays = length < len(ids) < length * WORTH and ids[:length] == beginning
+        return run.prefill(ids, prefixes[0] if pays else None)
 
-def _ended(loaded: LoadedModel, whole: Callable[[str], bool]) -> Callable[[Sequence[int]], bool]:
-    """Whether a text with these tokens is done: by an end token, or because it is whole."""
-    ends, tokenizer = end_tokens(loaded), loaded.tokenizer
-    return lambda tokens: tokens[-1] in ends or whole(tokenizer.decode(tokens, skip_special_tokens=True))
+    if config.batch_size > 1:
+        prompts.sort(key=lambda prompt: (-len(encoded[prompt]), prompt.index))
+    temperature = TEMPERATURE if config.task.decoding == "reference_sampling" else 0.0
+    generation = picking(config, config.task.max_new_tokens, lambda row: ended(row.tokens), temperature)
+    # A compiled graph is for one shape of the cache, so it has the room that the longest of all prompts needs.
+    longest = max(map(len, encoded.values()), default=0)
+    for group, methods in run.groups(prompts, BATCHES):
+        for row, seconds in run.generated(group, methods, prefilled, generation, longest):
+            yield row.label, row.method, row.tokens, seconds, decoding_part(row, run.traffic.get(row.method))
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """The tokens that end a generation of this model."""
+    """The tokens that end a generation of this model. In a text, one counts as a token."""
     eos = loaded.model.generation_config.eos_token_id
     return {*(eos if isinstance(eos, list) else [] if eos is None else [eos])}
 
 
-def sampled(
-    seed: int, limit: int, ended: Callable[[Row], bool], temperature: float = TEMPERATURE
+def picking(
+    config: RunConfig, max_new_tokens: int, ended: Callable[[Row], bool], temperature: float
 ) -> griffin.Generation:
-    """Sampling from the whole vocabulary, every row with random numbers of its own.
+    """Greedy decoding, or, above temperature 0, sampling from the whole vocabulary.
 
-    The numbers follow from seed and prompt. So a text depends neither on the texts beside it nor on those before it,
-    and methods are compared with the same numbers.
-
-    Args:
-        seed: of the numbers.
-        limit: the most new tokens of a row.
-        ended: whether a row that got its newest token is done.
-        temperature: what logits are divided by.
+    Every row has random numbers of its own, which follow from seed and prompt. So a text depends neither on the texts
+    beside it nor on those before it, and methods are compared with the same numbers.
     """
+    if not temperature:
+        return griffin.Generation(max_new_tokens, ended)
     numbers: dict[Row, torch.Generator] = {}
 
     def draw(row: Row, chances_V: Tensor) -> Tensor:
         if row not in numbers:
-            own = zlib.crc32(f"{seed} {row.label.index}".encode())
+            own = zlib.crc32(f"{config.seed} {row.label.index}".encode())
             numbers[row] = torch.Generator(chances_V.device).manual_seed(own)
         return chances_V.multinomial(1, generator=numbers[row])
 
     def colder(rows: Sequence[Row], drafted: Sequence[Tensor | None], logits_BV: Tensor) -> Tensor:
         return logits_BV / temperature
 
-    return griffin.Generation(limit, ended, colder, draw)
+    return griffin.Generation(max_new_tokens, ended, colder, draw)
 
 
-def _sample(prompt: Prompt, prompt_tokens: int) -> Sample:
-    return {"index": prompt.index, "id": prompt.id, "prompt_tokens": prompt_tokens}
+def _sample(prompt: Prompt, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> Sample:
+    return prompt.sample_part(ids) | {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}

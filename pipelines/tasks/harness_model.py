@@ -17,7 +17,6 @@ from griffin import METHODS, as_method
 from pipelines.config_fields import one_of
 from pipelines.errors import UserError
 from pipelines.method_keys import AXES, as_typed, help_of
-from pipelines.models import LoadedModel
 from pipelines.task_config import PROTOCOLS
 from pipelines.tasks.scoring import Request, score
 
@@ -33,11 +32,7 @@ _ARGUMENTS = {
 class GriffinLM(HFLM):
     """lm-eval's HFLM, pruned: log-likelihoods under a protocol, generations with each request's own experts.
 
-    Args:
-        method: the name of a method.
-        protocol: `paper` or `continuation`, for log-likelihoods.
-        seed: of random statistics and selections.
-        arguments: fields of `griffin.Method`, and HFLM's own, `pretrained` first.
+    Beside those of `_ARGUMENTS` it takes fields of `griffin.Method`, and HFLM's own, `pretrained` first.
 
     Raises:
         UserError: a value that is not allowed, before the model is loaded.
@@ -83,14 +78,17 @@ class GriffinLM(HFLM):
         if method.dense:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         if method.verified:
-            raise UserError(
-                f"verification={method.verification}: log-likelihoods cannot be verified; expected verification=none, "
-                "or tasks that generate"
-            )
-        loaded = LoadedModel(self.model, self.tokenizer, False, self.max_length, str(self.device))
-        tokens = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        batch_size = override_bs or (1 if self.batch_size == "auto" else self.batch_size)
-        scores = score(loaded, tokens, [method], griffin.Engine(self.model), self.protocol, batch_size, self.seed)
+            expected = "expected verification=none, or tasks that generate"
+            raise UserError(f"verification={method.verification}: log-likelihoods cannot be verified; {expected}")
+        scores = score(
+            griffin.Engine(self.model),
+            [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests],
+            [method],
+            protocol=self.protocol,
+            context_length=self.max_length,
+            batch_size=override_bs or (1 if self.batch_size == "auto" else self.batch_size),
+            seed=self.seed,
+        )
         answers = {number: (one.loglikelihood, one.greedy) for batch in scores for _, number, one in batch}
         return [answers[number] for number in range(len(requests))]
 
@@ -106,14 +104,9 @@ class GriffinLM(HFLM):
 
 def arguments_help() -> str:
     """The arguments of the model `griffin` with their meanings and defaults, beside HFLM's own."""
-    fields = {name: (axis.default, help_of(axis)) for name, axis in AXES.items()}
-    return "\n".join(
-        [
-            "--model griffin takes HFLM's --model_args, and these (defaults in brackets):",
-            *(f"  {name:22} {text} ({default})" for name, (default, text) in (_ARGUMENTS | fields).items()),
-            "",
-        ]
-    )
+    arguments = _ARGUMENTS | {name: (axis.default, help_of(axis)) for name, axis in AXES.items()}
+    head = "--model griffin takes HFLM's --model_args, and these (defaults in brackets):\n"
+    return head + "".join(f"  {name:22} {text} ({default})\n" for name, (default, text) in arguments.items())
 
 
 def command_line() -> None:

@@ -9,10 +9,12 @@ Prompt lengths P and generation lengths G are in tokens, times in seconds.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ from pipelines.errors import UserError
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
-from pipelines.tasks import drafting
+from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
+from pipelines.tasks.grouping import Batches, Done
+from pipelines.tasks.prompts import need_context
 from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 
 Seconds = dict[str, float]
@@ -50,20 +54,13 @@ def read(config: RunConfig) -> list[Repeat]:
     """
     task = config.task
     text = None if task.data_files is None else read_text_file(task.data_files)
-    pairs = [(prompt, generation) for prompt in task.prompt_lengths for generation in task.generation_lengths]
-    return [
-        Repeat(index, prompt, generation, text)
-        for index, (prompt, generation) in enumerate(pair for pair in pairs for _ in range(task.repeats))
-    ]
+    turns = itertools.product(task.prompt_lengths, task.generation_lengths, range(task.repeats))
+    return [Repeat(index, prompt, generation, text) for index, (prompt, generation, _) in enumerate(turns)]
 
 
 def evaluate(
-    loaded: LoadedModel,
-    repeats: Sequence[Repeat],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, repeats: Sequence[Repeat], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned; in
     between, for a verified method, the same without verification.
 
@@ -73,11 +70,7 @@ def evaluate(
         UserError: the text or the context is too short.
     """
     for repeat in repeats:
-        if repeat.prompt_length + repeat.generation_length > loaded.context_length:
-            raise UserError(
-                f"task.prompt_lengths={repeat.prompt_length} with task.generation_lengths={repeat.generation_length}: "
-                f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
-            )
+        need_context(loaded, config, prompt_lengths=repeat.prompt_length, generation_lengths=repeat.generation_length)
     model, device = loaded.model, loaded.model.device
     fast = griffin.with_onednn(model) if config.cpu_onednn and config.compile is not True else model
     dense_settings = replace(config, offload_dense=False)
@@ -89,25 +82,27 @@ def evaluate(
         for repeat in repeats:
             if repeat.index in done[method]:
                 continue
-            timing = _Timing(loaded, repeat, config)
-            plain = timing.run(plain_engine, DENSE)[0] if fast is not model else None
+            run = partial(_run, loaded, config, repeat)
+            plain = run(plain_engine, DENSE)[0] if fast is not model else None
             if engine.compiled:
-                timing.run(engine, DENSE, WARM_UP)  # compiles
-                timing.run(engine, method, WARM_UP)
+                run(engine, DENSE, WARM_UP)  # compiles
+                run(engine, method, WARM_UP)
             else:
                 engine.unload()  # what the repeat before has left
             forget_peak(device)
-            dense, _ = timing.run(engine, DENSE)
+            dense, _ = run(engine, DENSE)
             dense_peak = peak_memory(device)
-            unverified = timing.pruned(engine, replace(method, verification="none")) if method.verified else None
+            unchecked = replace(method, verification="none")
+            unverified = run(engine, unchecked, after_another=True)[0] if method.verified else None
             with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
                 pruning = engine
                 if config.offload_dense:
                     engine.unload()
                     pruning = engine_for(fast, [method], config)
                 forget_peak(device)
-                pruned, drafts = timing.pruned(pruning, method)
+                pruned, drafts = run(pruning, method, after_another=True)
                 peak = peak_memory(device)
+            optional = {"plain": plain, "unverified": unverified}
             sample: Sample = {
                 "index": repeat.index,
                 "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
@@ -120,10 +115,9 @@ def evaluate(
                 "dense_peak_memory_bytes": dense_peak,
                 "peak_memory_bytes": peak,
                 "seconds": sum(dense.values()) + sum(pruned.values()),
-                **(drafting.sample_part(drafts, traffic.dense) if drafts else {}),
+                **(drafting_part(drafts, traffic.dense) if drafts else {}),
+                **{name: seconds for name, seconds in optional.items() if seconds is not None},
             }
-            sample |= {} if plain is None else {"plain": plain}
-            sample |= {} if unverified is None else {"unverified": unverified[0]}
             yield method, [sample]
 
 
@@ -146,21 +140,20 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     generation = first["generation_length"]
     dense, pruned = median("dense", "decode") / generation, median("pruned", "decode") / generation
     # Gathering the statistic happens within the prefill; selecting and compacting after it.
-    gather = max(median("pruned", "prefill") - median("dense", "prefill"), 0.0)
-    choose, compaction = median("pruned", "choose"), median("pruned", "compact")
+    prefill, choose, compaction = median("dense", "prefill"), median("pruned", "choose"), median("pruned", "compact")
+    gather = max(median("pruned", "prefill") - prefill, 0.0)
     overhead = gather + choose + compaction
     memcpy = statistics.median(sample["memcpy"] for sample in samples)
-    drafts = {name: value for name, value in drafting.metrics(samples).items() if not name.endswith("_stderr")}
+    drafts = {name: value for name, value in drafting_metrics(samples).items() if not name.endswith("_stderr")}
     limit = drafts.get("predicted_speedup", first["bytes"]["dense"] / first["bytes"]["pruned"])
     values = {
         "decode_speedup": dense / pruned,
         "decode_limit": limit,
         "decode_fraction_of_limit": dense / pruned / limit,
-        "prompt_overhead": overhead / median("dense", "prefill"),
+        "prompt_overhead": overhead / prefill,
         "compaction_vs_memcpy": compaction / memcpy if memcpy else 0.0,
-        "total_speedup": (median("dense", "prefill") + generation * dense)
-        / (median("dense", "prefill") + overhead + generation * pruned),
-        "dense_prefill_ms": 1e3 * median("dense", "prefill"),
+        "total_speedup": (prefill + generation * dense) / (prefill + overhead + generation * pruned),
+        "dense_prefill_ms": 1e3 * prefill,
         "dense_decode_ms": 1e3 * dense,
         "pruned_decode_ms": 1e3 * pruned,
         "gather_ms": 1e3 * gather,
@@ -175,47 +168,37 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     if "unverified" in first:
         values["pruned_decode_speedup"] = dense * generation / median("unverified", "decode")
     if drafts:
-        values |= drafts | drafting.timing(samples)
-        for part, name in (("draft", "draft"), ("check", "check"), ("learn", "learn")):
-            each = [one["seconds"][part] / one["emitted"] for one in (sample["drafting"] for sample in samples)]
-            values[f"{name}_ms"] = 1e3 * statistics.median(each)
+        values |= drafts | learning_overhead(samples)
+        for part in ("draft", "check", "learn"):
+            each = [sample["drafting"]["seconds"][part] / sample["drafting"]["emitted"] for sample in samples]
+            values[f"{part}_ms"] = 1e3 * statistics.median(each)
     if dense > pruned:  # else no number of tokens pays for the preparation
         values["breakeven_tokens"] = overhead / (dense - pruned)
     return values
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """Times one repeat, see `pipelines.timing`."""
+def _run(
+    loaded: LoadedModel,
+    config: RunConfig,
+    repeat: Repeat,
+    engine: griffin.Engine,
+    method: Method,
+    steps: int | None = None,
+    after_another: bool = False,
+) -> tuple[Seconds, list[griffin.DraftStatistics]]:
+    """Time one turn of a repeat, see `pipelines.timing`: seconds by part, and of each row what became of its drafts.
 
-    loaded: LoadedModel
-    repeat: Repeat
-    config: RunConfig
-
-    def run(
-        self, engine: griffin.Engine, method: Method, tokens: int | None = None, shift: int = 0
-    ) -> tuple[Seconds, list[griffin.DraftStatistics]]:
-        """Seconds by part, and of each row what became of its drafts.
-
-        Args:
-            engine: the model.
-            method: how the prompts are continued.
-            tokens: how many tokens are decoded; None: as many as the repeat says.
-            shift: another prompt.
-        """
-        prompts = _prompt(self.loaded, self.repeat, self.config, shift).tolist()
-        room = self.repeat.generation_length
-        run = timed(engine, prompts, method, tokens or room, room=room, seed=self.config.seed)
-        return run.seconds, [row.drafts for row in run.rows]
-
-    def pruned(self, engine: griffin.Engine, method: Method) -> tuple[Seconds, list[griffin.DraftStatistics]]:
-        """The same of a pruned method: another prompt first, so that buffers exist and the timed one finds the experts
-        of another text."""
-        self.run(engine, method, 2, shift=1)
-        return self.run(engine, method)
+    It decodes `steps` tokens, else as many as the repeat says. With `after_another` another prompt runs first, so that
+    buffers exist and this one finds the experts of another text.
+    """
+    room = repeat.generation_length
+    for shift, tokens in ((1, 2), (0, steps or room))[not after_another :]:
+        prompts = _prompt(loaded, repeat, config, shift).tolist()
+        run = timed(engine, prompts, method, tokens, room=room, seed=config.seed)
+    return run.seconds, [row.drafts for row in run.rows]
 
 
-def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int = 0) -> Tensor:
+def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int) -> Tensor:
     """[B, P] tokens: consecutive stretches of the text, or random ones, another for every repeat."""
     length, rows = repeat.prompt_length, config.batch_size
     start = (2 * repeat.index + shift) * rows * length

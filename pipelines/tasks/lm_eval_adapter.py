@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from pipelines.hub import commit_of, prepare_hub
 from pipelines.models import LoadedModel
 from pipelines.task_config import HarnessTask
-from pipelines.tasks.squad import provide_to_lm_eval
+from pipelines.tasks.harness_tasks.question_answering import provide_to_lm_eval
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -72,15 +72,9 @@ def around(loaded: LoadedModel, config: RunConfig) -> HFLM:
 
 
 def asked(lm: HFLM, documents: Sequence[Document], settings: HarnessTask) -> list[Document]:
-    """The documents with their requests, as lm-eval makes them.
-
-    Args:
-        lm: whose tokenizer has the chat template.
-        documents: as `read`.
-        settings: how many shots there are, and whether the text is a conversation.
-    """
-    made = []
-    task = documents[0].task
+    """The documents with their requests, as lm-eval makes them of so many shots and, maybe, a conversation."""
+    made, chat = [], settings.chat_template
+    task, template = documents[0].task, lm.apply_chat_template if chat else None
     task.set_fewshot_seed(SHOTS_SEED)
     for _ in range(documents[0].index if settings.shots else 0):  # those before the first draw their shots too
         task.sampler.sample(settings.shots)
@@ -88,41 +82,33 @@ def asked(lm: HFLM, documents: Sequence[Document], settings: HarnessTask) -> lis
         context = task.fewshot_context(
             document.doc,
             num_fewshot=settings.shots,
-            apply_chat_template=settings.chat_template,
-            fewshot_as_multiturn=settings.chat_template,
-            chat_template=lm.apply_chat_template if settings.chat_template else None,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            chat_template=template,
             gen_prefix=task.doc_to_prefix(document.doc),
         )
-        instances = task.construct_requests(
-            doc=document.doc,
-            ctx=context,
-            metadata=(settings.name, document.index, 1),
-            apply_chat_template=settings.chat_template,
-            chat_template=lm.apply_chat_template if settings.chat_template else None,
+        metadata = (settings.name, document.index, 1)
+        requests = task.construct_requests(
+            doc=document.doc, ctx=context, metadata=metadata, apply_chat_template=chat, chat_template=template
         )
-        made.append(replace(document, instances=tuple(instances) if isinstance(instances, list) else (instances,)))
+        made.append(replace(document, instances=tuple(requests) if isinstance(requests, list) else (requests,)))
     return made
 
 
 def results(document: Document, answers: Sequence[Any], chosen: str | None) -> dict[str, float]:
-    """What the task makes of a document's answers: its metrics, through each of its filters.
+    """What the task makes of a document's answers, one for each request: its metrics, through each of its filters.
 
-    Args:
-        document: as `asked`.
-        answers: one for each request.
-        chosen: the filter whose metrics go by their own names, those of others by `<metric>_<filter>`; None: the first.
+    The metrics of the chosen filter, else of the first, go by their own names, others by `<metric>_<filter>`.
     """
     task = document.task
     found: dict[str, float] = {}
-    instances = [
-        replace(one, resps=[answer], filtered_resps={}) for one, answer in zip(document.instances, answers, strict=True)
-    ]
+    pairs = zip(document.instances, answers, strict=True)
+    instances = [replace(instance, resps=[answer], filtered_resps={}) for instance, answer in pairs]
     first = chosen or task._filters[0].name
-    for ensemble in sorted(task._filters, key=lambda one: one.name != first):
+    for ensemble in sorted(task._filters, key=lambda ensemble: ensemble.name != first):
         ensemble.apply(instances)
-        plain = ensemble.name == first
-        suffix = "" if plain else "_" + ensemble.name.replace("-", "_")
-        values = task.process_results(document.doc, [one.filtered_resps[ensemble.name] for one in instances])
+        suffix = "" if ensemble.name == first else "_" + ensemble.name.replace("-", "_")
+        values = task.process_results(document.doc, [instance.filtered_resps[ensemble.name] for instance in instances])
         found |= {name + suffix: float(one) for name, one in values.items() if isinstance(one, (bool, int, float))}
     return found
 
@@ -135,87 +121,77 @@ def versions(documents: Sequence[Document]) -> dict[str, Any]:
     return {"lm-eval": version("lm-eval"), "task_version": task.VERSION} | ({"data_revision": commit} if commit else {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextRequest:
     """A text that lm-eval asks for.
 
     Attributes:
+        index: of its document.
         ids: the prompt's tokens, as HFLM would make them.
         limit: the most new tokens.
         stop: what ends the text; it is cut there.
         temperature: of sampling; 0: greedy.
     """
 
+    index: int
     ids: list[int]
     limit: int
     stop: list[str]
     temperature: float
 
+    @classmethod
+    def of(cls, lm: HFLM, document: Document, limit: int | None) -> TextRequest:
+        """What the one `generate_until` request of a document asks for; at most so many tokens, else as the task says.
 
-def text_request(lm: HFLM, instance: Instance, limit: int | None = None) -> TextRequest:
-    """What a `generate_until` request asks for.
+        Raises:
+            UserError: the task's generation arguments ask for more than greedy decoding or a temperature.
+        """
+        (instance,) = document.instances
+        context, arguments = instance.args
+        options = normalize_gen_kwargs(arguments, lm.max_gen_toks)
+        most: int = options.pop("max_gen_toks")
+        limit = limit or most
+        end = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(options.pop("until", None), eos=end)
+        temperature = float(options.pop("temperature", 0.0) or 0.0)
+        if options.pop("do_sample", temperature > 0) is False:
+            temperature = 0.0
+        if options:
+            names = ", ".join(sorted(options))
+            raise UserError(f"generation_kwargs of the task: {names}: expected greedy or a temperature")
+        ids, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - limit, truncation=lm.truncation)
+        return cls(document.index, ids[0].tolist(), limit, stop, temperature)
 
-    Args:
-        lm: whose tokens count.
-        instance: the request.
-        limit: the most new tokens; None: as many as the task says.
-
-    Raises:
-        UserError: the task's generation arguments ask for more than greedy decoding or a temperature.
-    """
-    context, arguments = instance.args
-    options = normalize_gen_kwargs(arguments, lm.max_gen_toks)
-    limit = limit or options.pop("max_gen_toks")
-    options.pop("max_gen_toks", None)
-    stop = handle_stop_sequences(
-        options.pop("until", None), eos=lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
-    )
-    temperature = float(options.pop("temperature", 0.0) or 0.0)
-    if options.pop("do_sample", temperature > 0) is False:
-        temperature = 0.0
-    if options:
-        raise UserError(
-            f"generation_kwargs of the task: {', '.join(sorted(options))}: expected greedy or a temperature"
-        )
-    ids, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - limit, truncation=lm.truncation)
-    return TextRequest(ids[0].tolist(), limit, stop, temperature)
-
-
-def finished_text(lm: HFLM, tokens: list[int], stop: list[str]) -> str:
-    """The text of a generation, cut as HFLM does it."""
-    text: str = postprocess_generated_text(generation=lm.tok_decode(tokens), stop=stop, think_end_token=None)
-    return text
+    def text(self, lm: HFLM, tokens: list[int]) -> str:
+        """The text of these tokens, cut as HFLM does it."""
+        text = lm.tok_decode(tokens)
+        return str(postprocess_generated_text(generation=text, stop=self.stop, think_end_token=None))
 
 
 def _build(task: HarnessTask) -> Any:
     """The lm-eval task, on local data where there is any."""
-    overrides: dict[str, Any] = {}
-    path = _definition(task)
-    data = task.data_files or (task.embedded and str(EMBEDDED / task.embedded))
-    if data:
-        splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
-        overrides = splits | {
-            "validation_split": "validation",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {"validation": str(Path(data).resolve())}},
-        }
+    own = OWN_TASKS / task.definition
+    path = own if own.is_file() else LM_EVAL_TASKS / task.definition
+    overrides: dict[str, Any] = {"include": str(path), "task": task.name}
+    if data := task.data_files or (task.embedded and EMBEDDED / task.embedded):
+        files = {"validation": str(Path(data).resolve())}
         if task.shots and task.shots_file:
-            overrides["dataset_kwargs"]["data_files"]["shots"] = str(Path(task.shots_file).resolve())
-            overrides["fewshot_split"] = "shots"
+            files["shots"] = str(Path(task.shots_file).resolve())
+        overrides |= dict.fromkeys(("training_split", "test_split", "dataset_name"))
+        overrides |= {"validation_split": "validation", "fewshot_split": "shots" if "shots" in files else None}
+        overrides |= {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
     else:
         prepare_hub()
     provide_to_lm_eval()
     with tempfile.TemporaryDirectory() as folder:
         definition = Path(folder) / f"{task.name}.yaml"
-        definition.write_text(yaml.safe_dump({"include": str(path), "task": task.name, **overrides}))
+        definition.write_text(yaml.safe_dump(overrides))
         try:
             manager = lm_eval.tasks.TaskManager(include_defaults=False)
             built: Any = manager.load([str(definition)])["tasks"][task.name]
             first = next(iter(built.doc_iterator(rank=0, limit=1, world_size=1)))[1]
-            built.construct_requests(
-                doc=first, ctx=built.fewshot_context(first, num_fewshot=0), metadata=(task.name, 0, 1)
-            )
+            context = built.fewshot_context(first, num_fewshot=0)
+            built.construct_requests(doc=first, ctx=context, metadata=(task.name, 0, 1))
             shots = len(built.sampler.fewshot_docs()) if task.shots else 0
         except Exception as error:  # data sets, templates and the hub fail in too many ways to name
             source = f"task.data_files={task.data_files}" if task.data_files else f"task={task.name}"
@@ -227,8 +203,3 @@ def _build(task: HarnessTask) -> Any:
     if shots < task.shots:
         raise UserError(f"task.shots={task.shots}: expected at most {shots}, the solved examples there are")
     return built
-
-
-def _definition(task: HarnessTask) -> Path:
-    own = OWN_TASKS / task.definition
-    return own if own.is_file() else LM_EVAL_TASKS / task.definition

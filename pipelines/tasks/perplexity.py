@@ -19,10 +19,11 @@ from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_text
 from pipelines.errors import UserError
-from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
-from pipelines.records import Sample, mean_and_stderr
-from pipelines.tasks.grouping import begun, groups
+from pipelines.records import Sample
+from pipelines.tasks.answers import means
+from pipelines.tasks.grouping import Batches, Done, Evaluation
+from pipelines.tasks.prompts import need_context
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,8 @@ def read(config: RunConfig) -> list[Window]:
 
 
 def evaluate(
-    loaded: LoadedModel,
-    windows: Sequence[Window],
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Iterator[tuple[Method, list[Sample]]]:
+    loaded: LoadedModel, windows: Sequence[Window], config: RunConfig, methods: Sequence[Method], done: Done
+) -> Batches:
     """Negative log-likelihoods of every window under every method.
 
     Raises:
@@ -60,52 +57,47 @@ def evaluate(
     """
     task = config.task
     most, longest = max(task.generation_lengths), max(task.prompt_lengths)
-    if longest + most > loaded.context_length:
-        raise UserError(
-            f"task.prompt_lengths={longest} with task.generation_lengths={most}: "
-            f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
-        )
+    need_context(loaded, config, prompt_lengths=longest, generation_lengths=most)
     ids = loaded.tokenizer(windows[0].text, add_special_tokens=False)["input_ids"]
     bos = [loaded.tokenizer.bos_token_id] if loaded.add_bos_token else []
     width = longest + most
     if len(ids) < width:
         raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
-    device = loaded.model.device
-    engine, record = engine_for(loaded.model, methods, config), griffin.wanted(methods)
+    run = Evaluation(loaded, config, methods, done)
     whole = [window for window in windows if window.index < len(ids) // width]
-    for (window,), run in groups(whole, methods, config, done, size=1):
+    for (window,), beside in run.groups(whole, size=1):
         tokens = ids[window.index * width : (window.index + 1) * width]
         following = tokens[longest:]
-        nll: dict[Method, dict[str, float]] = {method: {} for method in run}
-        seconds = dict.fromkeys(run, 0.0)
+        target_G = torch.tensor(following, device=loaded.model.device)
+        nll: dict[Method, dict[str, float]] = {method: {} for method in beside}
+        seconds = dict.fromkeys(beside, 0.0)
         for prompt_length in task.prompt_lengths:
             # All prompt lengths end at the same token, so that they are judged on the same text.
             prompt = [*bos, *tokens[longest - prompt_length + len(bos) : longest]]
             began = time.perf_counter()
-            (state,) = griffin.prefill(engine, [prompt], record)
-            shared_seconds = (time.perf_counter() - began) / len(run)
-            for method, logits, own_seconds in _continued(engine, state, run, following[:-1], config):
+            state = run.prefill(prompt)
+            shared_seconds = (time.perf_counter() - began) / len(beside)
+            for method, logits, own_seconds in _continued(run, state, beside, following[:-1]):
                 logits_GV = torch.cat([state.logits_TV[-1:], logits]).float()
-                target_G = torch.tensor(following, device=device)
                 each_G = torch.nn.functional.cross_entropy(logits_GV, target_G, reduction="none")
                 for generation_length in task.generation_lengths:
-                    nll[method][_cell(prompt_length, generation_length)] = float(each_G[:generation_length].mean())
+                    nll[method][f"p{prompt_length}_g{generation_length}"] = float(each_G[:generation_length].mean())
                 seconds[method] += shared_seconds + own_seconds
-        for method in run:
-            if window.index not in done[method]:
+        for method in beside:
+            if run.lacks(method, window):
                 sample = {"index": window.index, "id": str(window.index), "nll": nll[method]}
                 yield method, [sample | {"seconds": round(seconds[method], 4)}]
 
 
 def _continued(
-    engine: griffin.Engine, state: griffin.PromptState, methods: Sequence[Method], ids: list[int], config: RunConfig
+    run: Evaluation, state: griffin.PromptState, methods: Sequence[Method], ids: list[int]
 ) -> Iterator[tuple[Method, Tensor, float]]:
     """The logits [C, V] after each of these tokens under every method, and the seconds that they took."""
     if not ids:
         yield from ((method, state.logits_TV[:0], 0.0) for method in methods)
         return
-    for rows, size in begun(engine, [None], methods, config, lambda _: state):
-        for row, logits_CV in griffin.score(engine, ((row, ids) for row in rows), size):
+    for rows, size in run.begun([None], methods, lambda _: state):
+        for row, logits_CV in griffin.score(run.engine, ((row, ids) for row in rows), size):
             yield row.method, logits_CV, row.seconds
 
 
@@ -115,15 +107,13 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     A standard error of a perplexity is that of the mean negative log-likelihood times the perplexity.
     """
     cells = list(samples[0]["nll"]) if samples else []
-    values: dict[str, float] = {}
-    for name, keys in {"perplexity": cells, **{f"perplexity_{cell}": [cell] for cell in cells}}.items():
-        if not cells:
-            continue
-        mean, stderr = mean_and_stderr([sum(sample["nll"][key] for key in keys) / len(keys) for sample in samples])
-        values[name] = math.inf if mean > 700 else math.exp(mean)  # which overflows
-        values[f"{name}_stderr"] = stderr * values[name]
+    parts = {"perplexity": cells, **{f"perplexity_{cell}": [cell] for cell in cells}} if cells else {}
+    losses = [
+        {name: sum(sample["nll"][key] for key in keys) / len(keys) for name, keys in parts.items()}
+        for sample in samples
+    ]
+    values = means(losses, [*parts])
+    for name in parts:
+        values[name] = math.inf if values[name] > 700 else math.exp(values[name])  # which overflows
+        values[f"{name}_stderr"] *= values[name]
     return values | {"samples": len(samples)}
-
-
-def _cell(prompt_length: int, generation_length: int) -> str:
-    return f"p{prompt_length}_g{generation_length}"

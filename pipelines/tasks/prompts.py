@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from griffin import Method
+from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_shots
-from pipelines.task_config import GenerationTask
+from pipelines.errors import UserError
+from pipelines.models import LoadedModel
+from pipelines.records import Sample
+from pipelines.tasks.grouping import Batches, Evaluation
 
 
 @dataclass(frozen=True)
@@ -24,62 +31,74 @@ class Prompt:
     beginning: str = ""
     said: tuple[tuple[str, str], ...] = ()
 
-
-def read_prompts(task: GenerationTask, limit: int | None, offset: int = 0) -> list[Prompt]:
-    """The prompts of a task, built from its data; needs no model.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
-    needed = (task.article_field, task.summary_field)
-    shots = [(row[task.article_field], row[task.summary_field]) for row in read_shots(task)]
-    if task.chat_template:
-        said = tuple((_said(text, task.shot_instruction), summary) for text, summary in shots)
-        return [
-            Prompt(
-                index,
-                str(row.get("id", index)),
-                _said(row[task.article_field], task.instruction),
-                row[task.summary_field],
-                said=said,
-            )
-            for index, row in enumerate(read_rows(task, needed, limit, offset), start=offset)
-        ]
-    beginning = solved_shots(task.shot_instruction, shots)
-    return [
-        Prompt(
-            index,
-            str(row.get("id", index)),
-            summarization_prompt(row[task.article_field], task.instruction, task.shot_instruction, shots),
-            row[task.summary_field],
-            beginning,
-        )
-        for index, row in enumerate(read_rows(task, needed, limit, offset), start=offset)
-    ]
+    def sample_part(self, tokens: Sequence[int]) -> Sample:
+        """What every sample says of its prompt, which has these tokens."""
+        return {"index": self.index, "id": self.id, "prompt_tokens": len(tokens)}
 
 
-def summarization_prompt(article: str, instruction: str, shot_instruction: str, shots: list[tuple[str, str]]) -> str:
-    """The prompt that a summary of `article` continues.
+P = TypeVar("P", bound=Prompt)
+
+# A prompt, how it was continued, the new tokens, their seconds, and what its sample says of how they were decoded.
+Texts = Iterator[tuple[P, Method, Sequence[int], float, Sample]]
+
+
+def read(config: RunConfig) -> list[Prompt]:
+    """The prompts of a generation task, built from its data; needs no model.
 
     The reference words the instruction of its shots and of its question differently ("1 sentence", "1 sentences"),
     and leaves the line break after the question to the model.
 
-    Args:
-        article: the text to summarise.
-        instruction: the line that asks for the summary.
-        shot_instruction: the line between article and summary in the shots.
-        shots: solved examples, (article, summary) each, in the order shown.
-
-    Returns:
-        Text that ends with the instruction.
+    Raises:
+        UserError: the data is missing, malformed or unreachable.
     """
-    return f"{solved_shots(shot_instruction, shots)}###\nArticle: {article}\n\n{instruction}"
+    task = config.task
+
+    def asked(article: str, instruction: str) -> str:
+        if task.chat_template:
+            return "\n\n".join(part for part in (article, instruction) if part)
+        return f"###\nArticle: {article}\n\n{instruction}"
+
+    shots = [
+        (asked(row[task.article_field], task.shot_instruction), row[task.summary_field]) for row in read_shots(task)
+    ]
+    beginning = "" if task.chat_template else "".join(f"{question}\n{answer}\n\n" for question, answer in shots)
+    said = tuple(shots) if task.chat_template else ()
+    rows = read_rows(task, (task.article_field, task.summary_field), config.limit, config.offset)
+    return [
+        Prompt(
+            index,
+            str(row.get("id", index)),
+            beginning + asked(row[task.article_field], task.instruction),
+            row[task.summary_field],
+            beginning,
+            said,
+        )
+        for index, row in enumerate(rows, start=config.offset)
+    ]
 
 
-def _said(article: str, instruction: str) -> str:
-    return "\n\n".join(part for part in (article, instruction) if part)
+def fitting(run: Evaluation, prompts: Sequence[P]) -> tuple[dict[P, list[int]], Batches]:
+    """The prompts with their tokens, and samples that say of others that they leave no room for `max_new_tokens` in the
+    model's context; these are not run, as in the reference implementation."""
+    task, loaded = run.config.task, run.loaded
+    room = loaded.context_length - task.max_new_tokens
+    encoded = {prompt: loaded.encode(prompt.text, task.chat_template, prompt.said) for prompt in prompts}
+    skipped = (
+        (method, [prompt.sample_part(ids) | {"skipped": f"longer than {room} tokens"}])
+        for prompt, ids in encoded.items()
+        for method in run.methods
+        if len(ids) > room and run.lacks(method, prompt)
+    )
+    return {prompt: ids for prompt, ids in encoded.items() if len(ids) <= room}, skipped
 
 
-def solved_shots(shot_instruction: str, shots: list[tuple[str, str]]) -> str:
-    """The solved examples that a prompt begins with; see `summarization_prompt`."""
-    return "".join(f"###\nArticle: {text}\n\n{shot_instruction}\n{summary}\n\n" for text, summary in shots)
+def need_context(loaded: LoadedModel, config: RunConfig, **tokens: int) -> None:
+    """Refuse keys of the task that ask for more tokens, together, than the model's context has.
+
+    Raises:
+        UserError: they do.
+    """
+    if sum(tokens.values()) > loaded.context_length:
+        settings = " with ".join(f"task.{key}={number}" for key, number in tokens.items())
+        room = f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
+        raise UserError(f"{settings}: {room}")

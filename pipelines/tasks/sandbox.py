@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import resource
+import struct
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -120,14 +121,6 @@ def _landlock(libc: Any) -> bool:
     return libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0
 
 
-class _Instruction(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
-
-
 def _seccomp(libc: Any) -> bool:
     if platform.machine() not in _ARCHITECTURES:
         return False
@@ -144,8 +137,10 @@ def _seccomp(libc: Any) -> bool:
             lines += [(equal, 0, 5, number), (load, 0, 0, place), (both, 0, 0, bits)]
             lines += [(equal, 0, 1, value), (result, 0, 0, refuse), (load, 0, 0, 0)]
     lines += [(least, 0, 1, 1 << 30), (result, 0, 0, refuse), (result, 0, 0, allow)]
-    instructions = (_Instruction * len(lines))(*(_Instruction(*line) for line in lines))
-    return libc.prctl(_SECCOMP, _FILTER, ctypes.byref(_Program(len(lines), instructions)), 0, 0) == 0
+    # struct sock_filter, as many as there are, and struct sock_fprog.
+    instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    program = struct.pack("HP", len(lines), ctypes.addressof(instructions))
+    return libc.prctl(_SECCOMP, _FILTER, program, 0, 0) == 0
 
 
 class EndedError(Exception):

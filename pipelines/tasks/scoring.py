@@ -19,9 +19,6 @@ from torch import Tensor
 
 import griffin
 from griffin import Method, Row
-from pipelines.models import LoadedModel
-
-PROTOCOLS = ("paper", "continuation")
 
 
 @dataclass(frozen=True)
@@ -51,35 +48,29 @@ class _Row:
 
 
 def score(
-    loaded: LoadedModel,
+    engine: griffin.Engine,
     requests: Sequence[Request],
     methods: Sequence[Method],
-    engine: griffin.Engine,
+    *,
     protocol: str,
+    context_length: int,
     batch_size: int,
     seed: int,
 ) -> Iterator[list[tuple[Method, int, Score]]]:
     """Score every request under every method, batch by batch.
 
     A request gets the scores it gets alone, up to rounding: rows are batched by length and padded on the right.
-    Requests that differ only in their last token share a row. Too long ones lose tokens on the left, as in lm-eval.
-
-    Args:
-        loaded: the model.
-        requests: what to score.
-        methods: how; a dense method is the dense pass itself.
-        engine: of the model, for these methods.
-        protocol: one of `PROTOCOLS`.
-        batch_size: rows of a forward call.
-        seed: of random statistics and selections.
+    Requests that differ only in their last token share a row. Too long ones lose tokens on the left, as in lm-eval. A
+    dense method is the dense pass itself.
 
     Yields:
         Of each batch: the method, the request's place among the requests, its score.
     """
-    rows = [_row(request, protocol, loaded.context_length) for request in requests]
     members: dict[_Row, list[int]] = {}
-    for number, row in enumerate(rows):
-        members.setdefault(row, []).append(number)
+    for number, request in enumerate(requests):
+        whole = (request.context + request.continuation)[-(context_length + 1) :]
+        before = len(whole) - 2 if protocol == "paper" else max(len(whole) - len(request.continuation), 0)
+        members.setdefault(_Row(whole[:-1], before), []).append(number)
     ordered = sorted(members, key=lambda row: (-len(row.ids), row.ids))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
@@ -93,13 +84,6 @@ def score(
         ]
         seconds = (time.perf_counter() - began) / len(scores)
         yield [(method, number, Score(*values, seconds)) for method, number, values in scores]
-
-
-def _row(request: Request, protocol: str, context_length: int) -> _Row:
-    whole = (request.context + request.continuation)[-(context_length + 1) :]
-    ids = whole[:-1]
-    before = len(whole) - len(request.continuation)
-    return _Row(ids, len(ids) - 1 if protocol == "paper" else max(before, 0))
 
 
 def _logits(

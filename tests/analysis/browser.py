@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -18,36 +18,19 @@ _FLAGS = (
     "--remote-debugging-pipe",
 )
 
-# Of every image: its own size, and where it stands on the page.
-_IMAGES = """
-Promise.all([...document.images].map(image => image.decode().catch(() => null))).then(() =>
-  [...document.images].map(image => {
+# What a page looks like once its images are there; of every image, its own size, and where it stands on the page.
+_LOOK = """
+Promise.all([...document.images].map(image => image.decode().catch(() => null))).then(() => ({
+  images: [...document.images].map(image => {
     const box = image.getBoundingClientRect();
     return {natural: image.naturalWidth, width: box.width, height: box.height, left: box.left, right: box.right,
             shown: image.checkVisibility(), source: image.currentSrc.length};
-  }))
+  }),
+  result: RESULT,
+  page_width: document.documentElement.scrollWidth,
+  colour: getComputedStyle(document.body).backgroundColor,
+}))
 """
-
-
-@dataclass
-class Seen:
-    """What a page did and how it looked.
-
-    Attributes:
-        messages: of the console and of uncaught errors.
-        requests: the addresses that were asked for.
-        images: size and place of every image.
-        page_width: how wide the page's content is; more than the window's width is a page that scrolls sideways.
-        colour: of the page's background.
-        result: what the script given to `open` returned.
-    """
-
-    messages: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    page_width: float = 0
-    colour: str = ""
-    result: Any = None
 
 
 class Browser:
@@ -85,8 +68,14 @@ class Browser:
         os.close(self._write)
         self._incoming.close()
 
-    def open(self, path: Path, width: int, dark: bool = False, script: str = "") -> Seen:
-        """Open a file in a window of this width, wait for its images, run a script if there is one, and look."""
+    def open(self, path: Path, width: int, dark: bool = False, script: str = "") -> SimpleNamespace:
+        """Open a file in a window of this width, wait for its images, run a script if there is one, and look.
+
+        Returns:
+            What `_LOOK` found: `images`, the script's `result`, the background's `colour`, and `page_width`, which is
+            more than the window's where the page scrolls sideways; the `messages` of its console and of uncaught
+            errors; and `requests`, the addresses that it asked for.
+        """
         self._events = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -97,28 +86,17 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", session, features=scheme)
         self._call("Page.navigate", session, url=path.resolve().as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self._events):
+        while not self._told("Page.loadEventFired"):
             self._events.append(self._receive())
-        seen = Seen(images=self._value(session, _IMAGES))
-        seen.result = self._value(session, script) if script else None
-        seen.page_width = self._value(session, "document.documentElement.scrollWidth")
-        seen.colour = self._value(session, "getComputedStyle(document.body).backgroundColor")
-        for event in self._events:
-            content = event.get("params", {})
-            if event["method"] == "Network.requestWillBeSent":
-                seen.requests.append(content["request"]["url"])
-            elif event["method"] == "Runtime.consoleAPICalled":
-                seen.messages.append(json.dumps(content["args"]))
-            elif event["method"] == "Runtime.exceptionThrown":
-                seen.messages.append(json.dumps(content["exceptionDetails"]))
-            elif event["method"] == "Log.entryAdded":
-                seen.messages.append(content["entry"]["text"])
+        look = _LOOK.replace("RESULT", script or "null")
+        found = self._call("Runtime.evaluate", session, expression=look, awaitPromise=True, returnByValue=True)
         self._call("Target.closeTarget", targetId=target)
-        return seen
+        messages = self._told("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        requests = [told["request"]["url"] for told in self._told("Network.requestWillBeSent")]
+        return SimpleNamespace(messages=[*map(json.dumps, messages)], requests=requests, **found["result"]["value"])
 
-    def _value(self, session: str, expression: str) -> Any:
-        answer = self._call("Runtime.evaluate", session, expression=expression, awaitPromise=True, returnByValue=True)
-        return answer["result"]["value"]
+    def _told(self, *methods: str) -> list[dict[str, Any]]:
+        return [event["params"] for event in self._events if event["method"] in methods]
 
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         self._number += 1

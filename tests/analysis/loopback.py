@@ -21,6 +21,26 @@ ENTITY = "lab"
 KEY = "7261" * 10
 _LAST_PAGE = {"endCursor": None, "hasNextPage": False}
 
+# What these operations are answered, whatever they ask.
+_FIXED: dict[str, Any] = {
+    "ArtifactType": {"project": {"artifact": None}},
+    "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+    "ServerInfo": {"serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}},
+    "RunStoppedStatus": {"project": {"run": {"stopped": False}}},
+    "OrganizationCoreWeaveOrganizationID": {"entity": {"organization": {"coreWeaveOrganizationId": None}}},
+    "GetDefaultEntity": {"viewer": {"id": "1", "entity": ENTITY}},
+    "Viewer": {
+        "viewer": {"id": "1", "entity": ENTITY, "username": "person", "email": "person@example.org", "flags": "{}"}
+        | {"teams": {"edges": []}}
+    },
+}
+# What every run is said to be.
+_NODE = {
+    **{"tags": [], "notes": None, "description": "", "sweepName": None, "commit": None, "readOnly": False},
+    **{"createdAt": "2026-01-01T00:00:00Z", "heartbeatAt": "2026-01-01T00:00:01Z"},
+}
+_FILE = {"mimetype": "application/octet-stream", "updatedAt": "2026-01-01T00:00:00Z", "md5": ""}
+
 Variables = dict[str, Any]
 
 
@@ -34,15 +54,8 @@ class StoredRun:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     state: str = "running"
-    tags: list[str] = field(default_factory=list)
     group: str | None = None
     job_type: str | None = None
-    display_name: str | None = None
-    notes: str | None = None
-
-    @property
-    def last_step(self) -> int:
-        return max((item["_step"] for item in self.history), default=-1)
 
 
 class LoopbackWandb:
@@ -76,6 +89,8 @@ class LoopbackWandb:
     def answer(self, operation: str, variables: Variables, query: str) -> dict[str, Any]:
         """The data of a GraphQL operation, or errors."""
         self.operations.append(operation)
+        if operation in _FIXED:
+            return {"data": _FIXED[operation]}
         method = getattr(self, f"_do_{operation}", None)
         if method is None:
             self.unknown.append(f"{operation}: {' '.join(query.split())[:400]}")
@@ -97,27 +112,19 @@ class LoopbackWandb:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _do_UpsertBucket(self, variables: Variables, query: str) -> Any:
-        name = variables.get("name") or base64.b64decode(variables["id"]).decode()
+        name = variables.get("name") or variables["id"]
         new = name not in self.runs
-        run = self.runs.setdefault(name, StoredRun(name, variables.get("project") or "", display_name=name))
-        names = {"groupName": "group", "jobType": "job_type", "displayName": "display_name"}
-        for key in ("config", "tags", "notes", *names):
-            if variables.get(key) is not None:
-                setattr(run, names.get(key, key), variables[key])
-        more = {"description": None, "sweepName": None, "project": self._project(run.project)}
-        return {"upsertBucket": {"inserted": new, "bucket": _bucket(run) | more}}
+        run = self.runs.setdefault(name, StoredRun(name, variables.get("project") or ""))
+        for key, told in (("config", "config"), ("group", "groupName"), ("job_type", "jobType")):
+            if variables.get(told) is not None:
+                setattr(run, key, variables[told])
+        return {"upsertBucket": {"inserted": new, "bucket": self._node(run)}}
 
     def _do_RunResumeStatus(self, variables: Variables, query: str) -> Any:
         run = self.runs.get(variables["name"])
-        bucket = run and _bucket(run) | {
-            "tags": run.tags,
-            "notes": run.notes,
-            "summaryMetrics": json.dumps(run.summary),
-            "logLineCount": 0,
-            "eventsLineCount": 0,
+        bucket = run and self._node(run) | {
+            **{"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "wandbConfig": json.dumps({"t": 1})},
             "historyTail": json.dumps([json.dumps(item) for item in run.history[-1:]]),
-            "eventsTail": "[]",
-            "wandbConfig": json.dumps({"t": 1}),
         }
         return {"model": self._project(variables["project"]) | {"bucket": bucket}}
 
@@ -126,35 +133,13 @@ class LoopbackWandb:
         files = [{"name": name, "uploadUrl": f"{self.url}/storage/{run}/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
-    def _do_ArtifactType(self, variables: Variables, query: str) -> Any:
-        return {"project": {"artifact": None}}
-
     def _do_CreateArtifact(self, variables: Variables, query: str) -> Any:
         # Tables are logged as artifacts too. This one says that it has the content, so that none is sent.
         digest = variables["input"]["digest"]
         sequence = {"latestArtifact": {"id": digest}}
         return {"createArtifact": {"artifact": {"id": digest, "state": "COMMITTED", "artifactSequence": sequence}}}
 
-    def _do_ServerFeaturesQuery(self, variables: Variables, query: str) -> Any:
-        return {"serverInfo": {"features": []}}
-
-    def _do_ServerInfo(self, variables: Variables, query: str) -> Any:
-        return {"serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}}
-
-    def _do_RunStoppedStatus(self, variables: Variables, query: str) -> Any:
-        return {"project": {"run": {"stopped": False}}}
-
-    def _do_OrganizationCoreWeaveOrganizationID(self, variables: Variables, query: str) -> Any:
-        return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
-
     # -- reading ----------------------------------------------------------------------------------------------------
-
-    def _do_Viewer(self, variables: Variables, query: str) -> Any:
-        person = {"id": "1", "entity": ENTITY, "username": "person", "email": "person@example.org", "flags": "{}"}
-        return {"viewer": person | {"teams": {"edges": []}}}
-
-    def _do_GetDefaultEntity(self, variables: Variables, query: str) -> Any:
-        return {"viewer": {"id": "1", "entity": ENTITY}}
 
     def _do_Runs(self, variables: Variables, query: str) -> Any:
         found = [run for run in self.runs.values() if run.project == variables["project"]]
@@ -169,55 +154,29 @@ class LoopbackWandb:
         return {"project": {"run": run and self._node(run, query)}}
 
     def _do_RunFiles(self, variables: Variables, query: str) -> Any:
-        run = self.runs[variables["name"]]
-        wanted = variables.get("fileNames") or []
-        start = f"/storage/{run.name}/"
-        edges = [
-            {
-                "cursor": path,
-                "node": {
-                    "id": path,
-                    "name": path.removeprefix(start),
-                    "url": self.url + path,
-                    "directUrl": self.url + path,
-                    "sizeBytes": len(content),
-                    "mimetype": "application/octet-stream",
-                    "updatedAt": "2026-01-01T00:00:00Z",
-                    "md5": "",
-                },
-            }
-            for path, content in self.files.items()
-            if path.startswith(start) and (not wanted or path.removeprefix(start) in wanted)
-        ]
+        start, wanted = f"/storage/{variables['name']}/", variables.get("fileNames") or []
+        edges = []
+        for path, content in self.files.items():
+            name = path.removeprefix(start)
+            if path.startswith(start) and (not wanted or name in wanted):
+                node = {"id": path, "name": name, "sizeBytes": len(content), **_FILE}
+                edges.append({"cursor": path, "node": node | dict.fromkeys(("url", "directUrl"), self.url + path)})
         files = {"edges": edges, "pageInfo": _LAST_PAGE}
         return {"project": {"internalId": "7", "run": {"fileCount": len(edges), "files": files}}}
 
     def _project(self, name: str) -> dict[str, Any]:
         return {"id": "7", "name": name, "entity": {"id": "1", "name": ENTITY}}
 
-    def _node(self, run: StoredRun, query: str) -> dict[str, Any]:
+    def _node(self, run: StoredRun, query: str = "RunFragment") -> dict[str, Any]:
         node = {
-            "id": run.name,
-            "projectId": "7",
-            "name": run.name,
-            "displayName": run.display_name,
-            "tags": run.tags,
-            "state": run.state,
-            "group": run.group,
-            "jobType": run.job_type,
-            "notes": run.notes,
-            "sweepName": None,
-            "commit": None,
-            "readOnly": False,
-            "createdAt": "2026-01-01T00:00:00Z",
-            "heartbeatAt": "2026-01-01T00:00:01Z",
-            "description": "",
-            "historyLineCount": len(run.history),
-            "user": {"name": "A Person", "username": "person"},
+            **dict.fromkeys(("id", "name", "displayName"), run.name),
+            **{"state": run.state, "group": run.group, "jobType": run.job_type, "historyLineCount": len(run.history)},
+            **{"projectId": "7", "project": self._project(run.project), "user": {"name": "A Person", "username": "p"}},
+            **_NODE,
         }
         if "RunFragment" in query:
             node |= {"config": run.config, "summaryMetrics": json.dumps(run.summary), "systemMetrics": "{}"}
-            node |= {"historyKeys": {"lastStep": run.last_step}}
+            node |= {"historyKeys": {"lastStep": max((item["_step"] for item in run.history), default=-1)}}
         return node
 
 
@@ -226,12 +185,6 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that ends closes its connections without a word
-
-
-def _bucket(run: StoredRun) -> dict[str, Any]:
-    identifier = base64.b64encode(run.name.encode()).decode()
-    names = {"id": identifier, "name": run.name, "displayName": run.display_name}
-    return names | {"config": run.config, "historyLineCount": len(run.history)}
 
 
 def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
@@ -244,26 +197,21 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = self._body()
             if self.path.startswith("/sdk/otel/"):  # the client's own telemetry
-                self._send({})
-                return
+                return self._send({})
             try:
                 content = json.loads(body)
             except ValueError:
                 server.unknown.append(f"POST {self.path}: {body[:100]!r}")
-                self._send({}, 404)
-                return
+                return self._send({}, 404)
             wanted = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
-            if self.headers.get("Authorization") != wanted:
-                server.authorized = False
-            stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
-            if stream:
+            server.authorized &= self.headers.get("Authorization") == wanted
+            if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
                 server.stream(unquote(stream[1]), content)
-                self._send({"limits": {}})
-                return
+                return self._send({"limits": {}})
             query = content["query"]
             named = re.search(r"(?:query|mutation)\s+(\w+)", query)
             operation = content.get("operationName") or (named[1] if named else "unnamed")
-            self._send(server.answer(operation, content.get("variables") or {}, query))
+            return self._send(server.answer(operation, content.get("variables") or {}, query))
 
         def do_PUT(self) -> None:
             server.files[unquote(self.path)] = self._body()
@@ -271,7 +219,7 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             found = server.files.get(unquote(self.path))
-            self._send(found if found is not None else {}, 200 if found is not None else 404)
+            self._send({} if found is None else found, 404 if found is None else 200)
 
         def _body(self) -> bytes:
             if "chunked" in self.headers.get("Transfer-Encoding", ""):

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from griffin import Method
 from pipelines.method_keys import AXES
-from pipelines.methods import _flat
-from pipelines.records import digests
-from pipelines.tasks.flocking_measures import MEASURES, TEXTS
+from pipelines.records import append_samples, digests
+from pipelines.tasks.flocking_figures import MEASURES, TEXTS
 
 Record = dict[str, Any]
 
 LAYERS, NEURONS, TOKENS = 1, 24, 12  # of the arrays of a flocking run
+COMMAND = "python -m x 'y'"
+FAST = {"decode_speedup": 1.4, "decode_limit": 1.5, "decode_fraction_of_limit": 0.93, "samples": 4}
 
 _TASKS: dict[str, dict[str, Any]] = {
     "generation": {"name": "xsum", "decoding": "greedy", "shots": 1, "data_files": None, "shots_file": None},
@@ -28,41 +30,13 @@ _TASKS: dict[str, dict[str, Any]] = {
     "latency": {"name": "latency", "prompt_lengths": [64], "generation_lengths": [32]},
     "flocking": {"name": "flocking", "kept": 0.5},
 }
+_COMPARED = {"seed": 0, "limit": None, "batch_size": 1, "offload_dense": False}
+_NEVER_COMPARED = {"device": "auto", "output_dir": "outputs", "tags": [], "wandb": {"mode": "disabled"}}
+_HELD = {"mode": "compact", "shared_experts": False}
 
 
 def record(run_id: str, kind: str = "generation", sparsity: Any = 0.5, **more: Any) -> Record:
-    """A record with its method and evaluation; the arguments are those of `_unsaid`."""
-    unsaid = _unsaid(run_id, kind, sparsity, **more)
-    config, environment = unsaid["config"], unsaid["environment"]
-    method = Method(**{key: value for key, value in config.items() if key in AXES})
-    shared = " shared" if config["shared_experts"] and not method.dense else ""
-    entry = {"label": method.label.replace(method.family, method.family + shared), "family": method.family + shared}
-    held = {} if method.dense else {key: config[key] for key in ("mode", "shared_experts")}
-    entry |= (method.settings if method.dense else asdict(method) | {"sparsity": sparsity}) | held
-    assisted = {key: config[key] for key in ("assistance", "assistant") if key in config}
-    entry |= assisted
-    apart = {
-        *(() if kind == "latency" else ("offload_dense",)),
-        *AXES,
-        *assisted,
-        "mode",
-        "shared_experts",
-        "output_dir",
-        "tags",
-        "wandb",
-        "grid",
-        "device",
-    }
-    evaluation = {key: value for key, value in config.items() if key not in apart}
-    evaluation["model"] = {key: value for key, value in config["model"].items() if key != "licence_gate"}
-    evaluation["task"] = config["task"] | environment.get("data", {})
-    machine = ("device", "platform", "cpus") if kind == "latency" else ("device",)
-    evaluation |= {key: environment.get(key) for key in machine}
-    return unsaid | {"method": entry, "evaluation": _flat(evaluation)}
-
-
-def _unsaid(run_id: str, kind: str, sparsity: Any, **more: Any) -> Record:
-    """A record that does not say its method and evaluation yet.
+    """A record.
 
     Args:
         run_id: its name.
@@ -70,41 +44,47 @@ def _unsaid(run_id: str, kind: str, sparsity: Any, **more: Any) -> Record:
         sparsity: 0 is dense.
         more: `metrics`; any root key of the configuration; `task_KEY`, `model_KEY`, `environment_KEY`.
     """
-    metrics = more.pop("metrics", {"rouge1": 20.0, "rouge1_stderr": 1.0, "samples": 4})
-    config: dict[str, Any] = {
-        "model": {"name": "gemma_7b", "source": "hub", "dtype": "bfloat16", "licence_gate": None},
+    metrics = more.pop("metrics", None) or score(20.0, 1.0)
+    config: dict[str, Any] = {"statistic": "griffin", "sparsity": sparsity, **_COMPARED, **_NEVER_COMPARED, **_HELD}
+    parts: dict[str, dict[str, Any]] = {
+        "model": {"name": "gemma_7b", "source": "hub", "dtype": "bfloat16"},
         "task": {"kind": kind, **copy.deepcopy(_TASKS[kind])},
-        "statistic": "griffin",
-        "selection": "topk",
-        "sparsity": sparsity,
-        "mode": "compact",
-        "shared_experts": False,
-        "offload_dense": False,
-        "batch_size": 1,
-        "limit": None,
-        "seed": 0,
-        "device": "auto",
-        "output_dir": "outputs",
-        "tags": [],
-        "wandb": {"mode": "disabled"},
+        "environment": {"device": "cpu", "cpus": 2, "platform": "Linux", "torch": "2.13.0", "command": COMMAND},
     }
-    environment = {"device": "cpu", "cpus": 2, "platform": "Linux", "torch": "2.13.0", "command": "python -m x 'y'"}
     for key, value in more.items():
         place, _, name = key.partition("_")
-        if place in ("task", "model"):
-            config[place][name] = value
-        elif place == "environment":
-            environment[name] = value
+        if place in parts:
+            parts[place][name] = value
         else:
             config[key] = value
+    environment = parts.pop("environment")
+    method = Method(**{key: value for key, value in config.items() if key in AXES})
+    shared = " shared" if config["shared_experts"] and not method.dense else ""
+    held = {} if method.dense else {key: config[key] for key in _HELD}
+    assisted = {key: config[key] for key in ("assistance", "assistant") if key in config}
+    settings = method.settings if method.dense else asdict(method) | {"sparsity": sparsity}
+    apart = {*AXES, *assisted, *_HELD, *_NEVER_COMPARED, *(() if kind == "latency" else ("offload_dense",))}
+    evaluation = {key: value for key, value in config.items() if key not in apart}
+    evaluation |= {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    evaluation |= {f"task.{key}": value for key, value in environment.get("data", {}).items()}
+    machine = ("device", "platform", "cpus")[: 3 if kind == "latency" else 1]
+    evaluation |= {key: environment[key] for key in machine}
+    label, family = method.label.replace(method.family, method.family + shared), method.family + shared
     return {
         "run_id": run_id,
         "status": "finished",
-        "config": config,
+        "config": config | parts,
+        "method": {"label": label, "family": family, **settings, **held, **assisted},
+        "evaluation": evaluation,
         "metrics": metrics,
         "timing": {"load_seconds": 1.0, "seconds": 2.0},
         "environment": environment,
     }
+
+
+def records(*changes: dict[str, Any], **shared: Any) -> list[Record]:
+    """Records named a, b, c, ...: one for each change."""
+    return [record(name, **shared | change) for name, change in zip("abcdefghij", changes, strict=False)]
 
 
 def score(value: float, error: float = 0.5, name: str = "rouge1") -> dict[str, float]:
@@ -112,18 +92,42 @@ def score(value: float, error: float = 0.5, name: str = "rouge1") -> dict[str, f
     return {name: value, f"{name}_stderr": error, "samples": 4}
 
 
-def write_run(root: Path, record: Record) -> Path:
-    """The run folder of a record, with samples that agree with it."""
+def scores(**values: float) -> dict[str, float]:
+    """The metrics of a run with several scores."""
+    return {key: number for name, value in values.items() for key, number in score(value, name=name).items()}
+
+
+def write_run(root: Path, record: Record, samples: list[dict[str, Any]] | None = None) -> Path:
+    """The run folder of a record, with its samples, or with some that agree with it."""
     folder, metrics = root / record["run_id"], record["metrics"]
     folder.mkdir(parents=True)
-    scores = {name: value for name, value in metrics.items() if f"{name}_stderr" in metrics}
-    samples: list[dict[str, Any]] = [{"index": index, **scores} for index in range(metrics["samples"])]
+    if samples is None:
+        scores = {name: value for name, value in metrics.items() if f"{name}_stderr" in metrics}
+        samples = [{"index": index, **scores} for index in range(metrics["samples"])]
     if record["config"]["task"]["kind"] == "flocking":
-        _write_arrays(folder, samples)
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    record = {"digests": digests(metrics, folder / "samples.jsonl")} | record
-    (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        pd.DataFrame(layer_rows()).to_csv(folder / "layers.csv", index=False)
+        random = np.random.default_rng(0).random
+        for sample in samples:
+            sample["arrays"] = {f"{text}_scores": random((LAYERS, NEURONS)) for text in TEXTS}
+            sample["arrays"] |= {f"{text}_heatmap": random((LAYERS, TOKENS, NEURONS)) for text in TEXTS}
+    append_samples(folder / "samples.jsonl", samples)
+    change(folder, **{"digests": digests(metrics, folder / "samples.jsonl")} | record)
     return folder
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Other values of a record that a run folder has, at places like `metrics__rouge1`; `...` takes a value away."""
+    path = folder / "record.json"
+    written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for place, value in values.items():
+        *where, key = place.split("__")
+        part = written
+        for name in where:
+            part = part[name]
+        part[key] = value
+        if value is ...:
+            del part[key]
+    path.write_text(json.dumps(written), encoding="utf-8")
 
 
 def layer_rows() -> list[dict[str, Any]]:
@@ -136,59 +140,26 @@ def layer_rows() -> list[dict[str, Any]]:
     ]
 
 
-def _write_arrays(folder: Path, samples: list[dict[str, Any]]) -> None:
-    """The files that only a flocking run has."""
-    rows = layer_rows()
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "arrays").mkdir()
-    random = np.random.default_rng(0)
-    for sample in samples:
-        sample["arrays"] = f"arrays/{sample['index']}.npz"
-        arrays = {f"{text}_scores": random.random((LAYERS, NEURONS)) for text in TEXTS}
-        arrays |= {f"{text}_heatmap": random.random((LAYERS, TOKENS, NEURONS)) for text in TEXTS}
-        np.savez(folder / sample["arrays"], **arrays)
-
-
 def few() -> list[Record]:
     """A dense and two pruned generation runs, and a latency run: three figures."""
-    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "decode_fraction_of_limit": 0.93, "samples": 4}
     return [
         record("xsum-dense", sparsity=0, metrics=score(20.0)),
         record("xsum-griffin-50", metrics=score(17.0)),
         record("xsum-magnitude-50", statistic="magnitude", metrics=score(5.0)),
-        record("latency-griffin-50", "latency", metrics=fast),
+        record("latency-griffin-50", "latency", metrics=FAST),
     ]
 
 
 def every_kind() -> list[Record]:
     """Runs of every kind of task: all tables and figures have data."""
-    perplexity = [
-        record(
-            f"perplexity-{sparsity}",
-            "perplexity",
-            sparsity=sparsity,
-            metrics=score(9.0, name="perplexity")
-            | {"perplexity_p64_g32": 9.5, "perplexity_p64_g32_stderr": 0.5, "perplexity_p128_g32": 8.5}
-            | {"perplexity_p128_g32_stderr": 0.5},
-        )
-        for sparsity in (0, 0.25, 0.5)
-    ]
+    perplexity = scores(perplexity=9.0, perplexity_p64_g32=9.5, perplexity_p128_g32=8.5)
     flocking = {f"{measure}_{text}": 0.5 for measure in MEASURES for text in TEXTS}
     flocking |= {f"{name}_stderr": 0.1 for name in flocking}
     return [
         *few(),
-        record("latency-magnitude-50", "latency", statistic="magnitude", metrics=few()[-1]["metrics"]),
-        *perplexity,
+        record("latency-magnitude-50", "latency", statistic="magnitude", metrics=FAST),
+        *(record(f"perplexity-{share}", "perplexity", share, metrics=perplexity) for share in (0, 0.25, 0.5)),
         record("piqa-dense", "classification", sparsity=0, metrics=score(0.5, 0.1, "acc")),
         record("fidelity-dense", "fidelity", sparsity=0, metrics=score(0.0, 0.0, "kl")),
         record("flocking-dense", "flocking", sparsity=0, metrics=flocking | {"samples": 2}),
     ]
-
-
-def write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
-    """Other samples of a run, which its record's digests know."""
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    written = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    written["digests"] = digests(written["metrics"], folder / "samples.jsonl")
-    (folder / "record.json").write_text(json.dumps(written), encoding="utf-8")

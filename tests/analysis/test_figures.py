@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import pandas as pd
 import pytest
-from made import Record, layer_rows, record, score
-from matplotlib.colors import to_rgb
+from made import FAST, Record, layer_rows, record, score
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 
-from analysis import latency_figures, quality_figures
 from analysis.drawing import Drawing, Group, Styles
+from analysis.figures import against_sparsity, against_speed, latency, predicted_speed
 from analysis.flocking_figures import flocking
 from analysis.frame import frame
 from analysis.metrics import metric
 from analysis.runs import Runs
 from pipelines.figure_style import LIGHT, NEUTRAL, drawn_in
 
+LATENCY = ("latency", 0.5)
+
+
+def group(make: Callable[[pd.DataFrame, Styles], Group], records: Iterable[Record]) -> Group:
+    runs = frame([*records])
+    return make(runs, Styles(runs["family"]))
+
+
+def only(make: Callable[[pd.DataFrame, Styles], Group], records: Iterable[Record]) -> Drawing:
+    (drawing,) = group(make, records).drawings
+    return drawing
+
+
+def axes(drawing: Drawing) -> Axes:
+    with drawn_in(LIGHT):
+        return drawing.draw().axes[0]
+
 
 def drawn(drawing: Drawing) -> dict[str, tuple[list[float], list[float], str]]:
     """The lines with a name: (x, y, colour)."""
-    with drawn_in(LIGHT):
-        axis = drawing.draw().axes[0]
-    handles, names = axis.get_legend_handles_labels()
+    handles, names = axes(drawing).get_legend_handles_labels()
     lines = [getattr(handle, "lines", (handle,))[0] for handle in handles]
     return {
         name: (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), line.get_color())
@@ -31,143 +49,111 @@ def drawn(drawing: Drawing) -> dict[str, tuple[list[float], list[float], str]]:
     }
 
 
-def only(group: Group) -> Drawing:
-    (drawing,) = group.drawings
-    return drawing
-
-
-def sweep(**scores: dict[float, float]) -> list[Record]:
+def sweep(kind: str = "generation", name: str = "rouge1", **scores: dict[float, float]) -> list[Record]:
     return [
-        record(f"{statistic}-{sparsity}", sparsity=sparsity, statistic=statistic, metrics=score(value))
+        record(f"{statistic}-{sparsity}", kind, sparsity, statistic=statistic, metrics=score(value, name=name))
         for statistic, values in scores.items()
         for sparsity, value in values.items()
     ]
 
 
 def test_a_line_begins_at_dense_and_has_every_point_of_its_method() -> None:
-    runs = frame(sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0}, wanda={0.25: 18.0, 0.5: 12.0}))
-    drawing = only(quality_figures.against_sparsity(runs, Styles(runs["family"])))
+    records = sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0}, wanda={0.25: 18.0, 0.5: 12.0})
+    drawing = only(against_sparsity, records)
     lines = drawn(drawing)
     assert lines["griffin"][:2] == ([0.0, 25.0, 50.0], [20.0, 19.0, 15.0])
     assert lines["wanda"][:2] == ([0.0, 25.0, 50.0], [20.0, 18.0, 12.0])
     assert lines["dense"][1] == [20.0, 20.0]
-    assert set(drawing.run_ids) == set(runs["run_id"])
+    assert set(drawing.run_ids) == {one["run_id"] for one in records}
+    axis = axes(drawing)
+    assert axis.get_xlabel() == "FF sparsity (%)"
+    assert axis.get_ylabel() == metric("rouge1").axis == "ROUGE-1 (F x 100), higher is better"
+
+
+def test_of_several_dense_runs_a_line_begins_at_the_nearest() -> None:
+    dense = [record(f"dense-{size}", sparsity=0, batch_size=size, metrics=score(10.0 * size)) for size in (1, 2)]
+    pruned = [record(f"{part}", sparsity=part, batch_size=2, metrics=score(9.0)) for part in (0.25, 0.5)]
+    lines = drawn(only(against_sparsity, [*dense, *pruned]))
+    assert lines["griffin"][:2] == ([0.0, 25.0, 50.0], [20.0, 9.0, 9.0])
 
 
 def test_a_missing_point_is_a_gap() -> None:
-    runs = frame(sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0, 0.75: 9.0}, wanda={0.25: 18.0, 0.75: 3.0}))
-    lines = drawn(only(quality_figures.against_sparsity(runs, Styles(runs["family"]))))
-    assert [math.isnan(value) for value in lines["wanda"][1]] == [False, False, True, False]
+    records = sweep(griffin={0: 20.0, 0.25: 19.0, 0.5: 15.0, 0.75: 9.0}, wanda={0.25: 18.0, 0.75: 3.0})
+    wanda = drawn(only(against_sparsity, records))["wanda"]
+    assert [math.isnan(value) for value in wanda[1]] == [False, False, True, False]
 
 
 def test_protocols_and_limits_have_figures_of_their_own() -> None:
-    records = [
-        *sweep(griffin={0: 20.0, 0.25: 17.0, 0.5: 15.0}),
-        *(record(f"other-{sparsity}", sparsity=sparsity, metrics=score(3.0), limit=10) for sparsity in (0.25, 0.5)),
-    ]
-    runs = frame(records)
-    group = quality_figures.against_sparsity(runs, Styles(runs["family"]))
-    assert sorted(len(drawing.run_ids) for drawing in group.drawings) == [2, 3]
+    other = (record(f"other-{part}", sparsity=part, metrics=score(3.0), limit=10) for part in (0.25, 0.5))
+    found = group(against_sparsity, [*sweep(griffin={0: 20.0, 0.25: 17.0, 0.5: 15.0}), *other])
+    assert sorted(len(drawing.run_ids) for drawing in found.drawings) == [2, 3]
 
 
-def test_a_single_point_is_left_to_the_tables() -> None:
-    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
-    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}), record("fast", "latency", metrics=fast)])
-    styles = Styles(runs["family"])
-    for draw in (quality_figures.against_sparsity, quality_figures.against_speed, latency_figures.bars):
-        assert draw(runs, styles).drawings == []
+@pytest.mark.parametrize("make", [against_sparsity, against_speed, latency, predicted_speed])
+def test_a_single_point_is_left_to_the_tables(make: Callable[[pd.DataFrame, Styles], Group]) -> None:
+    records = [*sweep(griffin={0: 20.0, 0.5: 15.0}), record("fast", *LATENCY, metrics=FAST)]
+    predicted = record("kl", "fidelity", metrics=score(1.3, name="predicted_speedup"))
+    assert group(make, [*records, predicted]).drawings == []
 
 
-def test_the_dashed_line_is_explained_where_there_is_one() -> None:
-    for first, explained in ((0, True), (0.25, False)):
-        runs = frame(sweep(griffin={first: 20.0, 0.5: 15.0, 0.75: 12.0}))
-        group = quality_figures.against_sparsity(runs, Styles(runs["family"]))
-        assert ("dashed" in group.note) is explained
-        assert ("dense" in drawn(only(group))) is explained
+@pytest.mark.parametrize(("first", "explained"), [(0, True), (0.25, False)])
+def test_the_dashed_line_is_explained_where_there_is_one(first: float, explained: bool) -> None:
+    found = group(against_sparsity, sweep(griffin={first: 20.0, 0.5: 15.0, 0.75: 12.0}))
+    assert ("dashed" in found.note) is ("dense" in drawn(found.drawings[0])) is explained
 
 
 def test_error_bars_of_perplexity_stay_above_zero() -> None:
-    metrics = {"perplexity": 10.0, "perplexity_stderr": 12.0, "samples": 2}
-    runs = frame([record(f"p-{sparsity}", "perplexity", sparsity, metrics=metrics) for sparsity in (0.25, 0.5)])
-    with drawn_in(LIGHT):
-        axis = only(quality_figures.against_sparsity(runs, Styles(runs["family"]))).draw().axes[0]
-    (bars,) = axis.containers[0].lines[2]
-    low, high = bars.get_segments()[0][:, 1]
-    assert low == pytest.approx(10 / math.exp(1.2))
-    assert high == pytest.approx(10 * math.exp(1.2))
+    metrics = score(10.0, 12.0, "perplexity")
+    runs = [record(f"p-{sparsity}", "perplexity", sparsity, metrics=metrics) for sparsity in (0.25, 0.5)]
+    (bars,) = axes(only(against_sparsity, runs)).containers[0].lines[2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([10 / math.exp(1.2), 10 * math.exp(1.2)])
 
 
 def test_speed_meets_quality_only_for_the_same_model_and_method() -> None:
-    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
     records = [
         *sweep(griffin={0: 20.0, 0.5: 15.0}, wanda={0.5: 12.0}),
-        record("fast", "latency", metrics=fast),
-        record("faster", "latency", metrics=fast | {"decode_speedup": 1.5}, statistic="wanda"),
-        record("another", "latency", metrics=fast, statistic="wanda", model_name="llama2_7b"),
+        record("fast", *LATENCY, metrics=FAST),
+        record("faster", *LATENCY, metrics=FAST | {"decode_speedup": 1.5}, statistic="wanda"),
+        record("another", *LATENCY, metrics=FAST, statistic="wanda", model_name="llama2_7b"),
     ]
-    runs = frame(records)
-    drawing = only(quality_figures.against_speed(runs, Styles(runs["family"])))
+    drawing = only(against_speed, records)
     assert set(drawing.run_ids) == {"griffin-0", "griffin-0.5", "fast", "wanda-0.5", "faster"}
-    lines = drawn(drawing)
-    assert lines["griffin"][:2] == ([1.4], [15.0])
-    assert lines["wanda"][:2] == ([1.5], [12.0])
-    assert lines["dense"][:2] == ([1.0], [20.0])
+    points = {name: line[:2] for name, line in drawn(drawing).items()}
+    assert points == {"griffin": ([1.4], [15.0]), "wanda": ([1.5], [12.0]), "dense": ([1.0], [20.0])}
 
 
 def test_predicted_speed_has_a_line_a_method_and_one_at_dense() -> None:
-    def predictions(statistic: str, values: dict[float, float]) -> list[Record]:
-        return [
-            record(
-                f"{statistic}-{sparsity}",
-                "fidelity",
-                sparsity=sparsity,
-                statistic=statistic,
-                metrics=score(0.1, name="kl") | {"predicted_speedup": value},
-            )
-            for sparsity, value in values.items()
-        ]
-
-    runs = frame([*predictions("griffin", {0.25: 1.1, 0.5: 1.3}), *predictions("wanda", {0.25: 0.9, 0.5: 1.0})])
-    drawing = only(quality_figures.predicted_speed(runs, Styles(runs["family"])))
+    values = {"griffin": {0.25: 1.1, 0.5: 1.3}, "wanda": {0.25: 0.9, 0.5: 1.0}}
+    records = sweep("fidelity", "predicted_speedup", **values)
+    drawing = only(predicted_speed, records)
     lines = drawn(drawing)
-    assert lines["griffin"][:2] == ([25.0, 50.0], [1.1, 1.3])
-    assert lines["wanda"][:2] == ([25.0, 50.0], [0.9, 1.0])
+    for method, predicted in values.items():
+        assert lines[method][:2] == ([25.0, 50.0], [*predicted.values()])
     assert lines["dense"][1] == [1.0, 1.0]
-    assert set(drawing.run_ids) == set(runs["run_id"])
-    runs = frame(predictions("griffin", {0.5: 1.3}))
-    assert quality_figures.predicted_speed(runs, Styles(runs["family"])).drawings == []
+    assert set(drawing.run_ids) == {one["run_id"] for one in records}
 
 
 def test_one_method_has_one_colour_in_all_figures() -> None:
-    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "samples": 3}
-    timed = [record(f"fast-{name}", "latency", metrics=fast, statistic=name) for name in ("griffin", "random")]
-    runs = frame([*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), *timed])
-    styles = Styles(runs["family"])
-    sparsity = drawn(only(quality_figures.against_sparsity(runs, styles)))
-    speed = drawn(only(quality_figures.against_speed(runs, styles)))
-    assert sparsity["griffin"][2] == speed["griffin"][2] == styles.colour("griffin")
+    timed = [record(f"fast-{name}", *LATENCY, metrics=FAST, statistic=name) for name in ("griffin", "random")]
+    runs = [*sweep(griffin={0: 20.0, 0.5: 15.0}, random={0.5: 12.0}), *timed]
+    sparsity, speed = (drawn(only(make, runs)) for make in (against_sparsity, against_speed))
+    griffin = Styles(["griffin", "random"]).colour("griffin")
+    assert sparsity["griffin"][2] == speed["griffin"][2] == griffin
     assert sparsity["dense"][2] == speed["dense"][2] == NEUTRAL
-    with drawn_in(LIGHT):
-        figure = only(latency_figures.bars(runs, styles)).draw()
-    bar, _ = figure.axes[0].patches
-    assert bar.get_width() == 1.4
-    assert tuple(round(255 * part) for part in bar.get_facecolor()[:3]) == tuple(
-        int(styles.colour("griffin")[place : place + 2], 16) for place in (1, 3, 5)
-    )
+    bar, _ = axes(only(latency, runs)).patches
+    assert (bar.get_width(), to_hex(bar.get_facecolor())) == (1.4, griffin)
+
+
+def test_bars_stand_by_method_and_rising_sparsity_with_those_that_differ_by_layer_last() -> None:
+    shares = (0.75, [0.5, 0.25], 0.25)
+    axis = axes(only(latency, (record(f"{part}", "latency", part, metrics=FAST) for part in shares)))
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["griffin 25%", "griffin 75%", "griffin per layer"]
 
 
 def test_flocking_runs_from_wandb_have_curves_but_no_heatmaps() -> None:
     runs = Runs([record("a", "flocking", sparsity=0)], [], layers={"a": layer_rows()})
-    names = [drawing.name for drawing in flocking(runs, {"a": ("model", "text")}).drawings]
-    assert names == [f"flocking_jaccard_{measure}_model_text" for measure in ("sequences", "halves", "generation")]
-
-
-def test_axes_name_their_units() -> None:
-    runs = frame(sweep(griffin={0.25: 20.0, 0.5: 15.0}))
-    with drawn_in(LIGHT):
-        axis = only(quality_figures.against_sparsity(runs, Styles(runs["family"]))).draw().axes[0]
-    assert axis.get_xlabel() == "FF sparsity (%)"
-    assert axis.get_ylabel() == metric("rouge1").axis == "ROUGE-1 (F x 100), higher is better"
+    names = [drawing.name.removeprefix("flocking_jaccard_") for drawing in flocking(runs).drawings]
+    assert names == [f"{measure}_gemma_7b_flocking" for measure in ("sequences", "halves", "generation")]
 
 
 # Full deuteranopia and protanopia, on linear RGB (Machado, Oliveira and Fernandes, IEEE TVCG 2009).

@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import pytest
-from lab import python
-from made import record, write_run
+from calling import process
+from made import FAST, record, score, write_run
 
 from analysis.contents import make_report
-from analysis.critical_sparsity import critical_sparsities
-from analysis.frame import frame
 from analysis.leaderboard import leaderboard
 from analysis.output import write_report
-from analysis.paired import compare, differences, pairs
-from analysis.samples import read_scores
-from analysis.sources import read_runs
-from analysis.tables import Cell, Table
+from analysis.paired import compare
+from analysis.tables import Cell
 from pipelines.errors import UserError
-from pipelines.records import digests
 
 
 def scores(values: Sequence[float]) -> dict[int, float]:
     return dict(enumerate(map(float, values)))
 
 
-def write(root: Path, run_id: str, values: Sequence[float], tokens: int = 10, **more: Any) -> None:
+def write(root: Path, run_id: str, values: Sequence[float], **more: Any) -> None:
     """A finished run of question answering whose samples have these scores, right or wrong."""
-    density = more.pop("density", None)
-    first = more.pop("first", 0)
-    count, mean = len(values), sum(values) / len(values)
-    spread = float(np.std(values, ddof=1)) / math.sqrt(count)
-    metrics = {"exact_match": mean, "exact_match_stderr": spread, "samples": count}
-    metrics |= {} if density is None else {"effective_density": density}
+    tokens, first = more.pop("tokens", 10), more.pop("first", 0)
+    drafting = {"effective_density": more.pop("density")} if "density" in more else {}
+    metrics = score(fmean(values), stdev(values) / math.sqrt(len(values)), "exact_match") | drafting
     settings = {"task_name": "gsm8k", "task_decoding": None, "task_shots": 5} | more
-    one = record(run_id, "generation", metrics=metrics, **settings)
-    folder = root / run_id
-    folder.mkdir(parents=True)
     samples = [
-        {"index": first + index, "generated_tokens": tokens, "metrics": {"exact_match": value}}
-        for index, value in enumerate(values)
+        {"index": index, "generated_tokens": tokens, "metrics": {"exact_match": value}}
+        for index, value in enumerate(values, first)
     ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    one["digests"] = digests(metrics, folder / "samples.jsonl")
-    (folder / "record.json").write_text(json.dumps(one), encoding="utf-8")
+    write_run(root, record(run_id, metrics=metrics | {"samples": len(values)}, **settings), samples)
 
 
 RIGHT = [1.0] * 60 + [0.0] * 40
 
 
-def write_all(root: Path) -> Path:
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
     """Dense, GRIFFIN at three sparsities that loses nothing, one point and thirty, and a better method."""
+    root = tmp_path / "runs"
     write(root, "dense", RIGHT, sparsity=0)
     write(root, "griffin-25", [*RIGHT[:-1], 1.0], sparsity=0.25, density=0.85, tokens=11)
     write(root, "griffin-50", [0.0, *RIGHT[1:]], sparsity=0.5, density=0.7, tokens=15)
@@ -71,8 +63,7 @@ def test_a_difference_is_in_points_of_the_largest_score() -> None:
     found = compare(scores([1, 1, 0, 0]), scores([1, 0, 0, 0]), largest=1.0)
     assert (found.samples, found.mean) == (4, 25.0)
     rouge = compare(scores([30.0, 20.0]), scores([20.0, 20.0]), largest=100.0)
-    assert rouge.mean == 5.0
-    assert rouge.p is None, "ROUGE is neither right nor wrong"
+    assert (rouge.mean, rouge.p) == (5.0, None), "ROUGE is neither right nor wrong"
 
 
 def test_the_interval_is_that_of_the_paired_bootstrap() -> None:
@@ -124,10 +115,14 @@ def test_samples_that_all_agree_say_as_much_as_they_are() -> None:
     assert (exact.low, exact.high) == (0.0, 0.0)
 
 
-def test_one_sample_has_no_interval() -> None:
-    found = compare(scores([1]), scores([0]), largest=1.0)
-    assert found.mean == 100.0
-    assert math.isnan(found.low)
+@pytest.mark.parametrize(
+    ("values", "others", "mean"), [([1], [0], 100.0), ([math.nan, 1, 0], [1, 1, 0], math.nan)], ids=["one", "no number"]
+)
+def test_one_sample_and_a_score_that_is_no_number_leave_no_interval(
+    values: list[float], others: list[float], mean: float
+) -> None:
+    found = compare(scores(values), scores(others), largest=1.0)
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, math.nan, math.nan), nan_ok=True)
 
 
 def test_other_samples_are_not_compared() -> None:
@@ -138,90 +133,68 @@ def test_other_samples_are_not_compared() -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def made(root: Path) -> tuple[Table, Table]:
-    runs = read_runs(str(root))
-    table = frame(runs.records)
-    scores = read_scores(runs, table)
-    to_dense, to_griffin = (pairs(scores, table, against) for against in ("dense", "griffin"))
-    return differences(to_dense, to_griffin), critical_sparsities(to_dense)
+def made(root: Path) -> list[dict[str, list[Cell | None]]]:
+    """The rows of the two tables, differences and critical sparsities, by their methods."""
+    found = {table.name: table.rows for table in make_report(str(root)).tables}
+    return [{names[-1]: cells for names, cells in found.get(name, [])} for name in ("differences", "critical_sparsity")]
 
 
-def row(table: Table, method: str) -> list[Cell | None]:
-    (cells,) = [cells for names, cells in table.rows if names[-1] == method]
-    return cells
-
-
-def test_methods_are_compared_with_dense_and_with_griffin_at_their_sparsity(tmp_path: Path) -> None:
-    table, _ = made(write_all(tmp_path))
-    assert [names[-1] for names, _ in table.rows] == ["griffin 25%", "griffin 50%", "griffin 75%", "joint 75%"]
-    count, points, p, to_griffin, _, length, needed = row(table, "joint 75%")
+def test_methods_are_compared_with_dense_and_with_griffin_at_their_sparsity(root: Path) -> None:
+    rows, _ = made(root)
+    assert [*rows] == ["griffin 25%", "griffin 50%", "griffin 75%", "joint 75%"]
+    count, points, p, to_griffin, _, length, needed = rows["joint 75%"]
     assert (count.value, points.value, to_griffin.value, length.value) == (100, -10.0, 20.0, 1.0)
     assert points.interval[0] < -10.0 < points.interval[1] < 0
     assert p.value == pytest.approx(2 / 2**10)
     assert needed.value > 100
-    assert row(table, "griffin 75%")[3].number == "itself"
-    assert row(table, "griffin 50%")[5].value == 1.5
+    assert rows["griffin 75%"][3].number == "itself"
+    assert rows["griffin 50%"][5].value == 1.5
 
 
 @pytest.mark.parametrize("difference", [{"first": 1}, {"task_shots": 0}], ids=["samples", "shots"])
 def test_runs_on_other_samples_or_evaluated_differently_are_not_compared(
-    difference: dict[str, Any], tmp_path: Path
+    difference: dict[str, Any], root: Path
 ) -> None:
-    write_all(tmp_path)
-    write(tmp_path, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, **difference)
-    table, _ = made(tmp_path)
-    assert "wanda 75%" not in [names[-1] for names, _ in table.rows]
+    write(root, "wanda-75", RIGHT, statistic="wanda", sparsity=0.75, **difference)
+    assert "wanda 75%" not in made(root)[0]
 
 
-def test_assisted_dense_decoding_is_not_pruned_at_zero(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    write(tmp_path, "lookup", RIGHT, sparsity=0, assistance="prompt_lookup", assistant=None, density=0.6)
-    for table in made(tmp_path):
-        assert not [names for names, _ in table.rows if "lookup" in names[-1]]
-    assert "lookup" not in leaderboard(str(tmp_path))[0]
+def test_assisted_dense_decoding_is_not_pruned_at_zero(root: Path) -> None:
+    write(root, "lookup", RIGHT, sparsity=0, assistance="prompt_lookup", assistant=None, density=0.6)
+    assert not [method for rows in made(root) for method in rows if "lookup" in method]
+    assert "lookup" not in leaderboard(str(root))[0]
 
 
-def test_a_score_that_is_no_number_leaves_no_interval() -> None:
-    difference = compare(scores([math.nan, 1, 0]), scores([1, 1, 0]), largest=1.0)
-    assert math.isnan(difference.mean)
-    assert math.isnan(difference.low)
-
-
-def test_the_critical_sparsity_is_the_largest_that_excludes_the_loss(tmp_path: Path) -> None:
+def test_the_critical_sparsity_is_the_largest_that_excludes_the_loss(root: Path, tmp_path: Path) -> None:
     """One answer of a hundred lost excludes neither a loss of one percent nor of two points; of a thousand, both."""
-    root = write_all(tmp_path)
-    _, table = made(root)
-    assert [cell.number for cell in row(table, "griffin")] == ["100", "60.0", "25% (0.85)", "25% (0.85)", "75"]
-    assert [cell.number for cell in row(table, "joint")][2:4] == ["none", "none"]
+    _, rows = made(root)
+    assert [cell.number for cell in rows["griffin"]] == ["100", "60.0", "25% (0.85)", "25% (0.85)", "75"]
+    assert [cell.number for cell in rows["joint"]][2:4] == ["none", "none"]
     many = tmp_path / "many"
     write(many, "dense", RIGHT * 10, sparsity=0)
     write(many, "griffin-50", [0.0, *(RIGHT * 10)[1:]], sparsity=0.5, density=0.7)
     write(many, "griffin-75", [0.0] * 15 + (RIGHT * 10)[15:], sparsity=0.75)
-    _, table = made(many)
-    assert [cell.number for cell in row(table, "griffin")][2:4] == ["50% (0.70)", "50% (0.70)"]
+    assert [cell.number for cell in made(many)[1]["griffin"]][2:4] == ["50% (0.70)", "50% (0.70)"]
 
 
-def test_the_report_has_both_tables_and_the_figure(tmp_path: Path) -> None:
-    report = make_report(str(write_all(tmp_path)))
-    assert {"differences", "critical_sparsity"} <= {table.name for table in report.tables}
+def test_the_report_has_the_figure_and_begins_with_what_the_runs_show(root: Path, tmp_path: Path) -> None:
+    report = make_report(str(root))
     (group,) = [group for group in report.groups if group.title == "Quality against bytes of weights per token"]
     (drawing,) = group.drawings
-    assert set(drawing.run_ids) == {"dense", "griffin-25", "griffin-50", "griffin-75", "joint-75"}
+    assert {*drawing.run_ids} == {"dense", "griffin-25", "griffin-50", "griffin-75", "joint-75"}
     axis = drawing.draw().axes[0]
-    lines = {line.get_label(): line for line in axis.get_lines()}
-    assert "dense" in lines
-    texts = {text.get_text() for text in axis.texts}
-    assert texts == {"25", "50", "75"}
-
-
-def test_the_report_begins_with_what_the_runs_show(tmp_path: Path) -> None:
-    root = write_all(tmp_path / "runs")
-    report = make_report(str(root))
+    assert "dense" in [line.get_label() for line in axis.get_lines()]
+    assert {text.get_text() for text in axis.texts} == {"25", "50", "75"}
     sentence = "gsm8k, gemma_7b (exact match, n = 100): within two points of dense stay griffin up to 25%."
     assert report.summary == [sentence]
-    write_report(report, tmp_path / "report")
-    assert sentence in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert sentence in write_report(report, tmp_path / "report").read_text(encoding="utf-8")
     assert f"- {sentence}" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_measured_speed_is_told_beside_what_the_runs_show(root: Path) -> None:
+    write_run(root, record("latency", "latency", sparsity=0.25, metrics=FAST))
+    (sentence,) = make_report(str(root)).summary
+    assert sentence.endswith("griffin up to 25%, 1.40 times as fast as dense.")
 
 
 def test_verified_answers_that_are_denses_leave_nothing_open(tmp_path: Path) -> None:
@@ -232,61 +205,38 @@ def test_verified_answers_that_are_denses_leave_nothing_open(tmp_path: Path) -> 
     assert sentence.endswith("within two points of dense stay griffin verified up to 50%.")
 
 
-def test_where_nothing_stays_near_dense_the_nearest_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "dense", RIGHT, sparsity=0)
-    write(tmp_path, "griffin-75", [0.0] * 30 + RIGHT[30:], sparsity=0.75)
-    write(tmp_path, "joint-75", [0.0] * 10 + RIGHT[10:], sparsity=0.75, statistic="joint")
-    (sentence,) = make_report(str(tmp_path)).summary
+def test_where_nothing_stays_near_dense_the_nearest_is_named(root: Path) -> None:
+    for name in ("griffin-25", "griffin-50"):
+        shutil.rmtree(root / name)
+    (sentence,) = make_report(str(root)).summary
     assert "nearest to dense is joint 75%, -10.0 points [" in sentence
 
 
-def test_a_measured_speed_is_told_beside_it(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    fast = {"decode_speedup": 1.4, "decode_limit": 1.5, "decode_fraction_of_limit": 0.93, "samples": 4}
-    write_run(tmp_path, record("latency", "latency", sparsity=0.25, metrics=fast))
-    (sentence,) = make_report(str(tmp_path)).summary
-    assert sentence.endswith("griffin up to 25%, 1.40 times as fast as dense.")
-
-
-def test_samples_are_needed(tmp_path: Path) -> None:
-    root = write_all(tmp_path)
+def test_samples_are_needed(root: Path) -> None:
     (root / "dense" / "samples.jsonl").unlink()
-    table, critical = made(root)
-    assert (table.rows, critical.rows) == ([], [])
+    assert made(root) == [{}, {}]
 
 
 # -- the leaderboard --------------------------------------------------------------------------------------------------
 
 
-def test_the_leaderboard_has_every_run_of_a_task_in_one_table(tmp_path: Path) -> None:
-    root = write_all(tmp_path)
+def test_the_leaderboard_has_every_run_of_a_task_in_one_table(root: Path) -> None:
     write(root, "verified", RIGHT, sparsity=0.8, verification="exact", density=0.4, batch_size=8)
     text, ranked = leaderboard(str(root))
-    rows = [line.split(" | ")[:2] for line in text.splitlines() if line[:3] in {f"| {rank}" for rank in range(1, 9)}]
-    assert ranked == 5
-    assert rows == [
-        [f"| {rank}", method]
-        for rank, method in enumerate(
-            [
-                "griffin 25%",
-                "griffin verified 80% [batch_size=8, of dense 1]",
-                *("griffin 50%", "joint 75%", "griffin 75%"),
-            ],
-            start=1,
-        )
-    ]
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if re.match(r"\| \d", line)]
+    verified = "griffin verified 80% [batch_size=8, of dense 1]"
+    methods = ("griffin 25%", verified, "griffin 50%", "joint 75%", "griffin 75%")
+    assert rows == [[f"| {rank}", method] for rank, method in enumerate(methods, start=1)]
+    assert ranked == len(rows)
 
 
-def test_the_leaderboard_is_a_command(tmp_path: Path) -> None:
-    root, out = write_all(tmp_path / "runs"), tmp_path / "docs" / "leaderboard.md"
-    ended = python(tmp_path, "-m", "analysis.leaderboard", f"runs={root}", f"out={out}")
-    assert ended.returncode == 0, ended.stderr
-    assert f"Leaderboard: {out} (4 runs ranked)" in ended.stdout
-    assert "## gsm8k, gemma_7b" in out.read_text(encoding="utf-8")
-    assert "torch 2.13.0" in out.read_text(encoding="utf-8")
-    wrong = python(tmp_path, "-m", "analysis.leaderboard", f"runs={root}", "into=x")
-    assert wrong.returncode == 1
-    assert wrong.stderr.splitlines() == ["error: into: no such key; expected runs, out"]
+def test_the_leaderboard_is_a_command(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "leaderboard.md"
+    ended = process([sys.executable, "-m", "analysis.leaderboard", f"runs={root}", f"out={out}"], tmp_path)
+    assert (ended.code, ended.out) == (0, f"Leaderboard: {out} (4 runs ranked)\n")
+    assert {"## gsm8k, gemma_7b", "torch 2.13.0; cpu."} <= {*out.read_text(encoding="utf-8").splitlines()}
+    wrong = process([sys.executable, "-m", "analysis.leaderboard", f"runs={root}", "into=x"], tmp_path)
+    assert (wrong.code, wrong.err) == (1, "error: into: no such key; expected runs, out\n")
 
 
 def test_runs_without_dense_cannot_be_ranked(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 import griffin
-from analysis import critical_sparsity, latency_figures, leaderboard, quality_figures, report
+from analysis import critical_sparsity, figures, leaderboard, report
 from analysis.command_line import key_values
 from analysis.drawing import Styles
 from analysis.flocking_figures import flocking
@@ -122,7 +122,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 def test_development_tells_of_every_module() -> None:
     table = (REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8").split("## Finding one's way")[1]
     named = {*re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", table)}
-    folders = ("griffin", "pipelines", "pipelines/tasks", "pipelines/sweeps", "analysis")
+    folders = ("griffin", "pipelines", "pipelines/tasks", "analysis")
     modules = {path.name for folder in folders for path in (REPOSITORY / folder).glob("*.py")}
     assert named == modules - {"__init__.py"}
 
@@ -152,11 +152,10 @@ def test_arguments_of_the_benchmark_are_understood() -> None:
 def test_what_the_report_suggests_is_understood() -> None:
     runs, styles = frame([]), Styles([])
     groups = [
-        *(make(runs, styles) for make in (quality_figures.against_sparsity, quality_figures.against_speed)),
-        *(make(runs, styles) for make in (quality_figures.by_length, quality_figures.predicted_speed)),
-        critical_sparsity.against_bytes([], styles),
-        latency_figures.bars(runs, styles),
-        flocking(Runs([], []), {}),
+        *(make(runs, styles) for make in (figures.against_sparsity, figures.against_speed, figures.by_length)),
+        *(make(runs, styles) for make in (figures.predicted_speed, figures.latency)),
+        critical_sparsity.against_bytes({}, styles),
+        flocking(Runs([], [])),
     ]
     for group in groups:
         _, module, *words = shlex.split(group.command.replace("MODEL", "smollm2_135m"))[1:]
@@ -177,10 +176,8 @@ def test_what_names_the_version_names_this_one() -> None:
     changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     cited = README.read_text(encoding="utf-8")
     assert citation["version"] == griffin.__version__
-    assert re.findall(r"^## ([\d.]+), (\S+)$", changes, re.MULTILINE)[0] == (
-        griffin.__version__,
-        str(citation["date-released"]),
-    )
+    newest = f"{griffin.__version__}, {citation['date-released']}"
+    assert re.findall(r"^## ([\d.]+, \S+)$", changes, re.MULTILINE)[0] == newest
     assert f"version = {{{griffin.__version__}}}" in cited
     assert citation["title"] == project["description"]
     assert project["description"] in " ".join(cited.split())

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,17 +24,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from griffin import (
-    DENSE,
-    MOST_DRAFTED,
-    RECIPE,
-    Engine,
-    Method,
-    as_method,
-    compiled_call,
-    find_feedforward_blocks,
-    traffic,
-)
+import griffin
+from griffin import DENSE, MOST_DRAFTED, RECIPE, Engine, Method, as_method, compiled_call, traffic
 from pipelines.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, peak_memory, timed
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -101,21 +93,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except torch.OutOfMemoryError:
             print(f"{shape}: does not fit into memory, left out", flush=True)
             continue
-        for rows in options.rows:
-            for prompt, new in [(prompt, new) for prompt in options.prompt for new in options.new]:
-                found = cases(options.draft_tokens, rows)
-                try:
-                    engine = Engine(model, compiler=compiled_call if compiled else None)
-                    _measure(engine, found, (rows, prompt, new), options.repeats)
-                except torch.OutOfMemoryError:
-                    print(f"{shape}, {rows} rows, {prompt} + {new} tokens: out of memory, left out", flush=True)
-                    torch.cuda.empty_cache()
-                    continue
-                lines += _lines(model, shape, found, (rows, prompt, new), options.acceptance, bandwidth)
+        for size in product(options.rows, options.prompt, options.new):
+            found = cases(options.draft_tokens, rows=size[0])
+            try:
+                engine = Engine(model, compiler=compiled_call if compiled else None)
+                _measure(engine, found, size, options.repeats)
+            except torch.OutOfMemoryError:
+                print("{}, {} rows, {} + {} tokens: out of memory, left out".format(shape, *size), flush=True)
+                torch.cuda.empty_cache()
+                continue
+            lines += _lines(model, shape, found, size, options.acceptance, bandwidth)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    _print_table(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print(EXPLAINED.format(acceptance=options.acceptance, tokens=options.draft_tokens))
 
 
@@ -131,8 +124,8 @@ Random weights accept no drafts, so verified decoding is what a round took, {tok
 that it gives where {acceptance:.0%} of drafts are accepted."""
 
 
-def _measure(engine: Engine, found: list[Case], shape: tuple[int, int, int], repeats: int) -> None:
-    rows, prompt, new = shape
+def _measure(engine: Engine, found: list[Case], size: tuple[int, int, int], repeats: int) -> None:
+    rows, prompt, new = size
     numbers = torch.Generator().manual_seed(0)
     vocabulary = engine.model.get_input_embeddings().num_embeddings
     # Two rounds of warming up: in the first one the buffers still grow, and captured graphs are for fixed addresses.
@@ -160,7 +153,7 @@ def _lines(
 ) -> list[tuple[str, ...]]:
     rows, prompt, new = size
     dense, *_ = found
-    widths = [block.width for block in find_feedforward_blocks(model)]
+    widths = [block.width for block in griffin.find_feedforward_blocks(model)]
     prefill, step = dense.median("prefill"), dense.median("decode") / new
     lines: list[tuple[str, ...]] = []
     for case in found:
@@ -172,36 +165,21 @@ def _lines(
             seconds, read = taken / emitted, (drafted * read + bytes_read.dense) / emitted
         overhead = max(case.median(*PARTS[:3]) - prefill, 0.0)
         limit, total = bytes_read.dense / read, (prefill + new * step) / (prefill + overhead + new * seconds)
-        ratios = (
-            ("", "", "")
-            if case is dense
-            else (f"{step / seconds:.2f}", f"{limit:.2f}", f"{step / seconds / limit:.2f}")
-        )
-        paper = PAPER.get(shape) if case.name.startswith("griffin") else None
-        lines.append(
-            (
-                *(shape, str(rows), f"{prompt} + {new}", case.name, f"{1e3 * seconds:.2f}", *ratios),
-                f"{read / seconds / bandwidth:.2f}",
-                *(("", "") if case is dense else (f"{overhead / prefill:.2f}", f"{total:.2f}")),
-                *(f"{paper:.2f}" if paper else "", f"{case.warm_up:.0f}", f"{case.peak / 1e9:.1f}"),
-            )
-        )
+        ratios = [step / seconds, limit, step / seconds / limit, read / seconds / bandwidth, overhead / prefill, total]
+        # Of the dense model, only the share of the bandwidth says something.
+        told = ["" if case is dense and column != 3 else f"{ratio:.2f}" for column, ratio in enumerate(ratios)]
+        paper = f"{PAPER[shape]:.2f}" if shape in PAPER and case.name.startswith("griffin") else ""
+        told += [paper, f"{case.warm_up:.0f}", f"{case.peak / 1e9:.1f}"]
+        lines.append((shape, str(rows), f"{prompt} + {new}", case.name, f"{1e3 * seconds:.2f}", *told))
     return lines
 
 
 def _model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = AutoConfig.for_model(**SHAPES[shape])
     torch.manual_seed(0)
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
-
-
-def _print_table(lines: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,16 @@ def main() -> None:
     """Run the command and print the table."""
     sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
     whole = model(torch.device("cpu"), **sizes, num_key_value_heads=2, num_hidden_layers=LAYERS)
-    _label(views.View, "__call__", "forward")
-    _label(draft.DraftModel, "draft", "draft")
-    _label(draft.DraftModel, "learn", "learn")
-    _label(verification, "_round", "round")
+    owners = {"forward": (views.View, "__call__"), "round": (verification, "_round")}
+    for label, (owner, name) in (owners | {part: (draft.DraftModel, part) for part in ("draft", "learn")}).items():
+        setattr(owner, name, record_function(label)(getattr(owner, name)))
     ids = torch.tensor([prompt(200)])
     # A small sparsity, so that a model of random weights accepts some drafts and there is something to learn.
     with griffin.prune(whole, "exact", sparsity=0.1, draft_tokens=4) as pruner:
         whole.generate(ids, max_new_tokens=8, do_sample=False)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             whole.generate(ids, max_new_tokens=60, do_sample=False)
-    counts = Counter(_part(event) for event in profiled.events() if _launches(event))
+    counts = Counter(part for event in profiled.events() for part in _parts(event))
     (drafts,) = pruner.drafts
     print(f"{LAYERS} layers, {drafts.checks} rounds, {drafts.drafted} draft tokens, {drafts.accepted} accepted")
     for part, number in (("draft", drafts.drafted), ("check", drafts.checks), ("learn", drafts.checks)):
@@ -54,37 +52,20 @@ def main() -> None:
         print(f"{part}: {inside:.0f} launches in the forward call, {outside:.1f} outside of it")
 
 
-def _label(owner: Any, name: str, label: str) -> None:
-    function: Callable[..., Any] = getattr(owner, name)
-
-    def labelled(*args: Any, **options: Any) -> Any:
-        with record_function(label):
-            return function(*args, **options)
-
-    setattr(owner, name, labelled)
+def _operation(event: Any) -> bool:
+    return event.name.startswith("aten::") and event.name.removeprefix("aten::") not in VIEWS
 
 
-def _launches(event: Any) -> bool:
-    """Whether an event of a round is an operation that has no smaller ones."""
-    inner = any(_operation(child.name) for child in event.cpu_children)
-    return _operation(event.name) and not inner and "round" in _around(event)
-
-
-def _operation(name: str) -> bool:
-    return name.startswith("aten::") and name.removeprefix("aten::") not in VIEWS
-
-
-def _around(event: Any) -> set[str]:
-    names = set()
+def _parts(event: Any) -> set[tuple[str, bool]]:
+    """Of an operation of a round that has no smaller ones: its part, and whether it is in the forward call."""
+    if not _operation(event) or any(map(_operation, event.cpu_children)):
+        return set()
+    around = set()
     while event is not None:
-        names.add(event.name)
+        around.add(event.name)
         event = event.cpu_parent
-    return names
-
-
-def _part(event: Any) -> tuple[str, bool]:
-    around = _around(event)
-    return ("draft" if "draft" in around else "learn" if "learn" in around else "check"), "forward" in around
+    part = "draft" if "draft" in around else "learn" if "learn" in around else "check"
+    return {(part, "forward" in around)} if "round" in around else set()
 
 
 if __name__ == "__main__":

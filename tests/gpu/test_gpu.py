@@ -11,7 +11,6 @@ import torch
 from small import model, prompt
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from transformers import PreTrainedModel
 
 import griffin
 from griffin import DENSE, EXACT, RECIPE, Engine, Generation, Method, Row, begin, compiled_call, decode, prefill, wanted
@@ -29,9 +28,7 @@ LIMIT = 24
 pytestmark = pytest.mark.gpu
 
 
-def generated(
-    engine: Engine, ids: Sequence[int], method: Method, forced: Sequence[int] = ()
-) -> tuple[list[int], Tensor]:
+def generated(engine: Engine, ids: list[int], method: Method, forced: Sequence[int] = ()) -> tuple[list[int], Tensor]:
     """The new tokens of a prompt, greedy or as they are given, and the logits that they were picked from."""
     seen: list[Tensor] = []
 
@@ -50,9 +47,6 @@ def generated(
 def distance(one: Tensor, other: Tensor) -> float:
     """The largest difference, relative to the largest of the second."""
     return float((one.float() - other.float()).abs().max() / other.float().abs().max())
-
-
-# -- exactness --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -79,10 +73,9 @@ def test_compact_equals_masked(device: torch.device, dtype: torch.dtype, method:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_chooses_nearly_what_single_precision_does(device: torch.device, dtype: torch.dtype) -> None:
-    single, half = model(device), model(device, dtype)
     chosen = []
-    for one in (single, half):
-        engine = Engine(one)
+    for precision in (torch.float32, dtype):
+        engine = Engine(model(device, precision))
         (row,) = begin(engine, prefill(engine, [prompt(40)], wanted([GRIFFIN])), GRIFFIN)
         assert row.experts is not None
         chosen.append([set(neurons_K.tolist()) for neurons_K in row.experts.neurons])
@@ -98,14 +91,10 @@ def test_verified_text_is_the_dense_models(device: torch.device, compiler: Compi
     engine = Engine(whole, mode="compact", compiler=compiler)
     for _ in range(3 if compiler else 1):  # compiled, warmed up, captured
         verified, _ = generated(engine, prompt(40), VERIFIED)
-        for place, (one, other) in enumerate(zip(verified, dense, strict=True)):
-            if one != other:  # only where the dense model has a tie, behind which texts may differ
-                best = logits_NV[place].topk(2).values
-                assert best[0] - best[1] < 1e-3
-                break
-
-
-# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+        differs = [place for place, pair in enumerate(zip(verified, dense, strict=True)) if len({*pair}) > 1]
+        for place in differs[:1]:  # only where the dense model has a tie, behind which texts may differ
+            best = logits_NV[place].topk(2).values
+            assert best[0] - best[1] < 1e-3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -124,9 +113,6 @@ def test_captured_equals_eager(device: torch.device, dtype: torch.dtype) -> None
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == len(METHODS)
     assert counters["inductor"]["cudagraph_skips"] == 0, "on a GPU every graph is captured"
-
-
-# -- devices and memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda
@@ -189,8 +175,7 @@ def used(device: torch.device) -> int:
 
 @pytest.mark.parametrize("method", [*METHODS.values(), VERIFIED], ids=[*METHODS, "verified"])
 def test_memory_is_the_same_after_a_hundred_prompts(device: torch.device, method: Method) -> None:
-    whole: PreTrainedModel = model(device)
-    engine = Engine(whole, mode="compact")
+    engine = Engine(model(device), mode="compact")
 
     def run(count: int) -> int:
         for seed in range(count):

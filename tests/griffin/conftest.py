@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from families import fresh
+from engines import uncompiled
+from families import WAYS, fresh
 from transformers import PreTrainedModel
 
 import griffin
@@ -19,6 +21,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=griffin.MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    """Of computing with experts."""
+    return str(request.param)
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def way(request: pytest.FixtureRequest) -> Any:
+    """Options of `griffin.prune`: how experts are put to work."""
+    return request.param
+
+
+@pytest.fixture(params=[None, uncompiled])
+def compiler(request: pytest.FixtureRequest) -> Any:
+    """Of engines: none, or what has them decode as they do where they compile."""
+    return request.param
 
 
 @pytest.fixture

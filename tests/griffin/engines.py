@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import reference
 import torch
-from families import tiny
+from families import REFRESHED, tiny
 from running import TOLERANCE, difference
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,18 +50,6 @@ def uncompiled(module: Any) -> Any:
     return module
 
 
-class Picked:
-    """Keeps the logits that each token was picked from."""
-
-    def __init__(self) -> None:
-        self.logits: dict[Row, list[Tensor]] = {}
-
-    def __call__(self, rows: Sequence[Row], drafted: Any, logits_BV: Tensor) -> Tensor:
-        for row, logits_V in zip(rows, logits_BV, strict=True):
-            self.logits.setdefault(row, []).append(logits_V.clone())
-        return logits_BV
-
-
 def generated(
     engine: Engine,
     rows: Iterable[Row],
@@ -71,26 +60,21 @@ def generated(
     ended: Callable[[Row], bool] = lambda row: False,
 ) -> dict[Any, Text]:
     """By label, the tokens of each row, and the logits [N, V] that they were picked from."""
-    picked = Picked()
-    texts = griffin.decode(engine, rows, Generation(limit, ended, picked), batch_size=most, max_prompt_tokens=longest)
-    return {row.label: (row.tokens, torch.stack(picked.logits[row][: len(row.tokens)])) for row in texts}
+    picked: dict[Row, list[Tensor]] = defaultdict(list)
+
+    def keep(rows: Sequence[Row], drafted: Any, logits_BV: Tensor) -> Tensor:
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            picked[row].append(logits_V.clone())
+        return logits_BV
+
+    texts = griffin.decode(engine, rows, Generation(limit, ended, keep), batch_size=most, max_prompt_tokens=longest)
+    return {row.label: (row.tokens, torch.stack(picked[row][: len(row.tokens)])) for row in texts}
 
 
 def refuse_parting(found: Text, expected: Text) -> None:
     """Refuse texts that differ, or logits that differ by more than rounding. There are no ties of random weights."""
     assert found[0] == expected[0]
     assert difference(found[1], expected[1]) < TOLERANCE
-
-
-@torch.no_grad()
-def plain_logits(model: PreTrainedModel, *calls: Sequence[int], keep: int = 0) -> list[Tensor]:
-    """Per forward call of the model as it is, with its own KV cache, the logits [S, V], or the last ones to keep."""
-    cache, found = None, []
-    for call in calls:
-        output = model(torch.tensor([call]), past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        cache = output.past_key_values
-        found.append(output.logits[0])
-    return found
 
 
 @torch.no_grad()
@@ -114,6 +98,12 @@ def ridge_solution(family: str, text: list[int], length: int, kept_K: Tensor, la
     return torch.linalg.solve(gram_KK, rows_TD[:, kept_K].T @ (rows_TD[:, dropped_D] @ weights_HD[:, dropped_D].T))
 
 
+# Beside each other in one batch.
+BATCHED = [
+    *(Method(sparsity=0.0), Method(), Method("wanda", sparsity=0.75), Method("random", "sample")),
+    *(Method("magnitude", sparsity=(0.5, 0.0, 0.9)), Method("joint", compensation="ridge", budget="late")),
+    *(Method(compensation="ridge"), Method(**REFRESHED), Method("wanda", **REFRESHED)),
+]
 LIMIT = 14
 LEARNING = [("none", "none"), ("ridge", "none"), ("ridge", "compensation")]
 PERFECT = {"statistic": "wanda", "draft_vocabulary": "full"}  # in a model of which half is idle

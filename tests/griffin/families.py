@@ -1,4 +1,4 @@
-"""A tiny, randomly initialised model of every architecture family in the layout table."""
+"""A tiny, randomly initialised model of every architecture family in the layout table; prompts, and ways to prune."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 LAYERS = 3
@@ -15,34 +17,24 @@ VOCABULARY = 97
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 256}
 _LLAMA = _COMMON | _SIZES | {"intermediate_size": 80, "num_key_value_heads": 2}
-_HEADS_OF_8 = _LLAMA | {"head_dim": 8}
+SMALL = _LLAMA | {"head_dim": 8}  # what most model types understand
 _OPT = _COMMON | _SIZES | {"ffn_dim": 80, "word_embed_proj_dim": 32}
+
+_WINDOW = {"sliding_window": 8}  # shorter than the longest prompts here, so that it slides
 
 # family: (model type, config). The biases of qwen2, phi, opt, gpt2 and others are on by default.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _LLAMA | {"mlp_bias": True}),
-    "mistral": ("mistral", _LLAMA),
-    "gemma": ("gemma", _HEADS_OF_8),
-    # Shorter than the longest prompts here, so that the window slides.
-    "gemma2": ("gemma2", _HEADS_OF_8 | {"sliding_window": 8}),
-    "gemma3_text": ("gemma3_text", _HEADS_OF_8 | {"sliding_window": 8}),
-    "qwen2": ("qwen2", _LLAMA),
-    "qwen3": ("qwen3", _HEADS_OF_8),
-    "stablelm": ("stablelm", _LLAMA),
-    "olmo2": ("olmo2", _LLAMA),
-    "cohere": ("cohere", _LLAMA),
-    "granite": ("granite", _LLAMA | {"mlp_bias": True}),
-    "phi3": ("phi3", _LLAMA),
-    "glm": ("glm", _HEADS_OF_8),
+    **{name: (name, _LLAMA | {"mlp_bias": True}) for name in ("llama", "granite")},
+    **{name: (name, _LLAMA) for name in ("mistral", "qwen2", "stablelm", "olmo2", "cohere")},
+    **{name: (name, _LLAMA) for name in ("phi3", "phi", "gpt_neox", "starcoder2")},
+    **{name: (name, SMALL) for name in ("gemma", "qwen3", "glm")},
+    **{name: (name, SMALL | _WINDOW) for name in ("gemma2", "gemma3_text")},
     "opt": ("opt", _OPT),
     # As OPT 350M: norms after the blocks, and projections around the decoder.
     "opt_350m": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
-    "phi": ("phi", _LLAMA),
-    "gpt_neox": ("gpt_neox", _LLAMA),
     "falcon": ("falcon", _COMMON | _SIZES | {"ffn_hidden_size": 80, "alibi": False, "bias": True}),
     "bloom": ("bloom", _COMMON | {"hidden_size": 32, "n_layer": LAYERS, "n_head": 4}),
     "gpt2": ("gpt2", _COMMON | {"n_embd": 32, "n_inner": 80, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}),
-    "starcoder2": ("starcoder2", _LLAMA),
 }
 FAMILIES = list(_CONFIGS)
 ONE_PER_LAYOUT = ["llama", "phi3", "opt", "bloom", "gpt2"]
@@ -76,3 +68,32 @@ def fresh(family: str) -> PreTrainedModel:
 def tiny(family: str) -> PreTrainedModel:
     """The family's model, shared by all tests: pruning leaves it as it was."""
     return fresh(family)
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    """[1, S] token ids without special tokens."""
+    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+IDS = prompt(11)
+ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2), prompt(1, 3)]
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    """The same as a list."""
+    return prompt(length, seed)[0].tolist()
+
+
+def pad(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
+    """Prompts [1, S_i] as a batch: token ids and attention mask, [B, max S_i] each."""
+    ids_BS = pad_sequence([row[0] for row in rows], batch_first=True, padding_side=side)
+    return ids_BS, (ids_BS != 0).long()
+
+
+REFRESHED = {"compensation": "ridge", "refresh": "compensation"}
+VERIFIED = {"verification": "exact"}
+# How experts are put to work.
+WAYS: dict[str, dict[str, Any]] = {
+    **{"compact": {}, "masked": {"mode": "masked"}, "offloaded": {"offload_dense": True}},
+    **{"refreshed": REFRESHED, "verified": VERIFIED},
+}

@@ -6,9 +6,7 @@ of the continuation: the same by causality, since no position sees a later one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,20 +41,15 @@ PATHS = {
 }
 
 
-def module_name(family: str, layer: int) -> str:
-    """The module that holds a layer's projections."""
-    return PATHS[family].module.format(layer)
-
-
 def output_projection(model: PreTrainedModel, family: str, layer: int) -> nn.Module:
     """The projection whose input is z."""
-    return model.get_submodule(f"{module_name(family, layer)}.{PATHS[family].output}")
+    return model.get_submodule(f"{PATHS[family].module.format(layer)}.{PATHS[family].output}")
 
 
 def input_matrices(model: PreTrainedModel, family: str, layer: int) -> list[Tensor]:
     """Wg and Wu, or W1: [D, H] each, float64."""
     paths = PATHS[family]
-    modules = [model.get_submodule(f"{module_name(family, layer)}.{name}") for name in paths.inputs]
+    modules = [model.get_submodule(f"{paths.module.format(layer)}.{name}") for name in paths.inputs]
     weights = [module.weight.detach().double() for module in modules]
     if paths.transposed:
         weights = [weight.T for weight in weights]
@@ -72,22 +65,6 @@ def output_matrix(model: PreTrainedModel, family: str, layer: int) -> Tensor:
     return weight.T if PATHS[family].transposed else weight
 
 
-@contextmanager
-def _hooked(model: PreTrainedModel, family: str, hook: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """`hook(layer, z)` gives the z that the output projection sees."""
-    handles = [
-        output_projection(model, family, layer).register_forward_pre_hook(
-            lambda _, args, layer=layer: (hook(layer, args[0]),)
-        )
-        for layer in range(LAYERS)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Span(NamedTuple):
     """Positions start to stop (exclusive) run on these neurons, one list per layer."""
 
@@ -101,43 +78,37 @@ def run(model: PreTrainedModel, family: str, ids: Tensor, *spans: Span) -> tuple
     """One pass without a cache: logits [S, V], and z [S, D] of each layer, as before masking, in float64."""
     seen: list[Tensor] = []
 
-    def mask(layer: int, z: Tensor) -> Tensor:
-        z_SD = z.reshape(ids.shape[1], -1)
+    def mask(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        z_SD = args[0].reshape(ids.shape[1], -1)
         seen.append(z_SD.double())
         mask_SD = torch.ones_like(z_SD)
         for span in spans:
             mask_SD[span.start : span.stop] = 0
             mask_SD[span.start : span.stop, span.experts[layer]] = 1
-        return (z_SD * mask_SD).reshape(z.shape)
+        return ((z_SD * mask_SD).reshape(args[0].shape),)
 
-    with _hooked(model, family, mask):
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+    outputs = [output_projection(model, family, layer) for layer in range(LAYERS)]
+    handles = [output.register_forward_pre_hook(partial(mask, layer)) for layer, output in enumerate(outputs)]
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
     return logits, seen
 
 
 def score(statistic: str, z_SD: Tensor, input_matrices_DH: list[Tensor], output_matrix_HD: Tensor) -> Tensor:
     """[D]: each neuron's score by the formulas."""
-    lengths_D = (output_matrix_HD * output_matrix_HD).sum(dim=0).sqrt()
-    griffin_D = torch.zeros(z_SD.shape[1], dtype=torch.float64)
-    for z_D in z_SD * lengths_D if statistic == "oracle" else z_SD:
-        length = math.sqrt(float((z_D * z_D).sum()))
-        if length > 0:
-            griffin_D += (z_D / length) ** 2
-    griffin_D = griffin_D.sqrt()
-    if statistic in ("griffin", "oracle"):
-        return griffin_D
-    if statistic == "impact":
-        return griffin_D * lengths_D
-    if statistic == "joint":
-        return (griffin_D * griffin_D * lengths_D).sqrt()
-    if statistic == "wanda":
-        return output_matrix_HD.abs().sum(dim=0) * (z_SD * z_SD).sum(dim=0).sqrt()
-    if statistic == "magnitude":
-        product_D = torch.ones(z_SD.shape[1], dtype=torch.float64)
-        for matrix_DH in input_matrices_DH:
-            product_D *= (matrix_DH * matrix_DH).sum(dim=1).sqrt()
-        return product_D
-    raise ValueError(statistic)
+    lengths_D = output_matrix_HD.norm(dim=0)
+    z_SD = z_SD * lengths_D if statistic == "oracle" else z_SD
+    rows = [z_D / z_D.norm() for z_D in z_SD if z_D.any()]
+    griffin_D = torch.stack(rows).square().sum(dim=0).sqrt()
+    return {
+        "griffin": griffin_D,
+        "oracle": griffin_D,
+        "impact": griffin_D * lengths_D,
+        "joint": (griffin_D * griffin_D * lengths_D).sqrt(),
+        "wanda": output_matrix_HD.abs().sum(dim=0) * z_SD.norm(dim=0),
+        "magnitude": torch.stack([matrix_DH.norm(dim=1) for matrix_DH in input_matrices_DH]).prod(dim=0),
+    }[statistic]
 
 
 def score_layers(model: PreTrainedModel, family: str, statistic: str, z: list[Tensor]) -> list[Tensor]:
@@ -160,20 +131,14 @@ def best(scores_D: Tensor, sparsity: float) -> list[int]:
     return sorted(ranked[:kept])
 
 
-def experts(model: PreTrainedModel, family: str, statistic: str, ids: Tensor, sparsity: float) -> list[list[int]]:
-    """Each layer's experts for a prompt [1, S]."""
-    return [best(scores_D, sparsity) for scores_D in scores(model, family, statistic, ids)]
-
-
 def generate(
-    model: PreTrainedModel, family: str, ids: Tensor, chosen: list[list[int]] | None, tokens: int
+    model: PreTrainedModel, family: str, ids: Tensor, chosen: list[list[int]], tokens: int, *before: Span
 ) -> tuple[list[int], Tensor]:
-    """Greedy generation: new tokens, and the logits [tokens, V] that each was chosen from; None: dense."""
+    """Greedy generation: new tokens, and the logits [tokens, V] that each was chosen from, behind spans before."""
     prompt_length = ids.shape[1]
     steps = []
     for _ in range(tokens):
-        spans = [] if chosen is None else [Span(prompt_length, ids.shape[1], chosen)]
-        logits, _ = run(model, family, ids, *spans)
+        logits, _ = run(model, family, ids, *before, Span(prompt_length, ids.shape[1], chosen))
         steps.append(logits[-1])
         ids = torch.cat([ids, logits[-1].argmax().view(1, 1)], dim=1)
     return ids[0, prompt_length:].tolist(), torch.stack(steps)

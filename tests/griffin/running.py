@@ -1,13 +1,14 @@
-"""Random prompts, how the tests run a model on them, and how they compare what it gives."""
+"""How the tests run a model on prompts, and how they compare what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
-from families import VOCABULARY
+from families import prompt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,31 +19,6 @@ TOLERANCE = 1e-5
 
 # What a model has of its own while it is pruned.
 ROUTED = ("forward", "generate", "__reduce_ex__")
-
-
-def prompt(length: int, seed: int = 0) -> Tensor:
-    """[1, S] token ids without special tokens."""
-    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-IDS = prompt(11)
-ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2), prompt(1, 3)]
-
-
-def tokens(length: int, seed: int = 0) -> list[int]:
-    """The same as a list."""
-    return prompt(length, seed)[0].tolist()
-
-
-def pad(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
-    """Prompts [1, S_i] as a batch: token ids and attention mask, [B, max S_i] each."""
-    longest = max(row.shape[1] for row in rows)
-    ids_BS = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask_BS = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        where = slice(longest - row.shape[1], longest) if side == "left" else slice(0, row.shape[1])
-        ids_BS[index, where], mask_BS[index, where] = row[0], 1
-    return ids_BS, mask_BS
 
 
 def generate(model: Any, ids_BS: Tensor, mask_BS: Tensor | None = None, **options: Any) -> Any:
@@ -94,19 +70,14 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-class OutOfMemoryError(RuntimeError):
-    """What a device raises that has run out of memory."""
-
-
 @contextmanager
 def failing(model: PreTrainedModel, call: int) -> Iterator[None]:
     """The middle layer's output projection runs out of memory in its n-th call, in every view that is made here."""
-    calls = []
+    calls = count(1)
 
     def fail(*_: Any) -> None:
-        calls.append(None)
-        if len(calls) == call:
-            raise OutOfMemoryError
+        if next(calls) == call:
+            raise torch.OutOfMemoryError
 
     handle = griffin.find_feedforward_blocks(model)[1].output.register_forward_hook(fail)
     yield
@@ -114,9 +85,8 @@ def failing(model: PreTrainedModel, call: int) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(model: PreTrainedModel, ids: Tensor | None = None) -> Iterator[None]:
+def unchanged(model: PreTrainedModel) -> Iterator[None]:
     """The body leaves the model as it found it: the same objects, the same bits, the same logits."""
-    ids = prompt(9, 8) if ids is None else ids
 
     def state() -> list[Any]:
         return [
@@ -131,9 +101,9 @@ def unchanged(model: PreTrainedModel, ids: Tensor | None = None) -> Iterator[Non
 
     before, bits = state(), [parameter.detach().clone() for parameter in model.parameters()]
     with torch.no_grad():
-        dense = model(ids).logits
+        dense = model(prompt(9, 8)).logits
         yield
-        assert torch.equal(model(ids).logits, dense)
+        assert torch.equal(model(prompt(9, 8)).logits, dense)
     for found, expected in zip(state(), before, strict=True):
         assert found == expected
     assert same(model.parameters(), bits)

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 import reference
 import torch
-from families import LAYERS, MASKS, WIDTHS, tiny
-from running import ROWS, TOKENS, as_lists, difference, generate, new_tokens, pad, prompt, step_logits, text
+from families import LAYERS, MASKS, REFRESHED, ROWS, WIDTHS, pad, prompt, tiny
+from running import TOKENS, as_lists, difference, generate, new_tokens, step_logits, text
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 import griffin
-from griffin import Pruner, activations
+from griffin import activations, ridge
 
-UNEVEN = [prompt(11, 0), prompt(3, 1)]  # in chunks of five, the second row's first one is padding only
+pytestmark = pytest.mark.usefixtures("no_gradients")
 ALL = [name for name, one in griffin.STATISTICS.items() if not one.oracle]
-each_mode = pytest.mark.parametrize("mode", griffin.MODES)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"compensation": "ridge"}])
 @pytest.mark.parametrize("family", MASKS)
 def test_rows_of_a_padded_batch_are_scored_and_generate_as_they_do_alone(family: str, options: dict[str, str]) -> None:
@@ -43,12 +41,17 @@ def test_rows_of_a_padded_batch_are_scored_and_generate_as_they_do_alone(family:
     assert len({tuple(experts_K) for experts_K in experts[0].tolist()}) == (1 if static else len(ROWS))
 
 
-@torch.no_grad()
 def test_what_does_not_fit_is_refused() -> None:
-    model, ids_BS = tiny("llama"), prompt(7).expand(2, -1)
-    for options in ({}, {"compensation": "ridge", "refresh": "compensation"}):
+    model, ids_BS, dense = tiny("llama"), prompt(7).expand(2, -1), tiny("llama")(prompt(11)).past_key_values
+    for options in ({}, REFRESHED):
         with griffin.prune(model, **options), pytest.raises(ValueError, match="batch has 2 prompts"):
             text(model, ids_BS)
+    for mode in griffin.MODES:
+        with griffin.prune(model, mode=mode):
+            with pytest.raises(ValueError, match="run the prompt inside the context"):
+                model(prompt(1, 1), past_key_values=dense)
+            with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+                model(attention_mask=torch.ones(1, 3))
     with griffin.prune(model, mode="masked") as pruner:
         cache = model(ids_BS).past_key_values
         cache.batch_select_indices(torch.tensor([0]))
@@ -65,7 +68,6 @@ def test_what_does_not_fit_is_refused() -> None:
                 model(ids_BS, past_key_values=cache)
 
 
-@each_mode
 @pytest.mark.parametrize(("family", "statistic"), [("llama", "griffin"), ("bloom", "griffin"), ("llama", "wanda")])
 def test_a_batch_shares_the_aggregated_experts(family: str, statistic: str, mode: str) -> None:
     model, (ids_BS, mask_BS) = tiny(family), pad(ROWS)
@@ -83,6 +85,16 @@ def test_a_batch_shares_the_aggregated_experts(family: str, statistic: str, mode
         expected, logits = reference.generate(model, family, ids, experts, TOKENS)
         assert new_tokens(batch, ids_BS)[row] == expected
         assert difference(step_logits(batch, row), logits) < 1e-5
+
+
+def test_a_shared_correction_is_that_of_all_tokens(mode: str) -> None:
+    model, one, other = tiny("llama"), prompt(9), prompt(9, 1)
+    with griffin.prune(model, mode=mode, compensation="ridge", shared_experts=True):
+        batches = [generate(model, torch.cat(pair)) for pair in ((one, other), (other, one), (one, one))]
+        alone = generate(model, one)
+    assert difference(step_logits(batches[0], 0), step_logits(batches[1], 1)) < 2e-5
+    # Every token twice scales what is solved on both sides.
+    assert difference(step_logits(batches[2]), step_logits(alone)) < 2e-5
 
 
 SHARED: list[dict[str, str]] = [
@@ -105,22 +117,24 @@ def test_modes_agree_on_shared_experts(options: dict[str, str], early: None) -> 
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize(("statistic", "compensation"), [*((name, "ridge") for name in ALL)])
-def test_a_padded_batch_in_pieces(statistic: str, compensation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = tiny("llama"), pad(UNEVEN)
-    options: dict[str, Any] = {"statistic": statistic, "compensation": compensation}
+@pytest.mark.parametrize("statistic", ALL)
+def test_a_padded_batch_in_pieces(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that is recorded; of the rows that ridge compensation learns from, only the last ones are kept."""
+    monkeypatch.setattr(ridge, "ROWS", 4)
+    # In chunks of five, the second row's first one is padding only.
+    model, batch, whole_piece = tiny("llama"), pad([prompt(11, 0), prompt(3, 1)]), activations.PIECE
+    options: dict[str, Any] = {"statistic": statistic, "compensation": "ridge"}
     for more in ({"mode": "masked"}, {"shared_experts": True}):
         with griffin.prune(model, **options, **more) as pruner:
             whole, scores = generate(model, *batch), pruner.scores
-            for way in ("chunks", "pieces"):
-                if way == "pieces":
-                    monkeypatch.setattr(activations, "PIECE", 2 * 3 * WIDTHS["llama"])  # three positions at a time
-                found = generate(model, *batch, prefill_chunk_size=5 if way == "chunks" else None)
+            for chunk, piece in ((5, whole_piece), (1, whole_piece), (None, 2 * 3 * WIDTHS["llama"])):
+                monkeypatch.setattr(activations, "PIECE", piece)  # of three positions
+                found = generate(model, *batch, prefill_chunk_size=chunk)
                 for found_BD, expected_BD in zip(pruner.scores, scores, strict=True):
                     assert difference(found_BD, expected_BD) < 1e-5
                 for row in range(2):
                     assert difference(step_logits(found, row), step_logits(whole, row)) < 2e-5
-            monkeypatch.undo()
+            monkeypatch.setattr(activations, "PIECE", whole_piece)
 
 
 def test_what_recording_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,16 +152,6 @@ def test_what_recording_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shapes == [((length, 80), (length, 32)) for length in (*7 * [8], 4)]
 
 
-def forward_in_chunks(model: PreTrainedModel, pruner: Pruner, ids: Tensor, lengths: list[int]) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    with pruner.prefill():
-        for chunk in ids.split(lengths, dim=1):
-            model(chunk, past_key_values=cache)
-    return cache
-
-
-@torch.no_grad()
-@each_mode
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_forward_calls_in_chunks_equal_one_call(family: str, mode: str) -> None:
     model, ids, token = tiny(family), prompt(11), prompt(1, 1)
@@ -155,7 +159,10 @@ def test_forward_calls_in_chunks_equal_one_call(family: str, mode: str) -> None:
         output = model(ids)
         expected, experts = model(token, past_key_values=output.past_key_values).logits, as_lists(pruner.experts)
         for lengths in ([11], [4, 6, 1], [1, 10]):
-            cache = forward_in_chunks(model, pruner, ids, lengths)
+            cache = DynamicCache(config=model.config)
+            with pruner.prefill():
+                for chunk in ids.split(lengths, dim=1):
+                    model(chunk, past_key_values=cache)
             assert difference(model(token, past_key_values=cache).logits, expected) < 1e-5
             assert as_lists(pruner.experts) == experts
         with pruner.prefill():  # which is dense, whatever it begins with, and may be read early
@@ -166,14 +173,7 @@ def test_forward_calls_in_chunks_equal_one_call(family: str, mode: str) -> None:
             model(ids[:, :3])  # another prompt
             model(ids)
         assert as_lists(pruner.experts) == experts
-
-
-@torch.no_grad()
-def test_prefill_ends_with_its_context_even_after_an_exception() -> None:
-    model, ids, token = tiny("llama"), prompt(7), prompt(1, 1)
-    with griffin.prune(model) as pruner:
-        expected = model(token, past_key_values=model(ids).past_key_values).logits
         cache = model(ids).past_key_values
         with pytest.raises(ValueError, match="input_ids"), pruner.prefill():
             model()
-        assert torch.equal(model(token, past_key_values=cache).logits, expected)
+        assert torch.equal(model(token, past_key_values=cache).logits, expected), "it ends by an exception too"

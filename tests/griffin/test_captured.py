@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import begun, prefilled, uncompiled
-from families import build, fresh, tiny
-from running import prompt, text, tokens
+from engines import BATCHED, begun, prefilled, uncompiled
+from families import REFRESHED, SMALL, build, fresh, prompt, tiny, tokens
+from running import text
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import fake_tensor
@@ -19,9 +19,8 @@ import griffin
 from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, Row, begin, decode
 from griffin.projection import CompactProjection
 
-VERIFIED = griffin.as_method("exact", draft_tokens=3)
-METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": VERIFIED}
-each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+DRAFTED = griffin.as_method("exact", draft_tokens=3)
+METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": DRAFTED}
 each_family = pytest.mark.parametrize("family", ["llama", "gpt2"])
 LENGTHS = (5, 12, 9)
 # Of tensors without values; where CUDA is built in, no GPU is needed for them, and copies to the host are seen too.
@@ -54,51 +53,41 @@ def settings() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def continued(
-    engine: Engine, rows: Sequence[Row], longest: int = 12, limit: int = LIMIT, **how: Any
-) -> list[list[int]]:
-    """The new tokens of each row."""
+def continued(engine: Engine, rows: Sequence[Row], longest: int = 12, limit: int = LIMIT, **how: Any) -> dict[int, Any]:
+    """By label, the new tokens of rows that run together."""
     ended = decode(engine, rows, Generation(limit, **how), batch_size=len(rows), max_prompt_tokens=longest)
-    found = {row.label: row.tokens for row in ended}
-    return [found[row.label] for row in rows]
+    return {row.label: row.tokens for row in ended}
 
 
-def texts(engine: Engine, method: Method, lengths: Sequence[int] = LENGTHS, limit: int = LIMIT) -> list[list[int]]:
-    """The new tokens of prompts of these lengths, one after the other."""
-    rows = (begun(engine, tokens(length, length), method, length) for length in lengths)
-    return [text for row in rows for text in continued(engine, [row], limit=limit)]
+def texts(engine: Engine, method: Method, *lengths: int, limit: int = LIMIT) -> dict[int, Any]:
+    """The new tokens of prompts of these lengths, together."""
+    rows = [begun(engine, tokens(length, place), method, place) for place, length in enumerate(lengths)]
+    return continued(engine, rows, limit=limit)
 
 
-@each_method
+@pytest.mark.parametrize(
+    ("method", "batches"),
+    [*((method, [(5,), (12,), (9,)]) for method in METHODS.values()), (DENSE, [(5, 12), (9, 7), (8, 8)])],
+    ids=[*METHODS, "batches"],
+)
 @each_family
-def test_prompts_of_all_lengths_share_the_graphs_of_the_first_one(family: str, method: Method) -> None:
+def test_prompts_of_all_lengths_share_graphs(family: str, method: Method, batches: list[tuple[int, ...]]) -> None:
     found = []
     for compiler in (graphs := Graphs(), None):
         engine = Engine(tiny(family), compiler=compiler)
-        for length in LENGTHS:
-            found += texts(engine, method, [length])
+        for lengths in batches:
+            found.append(texts(engine, method, *lengths))
             # The recipe's refreshes are not compiled. Verified: drafts, and checks.
             assert graphs.count == (2 if method.verified else 1)
     assert found[:3] == found[3:]
 
 
-def test_batches_of_all_lengths_share_one_graph() -> None:
-    found = []
-    for compiler in (graphs := Graphs(), None):
-        engine = Engine(tiny("llama"), compiler=compiler)
-        for lengths in ((5, 12), (9, 7), (8, 8)):
-            rows = [begun(engine, tokens(length, place), DENSE, place) for place, length in enumerate(lengths)]
-            found.append(continued(engine, rows))
-    assert found[:3] == found[3:]
-    assert graphs.count == 1
-
-
 def test_every_sparsity_keeps_its_graph() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
-    engine = Engine(build("llama", **sizes, vocab_size=97), compiler=(graphs := Graphs()))
+    small = build("llama", **SMALL | {"intermediate_size": 36, "num_hidden_layers": 1})
+    engine = Engine(small, compiler=(graphs := Graphs()))
     for _ in range(2):
         for number in range(9):  # more of them than torch allows variants by default
-            texts(engine, Method(sparsity=number / 9), LENGTHS[:1], limit=3)
+            texts(engine, Method(sparsity=number / 9), 5, limit=3)
         assert graphs.count == 9
 
 
@@ -110,7 +99,7 @@ def test_a_graph_break_and_a_changed_shape_would_tell() -> None:
     assert graphs.count == 2
     model.model.layers[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        texts(Engine(model, compiler=graphs), Method())
+        texts(Engine(model, compiler=graphs), Method(), 5)
 
 
 @pytest.mark.parametrize("method", ["griffin", "recipe", "exact"])
@@ -127,14 +116,13 @@ def test_prune_compiles(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-@pytest.mark.parametrize("compiler", [uncompiled, None])
-@each_method
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @each_family
 def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Method, compiler: Any) -> None:
     engine, found = Engine(tiny(family), compiler=compiler), []
     for length in LENGTHS:
-        texts(engine, method, [length])
-        layers = [layer for cache in [engine._cache] for layer in cache.layers]
+        texts(engine, method, length)
+        layers = engine._cache.layers
         cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
         weights = [weight for projection in engine.compact().shared for weight in projection.parameters()]
         found.append([tensor.data_ptr() for tensor in (*weights, *cached)])
@@ -174,11 +162,11 @@ def without_values(method: Method, monkeypatch: pytest.MonkeyPatch, compiler: An
             model = fresh("llama")
         engine = Engine(model, compiler=compiler)
         for state in [prefilled(engine, ids, method) for ids in prompts]:
-            assert [len(one) for one in continued(engine, begin(engine, [state], method), **how)] == [LIMIT]
+            (text,) = continued(engine, begin(engine, [state], method), **how).values()
+            assert len(text) == LIMIT
     return len(reads)
 
 
-@pytest.mark.parametrize("compiler", [uncompiled, None])
 @pytest.mark.parametrize("method", [DENSE, Method(), RECIPE], ids=["dense", "griffin", "recipe"])
 def test_the_host_waits_only_to_read_tokens(method: Method, compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = without_values(method, monkeypatch, compiler)
@@ -197,43 +185,36 @@ def test_verified_decoding_waits_once_a_round(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(griffin.verification, "on_host", of_round)
     monkeypatch.setattr(griffin.rows.Generation, "pick", lambda *_: torch.tensor([3]))  # the prompt's token is read too
     monkeypatch.setattr(griffin.draft_vocabulary.DraftView, "begin", lambda *_: None)  # and how many are likely
-    without_values(griffin.as_method(VERIFIED, draft_vocabulary="full"), monkeypatch, uncompiled)
+    without_values(griffin.as_method(DRAFTED, draft_vocabulary="full"), monkeypatch, uncompiled)
     assert rounds == 2 * [*9 * [3], 1]
 
 
 CHOOSING = [
-    *(Method(name) for name, one in STATISTICS.items() if not one.oracle),
-    *(Method("random", "sample"), Method("wanda", "topk_sample", sparsity=(0.5, 0.0, 0.75))),
-    *(Method(compensation="ridge", budget="late"), Method(compensation="ridge")),
+    *(*BATCHED, RECIPE, Method("wanda", "topk_sample", sparsity=(0.5, 0.0, 0.75)), Method("joint", **REFRESHED)),
+    *(Method(name) for name in STATISTICS if name not in ("oracle", *(one.statistic for one in BATCHED))),
     Method(sparsity=0.9, compensation="ridge"),  # fewer kept neurons than rows to learn from
 ]
 
 
 def test_neither_prompts_nor_choosing_nor_rows_of_several_methods_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(griffin.decoding, "on_host", lambda steps: [[3] * len(step_B) for step_B in steps])
-    methods = [DENSE, *CHOOSING, Method("joint", compensation="ridge", refresh="compensation"), RECIPE]
     long, short, more = tokens(12), tokens(5, 1), tokens(4)
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        engine, record = Engine(fresh("llama")), griffin.wanted(methods)
+        engine, record = Engine(fresh("llama")), griffin.wanted(CHOOSING)
         batch = griffin.prefill(engine, [long, short], record, prompt_lengths=[9, 5])
-        (longer,) = griffin.prefill(engine, [long + more], record, prefix=prefilled(engine, long, *methods))
+        (longer,) = griffin.prefill(engine, [long + more], record, prefix=prefilled(engine, long, *CHOOSING))
         assert type(longer.logits_TV).__name__ == "FakeTensor"
-        rows = [row for method in methods for row in begin(engine, [longer], method, labels=[method])]
-        rows += [row for method in methods[1:] for row in begin(engine, batch, method, labels=[0, 1])]
+        rows = [row for method in CHOOSING for row in begin(engine, [longer], method, labels=[method])]
+        rows += [row for method in CHOOSING[1:] for row in begin(engine, batch, method, labels=[0, 1])]
         ended = list(decode(engine, rows, Generation(LIMIT), batch_size=6))
     assert [len(row.tokens) for row in ended] == [LIMIT] * len(rows)
 
 
-WAITING: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda scores: scores.max().item(),
-    "tolist": lambda scores: scores.tolist(),
-    "nonzero": lambda scores: scores.nonzero(),
-    "condition": lambda scores: bool(scores.any()),
-    "mask": lambda scores: scores[scores > 0],
-}
+WAITING = [lambda scores: scores.max().item(), lambda scores: float(scores.sum()), lambda scores: scores.nonzero()]
+WAITING += [lambda scores: bool(scores.any()), lambda scores: scores[scores > 0]]
 
 
-@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
+@pytest.mark.parametrize("wait", WAITING)
 def test_a_host_that_waits_would_tell(wait: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(*arguments: Any) -> Any:
         values = arguments[-1] if isinstance(arguments[-1], Tensor) else arguments[0].recorded

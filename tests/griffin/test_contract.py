@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import reference
 import torch
-from engines import begun, plain_logits, prefilled, refuse_inexact, scored
-from families import FAMILIES, LAYERS, tiny
-from running import IDS, ROUTED, as_lists, difference, generate, new_tokens, same, step_logits, text, tokens, unchanged
+from engines import begun, prefilled, refuse_inexact, scored
+from families import FAMILIES, IDS, LAYERS, WAYS, tiny, tokens
+from running import ROUTED, as_lists, difference, generate, new_tokens, same, step_logits, text, unchanged
 from transformers import DynamicCache
 
 import griffin
-from griffin import EXACT, RECIPE, Engine, Method, prefill, refresh, wanted
+from griffin import EXACT, RECIPE, Engine, Method, prefill, wanted
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -26,9 +26,8 @@ RICH = Method("joint", sparsity=(0.0, 0.9, 0.3), compensation="ridge")
 def test_a_prompt_runs_as_in_the_plain_model_to_the_bit(family: str) -> None:
     model, ids = tiny(family), tokens(13)
     state = prefilled(Engine(model), ids, RICH, keep_logits=13)
-    assert torch.equal(state.logits_TV, plain_logits(model, ids)[0])
     plain = DynamicCache()  # without sliding windows, as ours
-    model(torch.tensor([ids]), past_key_values=plain)
+    assert torch.equal(state.logits_TV, model(torch.tensor([ids]), past_key_values=plain).logits[0])
     assert state.cache is not None
     for ours, theirs in zip(state.cache.layers, plain.layers, strict=True):
         assert same((ours.keys[:1, :, :13], ours.values[:1, :, :13]), (theirs.keys, theirs.values))
@@ -62,7 +61,6 @@ def test_prompts_are_dense_and_what_follows_runs_on_their_experts(family: str) -
         assert difference(found.logits[1], dense.logits[1]) > 1e-3, "its input is the dense one's still"
 
 
-@pytest.mark.parametrize("mode", griffin.MODES)
 def test_sparsity_zero_is_the_dense_model_to_the_bit(family: str, mode: str) -> None:
     dense = generate(tiny(family), IDS, max_new_tokens=10)
     with griffin.prune(tiny(family), replace(RECIPE, sparsity=0.0, budget="uniform"), mode=mode):
@@ -72,9 +70,8 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(family: str, mode: str) -> 
 
 
 @torch.no_grad()
-def test_a_refresh_is_dense_and_compact_is_masked(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_is_dense_and_compact_is_masked(family: str, early: None) -> None:
     """Its own logits are dense, and so is all that comes before it; what comes between is not."""
-    monkeypatch.setattr(refresh, "_FIRST", 2)
     model, following, found = tiny(family), tokens(7, 1), {}
     dense = model(torch.tensor([[*tokens(11), *following]])).logits[0, 11:]
     for mode in griffin.MODES:
@@ -85,8 +82,7 @@ def test_a_refresh_is_dense_and_compact_is_masked(family: str, monkeypatch: pyte
     assert difference(found["compact"], found["masked"]) < 2e-5
 
 
-def test_verified_texts_are_the_dense_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh, "_FIRST", 2)
+def test_verified_texts_are_the_dense_models(family: str, early: None) -> None:
     with griffin.prune(tiny(family), EXACT, draft_tokens=4) as pruner:
         found = text(tiny(family), IDS, max_new_tokens=14)[0, 11:].tolist()
     assert len(found) == 14
@@ -94,15 +90,12 @@ def test_verified_texts_are_the_dense_models(family: str, monkeypatch: pytest.Mo
     refuse_inexact(tiny(family), tokens(11), found)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"mode": "masked"}, {"offload_dense": True}, {"verification": "exact"}], ids=str
-)
-def test_the_model_is_never_touched(family: str, options: dict[str, object]) -> None:
+def test_the_model_is_never_touched(family: str, way: dict[str, object]) -> None:
     """Neither when the context is left, nor within it: there only its calls are routed."""
     model = tiny(family)
     with unchanged(model):
         before = [vars(module).copy() for module in model.modules()]
-        with griffin.prune(model, RECIPE, **options):
+        with griffin.prune(model, "griffin" if way == WAYS["compact"] else RECIPE, **way):
             text(model, IDS, max_new_tokens=10)
             for module, then in zip(model.modules(), before, strict=True):
                 now = {name: value for name, value in vars(module).items() if name not in ROUTED}

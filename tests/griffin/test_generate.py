@@ -7,68 +7,49 @@ from typing import Any
 import pytest
 import reference
 import torch
-from families import LAYERS, fresh, tiny
+from families import IDS, LAYERS, REFRESHED, ROWS, VERIFIED, fresh, pad, prompt, tiny
 from reference import Span
-from running import IDS, ROWS, TOKENS, as_lists, difference, generate, new_tokens, pad, prompt, same, text
+from running import TOKENS, as_lists, difference, generate, new_tokens, same, text
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 import griffin
 from griffin import DraftStatistics, RowStatistics, traffic
 
-VERIFIED = {"verification": "exact", "draft_tokens": 4, "draft_vocabulary": "full"}
+DRAFTED = VERIFIED | {"draft_tokens": 4, "draft_vocabulary": "full"}
 pytestmark = pytest.mark.usefixtures("no_gradients")
-each_mode = pytest.mark.parametrize("mode", griffin.MODES)
 
 
-@each_mode
-def test_generation_without_a_prompt_and_a_call_without_tokens_are_refused(mode: str) -> None:
-    model = tiny("llama")
-    cache = model(prompt(11)).past_key_values
-    with griffin.prune(model, mode=mode):
-        with pytest.raises(ValueError, match="run the prompt inside the context"):
-            model(prompt(1, 1), past_key_values=cache)
-        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
-            model(attention_mask=torch.ones(1, 3))
-
-
-@each_mode
 @pytest.mark.parametrize(
     "options", [{}, {"compensation": "ridge"}, {"selection": "sample"}, {"sparsity": [0, 0.9, 0.5]}]
 )
 def test_two_prompts_in_turn_each_continue_with_their_own_experts(options: dict[str, object], mode: str) -> None:
     model, prompts, following = tiny("llama"), [prompt(11, 0), prompt(7, 1)], [prompt(5, 2), prompt(5, 3)]
 
-    def step(caches: list[object], which: int, at: int) -> Tensor:
-        logits: Tensor = model(following[which][:, at : at + 1], past_key_values=caches[which]).logits
-        return logits
+    def step(cache: object, which: int, at: int) -> Any:
+        return model(following[which][:, at : at + 1], past_key_values=cache).logits
 
     dense = model(prompts[0]).logits
     with griffin.prune(model, mode=mode, **options) as pruner:
         for what in ("scores", "experts", "chosen"):
             with pytest.raises(RuntimeError, match="no prompt has run yet"):
                 getattr(pruner, what)
-        alone: list[list[Tensor]] = []
-        experts = []
+        alone, experts = [], []
         for which, ids in enumerate(prompts):
             cache = model(ids).past_key_values
-            alone.append([step([cache, cache], which, at) for at in range(5)])
+            alone.append([step(cache, which, at) for at in range(5)])
             experts.append(as_lists(pruner.experts))
         caches = [model(ids).past_key_values for ids in prompts]
-        found: list[list[Tensor]] = [[], []]
         for at, which in ((0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (2, 1), (3, 1), (4, 1), (3, 0), (4, 0)):
-            found[which].append(step(caches, which, at))
+            assert difference(step(caches[which], which, at), alone[which][at]) < 1e-5
             assert as_lists(pruner.experts) == experts[which]
         text(model, prompt(5, 9))  # and after a generation of another text
         for call in ((prompts[0],), (prompts[0], torch.ones_like(prompts[0]))):  # arguments may be positional
             for cached in (True, False):  # every call without a cache is dense
                 assert torch.equal(model(*call, use_cache=cached).logits, dense), "a prompt after generation"
     assert experts[0] != experts[1]
-    for ours, theirs in zip(found, alone, strict=True):
-        assert all(difference(*pair) < 1e-5 for pair in zip(ours, theirs, strict=True))
 
 
-@each_mode
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_forward_calls_go_on_after_generate_by_several_tokens_too(family: str, mode: str) -> None:
     """`generate` forgets the length of its prompt."""
@@ -84,33 +65,26 @@ def test_forward_calls_go_on_after_generate_by_several_tokens_too(family: str, m
     assert difference(torch.cat(found), reference.run(model, family, written, span)[0][-5:]) < 1e-5
 
 
-def converse(
-    model: PreTrainedModel, family: str, first: Tensor, second: Tensor
-) -> tuple[list[list[int]], list[int], Tensor]:
+def converse(model: Any, family: str, first: Tensor, second: Tensor) -> tuple[list[list[int]], list[int], Tensor]:
     """The reference of a second turn: its experts, its tokens and the first turn's answer.
 
     The last token of the answer was not forwarded yet, so it is read with the second turn.
     """
-    start = first.shape[1]
-    experts = reference.experts(model, family, "griffin", first, 0.5)
+    start, begins = first.shape[1], first.shape[1] + TOKENS - 1
+    experts = [reference.best(one, 0.5) for one in reference.scores(model, family, "griffin", first)]
     answer, _ = reference.generate(model, family, first, experts, TOKENS)
     ids = torch.cat([first, torch.tensor([answer]), second], dim=1)
-    turns = [Span(start, start + TOKENS - 1, experts)]
-    _, z = reference.run(model, family, ids, *turns)
+    turn = Span(start, begins, experts)
+    _, z = reference.run(model, family, ids, turn)
     # What the prompts wrote is scored, what was generated is not.
-    prompts = [torch.cat([z_SD[:start], z_SD[start + TOKENS - 1 :]]) for z_SD in z]
+    prompts = [torch.cat([z_SD[:start], z_SD[begins:]]) for z_SD in z]
     experts = [reference.best(one, 0.5) for one in reference.score_layers(model, family, "griffin", prompts)]
-    length, found = ids.shape[1], []
-    for _ in range(TOKENS):
-        logits, _ = reference.run(model, family, ids, *turns, Span(length, ids.shape[1], experts))
-        found.append(int(logits[-1].argmax()))
-        ids = torch.cat([ids, torch.tensor([[found[-1]]])], dim=1)
+    found, _ = reference.generate(model, family, ids, experts, TOKENS, turn)
     return experts, found, torch.tensor([answer])
 
 
 @pytest.mark.parametrize("new_only", [False, True])
 @pytest.mark.parametrize("chunk", [None, 2])
-@each_mode
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_conversation_goes_on(family: str, mode: str, chunk: int | None, new_only: bool) -> None:
     model, first, second = tiny(family), prompt(9), prompt(4, 1)
@@ -126,7 +100,6 @@ def test_a_conversation_goes_on(family: str, mode: str, chunk: int | None, new_o
     assert new_tokens(found, ids) == [expected]
 
 
-@each_mode
 def test_a_cache_filled_before_pruning_or_by_another_prompt_begins_a_prompt(mode: str) -> None:
     model, ids = tiny("llama"), prompt(11)
     _, z = reference.run(model, "llama", ids)
@@ -148,8 +121,8 @@ def test_a_cache_filled_before_pruning_or_by_another_prompt_begins_a_prompt(mode
 STEPS = 11
 # Method, dense steps of a text; verified texts have as many as there are checks.
 TAKEN: list[tuple[dict[str, Any], int]] = [
-    *(({"sparsity": 0.0}, STEPS), ({}, 0), ({"mode": "masked"}, 0), (VERIFIED, 0)),
-    ({"mode": "masked", "compensation": "ridge", "refresh": "compensation"}, 1),
+    *(({"sparsity": 0.0}, STEPS), ({}, 0), ({"mode": "masked"}, 0), (DRAFTED, 0)),
+    (REFRESHED | {"mode": "masked"}, 1),
 ]
 
 
@@ -158,10 +131,10 @@ def test_stats_say_what_each_text_of_the_last_call_took(options: dict[str, Any],
     model, read = tiny("llama"), traffic(tiny("llama"), [40] * LAYERS)
     with griffin.prune(model, **options) as pruner:
         assert pruner.stats == pruner.drafts == []
-        for batch in ((ROWS[0],), pad(ROWS)) if "mode" in options or options == VERIFIED else ((ROWS[0],),):
+        for batch in ((ROWS[0],), pad(ROWS)) if "mode" in options or options == DRAFTED else ((ROWS[0],),):
             text(model, *batch, max_new_tokens=STEPS + 1)
             assert len(pruner.stats) == len(pruner.chosen) == len(batch[0])
-            assert len(pruner.drafts) == (len(batch[0]) if options == VERIFIED else 0)
+            assert len(pruner.drafts) == (len(batch[0]) if options == DRAFTED else 0)
     for place, row in enumerate(pruner.stats):
         drafts = pruner.drafts[place] if pruner.drafts else DraftStatistics(dense, STEPS - dense, emitted=STEPS)
         assert drafts.emitted == STEPS
@@ -173,18 +146,11 @@ def test_stats_say_what_each_text_of_the_last_call_took(options: dict[str, Any],
     assert RowStatistics(1, 0, 0, 0, 0.0).effective_density == 1.0, "nothing was decoded"
 
 
-SEARCHES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beam search": {"num_beams": 3},
-    "several beams": {"num_beams": 3, "num_return_sequences": 3},
-    "beam sampling": {"num_beams": 3, "do_sample": True},
-}
+BEAMS = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}]
+SAMPLED = [{"do_sample": True} | more for more in ({}, {"num_return_sequences": 3}, {"num_beams": 3})]
 STATIC = {"cache_implementation": "static"}
 
 
-@each_mode
 def test_a_prompt_is_found_under_every_name_and_as_embeddings(mode: str) -> None:
     model, options = tiny("llama"), {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
     with griffin.prune(model, mode=mode) as pruner:
@@ -196,9 +162,7 @@ def test_a_prompt_is_found_under_every_name_and_as_embeddings(mode: str) -> None
         assert as_lists(pruner.experts) == experts
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
-@each_mode
 def test_a_static_cache_gives_what_the_default_one_gives(mode: str, options: dict[str, Any]) -> None:
     model, token, cache = tiny("llama"), prompt(1, 1), StaticCache(tiny("llama").config, max_cache_len=32)
     with griffin.prune(model, mode=mode) as pruner:
@@ -217,7 +181,7 @@ def search(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None = None
     return new_tokens(generate(model, ids_BS, mask_BS, **options), ids_BS)
 
 
-@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize("options", [*BEAMS, *SAMPLED], ids=str)
 def test_compact_and_masked_generate_the_same_from_the_prompts_experts(options: dict[str, Any]) -> None:
     model, found = tiny("llama"), []
     for mode in griffin.MODES:
@@ -231,24 +195,20 @@ def test_compact_and_masked_generate_the_same_from_the_prompts_experts(options: 
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["greedy", "beam search", "several beams"])
-def test_beams_of_a_batch_are_those_of_its_rows_alone(name: str) -> None:
-    model, options = tiny("llama"), SEARCHES[name]
+@pytest.mark.parametrize("options", BEAMS, ids=str)
+def test_beams_of_a_batch_are_those_of_its_rows_alone(options: dict[str, Any]) -> None:
+    model = tiny("llama")
     with griffin.prune(model, mode="masked"):
         batch = search(model, *pad(ROWS), **options)
         assert batch == [row for ids in ROWS for row in search(model, ids, **options)]
         assert search(model, *pad(ROWS), **options, **STATIC) == batch
 
 
-UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "group beam search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
-    "assisted": {"prompt_lookup_num_tokens": 2},
-    "guided": {"guidance_scale": 2.0},
-    "uncached": {"use_cache": False},
-    "constrained": {"force_words_ids": [[3]], "num_beams": 2},
-    "contrasting layers": {"dola_layers": "low"},
-}
+UNSUPPORTED: list[dict[str, Any]] = [
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    *({"penalty_alpha": 0.6, "top_k": 4}, {"prompt_lookup_num_tokens": 2}, {"guidance_scale": 2.0}),
+    *({"use_cache": False}, {"force_words_ids": [[3]], "num_beams": 2}, {"dola_layers": "low"}),
+]
 
 
 def refuses(model: PreTrainedModel, *args: Any, **options: Any) -> str:
@@ -261,7 +221,7 @@ def refuses(model: PreTrainedModel, *args: Any, **options: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("options", UNSUPPORTED.values(), ids=UNSUPPORTED)
+@pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
 def test_unsupported_decoding_is_refused_before_anything_runs(options: dict[str, Any]) -> None:
     config, model = GenerationConfig(max_new_tokens=3, **options), fresh("llama")
     refuses(model, max_new_tokens=3, **options)
@@ -274,7 +234,7 @@ def test_unsupported_decoding_is_refused_before_anything_runs(options: dict[str,
 def test_an_assistant_model_and_no_prompt_and_an_empty_one_are_refused() -> None:
     model = tiny("llama")
     assert "assisted_generation" in refuses(model, assistant_model=tiny("mistral"), max_new_tokens=3)
-    for options in ({}, {"compensation": "ridge", "refresh": "compensation"}, {"verification": "exact"}):
+    for options in ({}, REFRESHED, VERIFIED):
         with griffin.prune(model, **options):
             expected = text(model, IDS)
             with pytest.raises(ValueError, match="needs a prompt"):

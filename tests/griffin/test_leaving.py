@@ -5,54 +5,42 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import reference
 import torch
-from families import fresh, tiny
-from running import IDS, ROUTED, OutOfMemoryError, as_lists, difference, failing, hooks, prompt, text, unchanged
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from families import IDS, VERIFIED, fresh, prompt, tiny
+from running import ROUTED, as_lists, difference, failing, hooks, same, text, unchanged
+from transformers import AutoModelForCausalLM
 
 import griffin
 from griffin import Engine, Experts, Method, UnsupportedModelError, compact_model
 
-# How experts are put to work.
-WAYS: dict[str, dict[str, Any]] = {
-    "compact": {},
-    "masked": {"mode": "masked"},
-    "offloaded": {"offload_dense": True},
-    "refreshed": {"compensation": "ridge", "refresh": "compensation"},
-    "verified": {"verification": "exact"},
-}
-each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize("call", [1, 3])  # in the prompt, and behind it
-@each_way
 def test_an_error_in_generate_leaves_the_model_and_the_pruning_whole(way: dict[str, Any], call: int) -> None:
     model = fresh("llama")
     with griffin.prune(model, **way):
         expected = text(model, IDS)
-    with unchanged(model), failing(model, call), griffin.prune(model, **way), pytest.raises(OutOfMemoryError):
+    with unchanged(model), failing(model, call), griffin.prune(model, **way), pytest.raises(torch.OutOfMemoryError):
         text(model, prompt(7, 1), max_new_tokens=12)
     with unchanged(model), griffin.prune(model, **way):
-        with torch.no_grad(), pytest.raises(IndexError):
+        with pytest.raises(IndexError):
             model(torch.tensor([[10**6]]))  # no such token
         assert torch.equal(text(model, IDS), expected)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("mode", griffin.MODES)
 def test_a_generation_interrupted_by_leaving_the_context_is_never_dense(mode: str) -> None:
     model, tokens, pruner = tiny("llama"), prompt(2, 1), griffin.prune(tiny("llama"), mode=mode)
     with pruner:
         cache = model(IDS).past_key_values
         model(tokens[:, :1], past_key_values=cache)
         expected = model(tokens[:, 1:], past_key_values=cache).logits
-    with pruner:
-        cache = model(IDS).past_key_values
-        model(tokens[:, :1], past_key_values=cache)
+        cache.crop(-1)
     with pruner:
         assert torch.equal(model(tokens[:, 1:], past_key_values=cache).logits, expected)
 
@@ -72,12 +60,8 @@ def test_nesting_is_refused_and_two_models_are_pruned_at_once() -> None:
 def test_a_generate_and_hooks_of_the_users_own_stay() -> None:
     model, calls, seen = fresh("llama"), [], []
     original = model.generate
-
-    def generate_and_count(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        return original(*args, **kwargs)
-
-    model.generate = generate_and_count
+    model.generate = lambda *args, **options: calls.append(None) or original(*args, **options)
+    own = model.generate
     model.register_forward_pre_hook(lambda *_: seen.append("model"))
     reference.output_projection(model, "llama", 1).register_forward_pre_hook(lambda *_: seen.append("projection"))
     with unchanged(model), griffin.prune(model):
@@ -85,7 +69,7 @@ def test_a_generate_and_hooks_of_the_users_own_stay() -> None:
         text(model, IDS, max_new_tokens=2)
         assert seen == ["model", "projection"] * 2
     assert calls == [None]
-    assert vars(model).get("generate") is generate_and_count
+    assert vars(model).get("generate") is own
 
 
 def copied(model: Any, how: str, path: Any) -> Any:
@@ -101,8 +85,6 @@ def copied(model: Any, how: str, path: Any) -> Any:
     return copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
 
 
-@torch.no_grad()
-@each_way
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "save_pretrained"])
 def test_copies_made_inside_are_the_dense_model(how: str, way: dict[str, Any], tmp_path: Any) -> None:
     model = tiny("llama")
@@ -119,44 +101,25 @@ def test_copies_made_inside_are_the_dense_model(how: str, way: dict[str, Any], t
     assert not {*ROUTED} & {*vars(model)}
 
 
-class Pausing(StoppingCriteria):
-    """Stops a generation in its middle until it may go on."""
+@pytest.mark.parametrize("call", [text, lambda model, ids: model(ids).logits], ids=["generate", "forward"])
+def test_another_thread_waits_until_the_first_is_done(way: dict[str, Any], call: Any) -> None:
+    model, ids, inside, go_on = tiny("llama"), prompt(5, 1), threading.Event(), threading.Event()
 
-    def __init__(self) -> None:
-        self.inside, self.go_on = threading.Event(), threading.Event()
+    def pause(ids_BS: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        inside.set()
+        assert go_on.wait(30)
+        return torch.zeros(len(ids_BS), dtype=torch.bool)
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
-        self.inside.set()
-        assert self.go_on.wait(30)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
-@pytest.mark.parametrize("second", ["generate", "forward"])
-@each_way
-def test_another_thread_waits_until_the_first_is_done(way: dict[str, Any], second: str) -> None:
-    model, ids, found = tiny("llama"), prompt(5, 1), {}
-    with griffin.prune(model, **way), torch.no_grad():
-        expected = text(model, IDS), text(model, ids) if second == "generate" else model(ids).logits
-        pausing = Pausing()
-
-        @torch.no_grad()
-        def work(which: int) -> None:
-            if which == 0:
-                found[0] = text(model, IDS, stopping_criteria=[pausing])
-            else:
-                found[1] = text(model, ids) if second == "generate" else model(ids).logits
-
-        threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
-        threads[0].start()
-        assert pausing.inside.wait(30)
-        threads[1].start()
-        threads[1].join(0.1)
-        assert not found
-        pausing.go_on.set()
-        for thread in threads:
-            thread.join(30)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    without_gradients = {"initializer": torch.set_grad_enabled, "initargs": (False,)}
+    with griffin.prune(model, **way), ThreadPoolExecutor(**without_gradients) as threads:
+        expected = text(model, IDS), call(model, ids)
+        first = threads.submit(text, model, IDS, stopping_criteria=[pause])
+        assert inside.wait(30)
+        second = threads.submit(call, model, ids)
+        with pytest.raises(TimeoutError):
+            second.result(0.1)
+        go_on.set()
+        assert same((first.result(30), second.result(30)), expected)
 
 
 OTHER = prompt(9, 5)
@@ -170,17 +133,15 @@ def experts_of(family: str, **options: Any) -> Experts:
     return experts
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("compensation", ["none", "ridge"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_compact_checkpoint_is_an_ordinary_smaller_one(family: str, compensation: str, tmp_path: Any) -> None:
-    experts = experts_of(family, compensation=compensation)
-    engine = Engine(tiny(family))
+    model, engine, experts = tiny(family), Engine(tiny(family)), experts_of(family, compensation=compensation)
     engine.compact().load(experts)
-    compact_model(tiny(family), experts).save_pretrained(tmp_path)
+    compact_model(model, experts).save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert {block.width for block in griffin.find_feedforward_blocks(found)} == {40}
-    assert sum(one.numel() for one in found.parameters()) < sum(one.numel() for one in tiny(family).parameters())
+    assert sum(one.numel() for one in found.parameters()) < sum(one.numel() for one in model.parameters())
     assert difference(found(OTHER).logits, engine.compact().module(OTHER).logits) < 1e-6
     assert torch.equal(text(found, OTHER), text(engine.compact().module, OTHER))
 
@@ -197,22 +158,19 @@ def test_what_has_no_config_says_so(
     family: str, options: dict[str, Any], words: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(griffin.selection, "late", lambda layers: [-1.0, 0.0, 1.0])  # its own is flat in so few layers
-    experts = experts_of(family, **options)
-    pruned = compact_model(tiny(family), experts)
-    engine = Engine(tiny(family))
+    engine, experts = Engine(tiny(family)), experts_of(family, **options)
     engine.compact().load(experts)
+    pruned = compact_model(tiny(family), experts)
     assert torch.equal(text(pruned, OTHER), text(engine.compact().module, OTHER))
     with pytest.raises(UnsupportedModelError, match=words):
         pruned.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("mode", griffin.MODES)
 @pytest.mark.parametrize("compensation", griffin.COMPENSATIONS)
 def test_experts_that_were_saved_give_the_same_text(compensation: str, mode: str, tmp_path: Any) -> None:
     model, experts = tiny("llama"), experts_of("llama", compensation=compensation, sparsity=[0.5, 0.0, 0.9])
     experts.save(tmp_path / "experts.safetensors")
-    loaded = Experts.load(tmp_path / "experts.safetensors")
-    found = []
+    loaded, found = Experts.load(tmp_path / "experts.safetensors"), []
     for one in (experts, loaded):
         with griffin.prune(model, [0.5, 0.0, 0.9], mode=mode, experts=one) as pruner:
             found += [text(model, OTHER), text(model, OTHER)]
@@ -220,13 +178,11 @@ def test_experts_that_were_saved_give_the_same_text(compensation: str, mode: str
     assert all(torch.equal(one, found[0]) for one in found)
     with pytest.raises(ValueError, match="expected"):
         griffin.prune(model, 0.75, experts=loaded)
-    by_token = griffin.choose(Engine(model), [], Method("teal"))
-    assert by_token is not None
     with pytest.raises(ValueError, match="each token has experts of its own"):
-        by_token.save(tmp_path / "none")
+        griffin.choose(Engine(model), [], Method("teal")).save(tmp_path / "none")
 
 
-@pytest.mark.parametrize("options", [{"refresh": "compensation"}, {"verification": "exact"}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"refresh": "compensation"}, VERIFIED, {}], ids=str)
 def test_experts_that_are_given_learn_nothing(options: dict[str, Any]) -> None:
     model, experts = tiny("llama"), experts_of("llama", compensation="ridge")
     with griffin.prune(model, compensation="ridge", experts=experts, **options) as pruner:
@@ -240,14 +196,12 @@ def test_experts_that_are_given_learn_nothing(options: dict[str, Any]) -> None:
 def adapted(*modules: str) -> Any:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(fresh("llama"), peft.LoraConfig(target_modules=[*modules])).eval()
-    with torch.no_grad():
-        for name, one in model.named_parameters():
-            if "lora_B" in name:
-                one.normal_(std=0.3)
+    for name, one in model.named_parameters():
+        if "lora_B" in name:
+            one.normal_(std=0.3)
     return model
 
 
-@torch.no_grad()
 def test_lora_on_attention_is_pruned_and_kept() -> None:
     model, found = adapted("q_proj", "v_proj"), []
     dense = text(model, IDS, max_new_tokens=12)
@@ -260,7 +214,7 @@ def test_lora_on_attention_is_pruned_and_kept() -> None:
     assert torch.equal(found[0][0], found[1][0])
     assert not torch.equal(found[0][0], dense)
     assert difference(found[0][1], found[1][1]) < 1e-5
-    with griffin.prune(model, verification="exact"):
+    with griffin.prune(model, **VERIFIED):
         assert torch.equal(text(model, IDS, max_new_tokens=12), dense)
     assert torch.equal(text(model, IDS, max_new_tokens=12), dense)
 

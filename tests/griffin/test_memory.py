@@ -13,9 +13,9 @@ from weakref import ref
 
 import pytest
 import torch
-from engines import begun, generated, prefilled, scored, uncompiled, verified
-from families import tiny
-from running import OutOfMemoryError, failing, prompt, text, tokens
+from engines import begun, generated, prefilled, scored, verified
+from families import REFRESHED, prompt, tiny, tokens
+from running import failing, text
 from torch import Tensor, nn
 
 import griffin
@@ -23,13 +23,10 @@ from griffin import Engine, Generation, Method, Row, begin, decode
 
 pytestmark = pytest.mark.usefixtures("no_collector")
 METHODS = [
-    Method(),
-    Method(compensation="ridge"),
-    Method("joint", compensation="ridge", refresh="compensation"),
+    *(Method(), Method(compensation="ridge"), Method("joint", **REFRESHED)),
     verified(("ridge", "compensation"), draft_tokens=4),
     verified(("ridge", "compensation"), draft_tokens=4, draft_vocabulary="full"),
 ]
-each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 LIMIT = 10  # one refresh
 
 
@@ -40,7 +37,6 @@ def held() -> tuple[int, int]:
     return len(tensors), sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@pytest.mark.parametrize("compiler", [None, uncompiled])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_nothing_grows_with_the_number_of_prompts_and_what_grows_would_tell(keeps: bool, compiler: Any) -> None:
     engine, found, kept = Engine(tiny("llama"), compiler=compiler), [], []
@@ -74,12 +70,11 @@ def test_nor_with_caches_of_prompts_that_live_no_more(options: dict[str, Any]) -
 CACHE, RECORDED = 3 * 2 * 600 * 16 * 4, 3 * 300 * (80 + 32) * 4
 
 
-@each_method
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 @pytest.mark.parametrize("way", ["engine", "prune"])
 def test_while_a_text_is_generated_its_prompts_statistics_and_cache_are_gone(way: str, method: Method) -> None:
     """But for statistics that are to be refreshed, what a fit knows, and the one cache that is decoded from."""
-    model, steps, peaks = tiny("mistral"), 0, []
-    before = held()[1]
+    model, steps, peaks, before = tiny("mistral"), 0, [], held()[1]
 
     def look(*arguments: Any) -> Any:
         nonlocal steps
@@ -110,8 +105,7 @@ def test_while_a_text_is_generated_its_prompts_statistics_and_cache_are_gone(way
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method.label)
 def test_an_error_frees_everything_at_once(method: Method, most: int, call: int) -> None:
-    model, caches, failed = tiny("llama"), [], False
-    before = held()
+    model, caches, failed, before = tiny("llama"), [], False, held()
 
     def rows(engine: Engine) -> Iterator[Row]:
         for label in range(2):
@@ -123,7 +117,7 @@ def test_an_error_frees_everything_at_once(method: Method, most: int, call: int)
     with failing(model, call):
         try:
             deque(decode(engine, rows(engine), Generation(LIMIT), batch_size=most), 0)
-        except OutOfMemoryError:
+        except torch.OutOfMemoryError:
             failed = True
     assert failed
     caches.append(ref(engine))

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from engines import begun, generated
-from families import LAYERS, VOCABULARY, build, fresh
-from running import IDS, TOKENS, difference, generate, hooks, new_tokens, step_logits, text, tokens
+from families import IDS, LAYERS, REFRESHED, SMALL, VERIFIED, VOCABULARY, build, fresh, tiny, tokens
+from running import TOKENS, difference, generate, hooks, new_tokens, step_logits, text
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import griffin
 from griffin import Engine, Method, UnsupportedModelError, find_feedforward_blocks
-
-SMALL: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": None},
-}
-
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -40,47 +32,38 @@ def test_a_mixture_of_experts_is_refused_by_name(model_type: str, options: dict[
         find_feedforward_blocks(build(model_type, **(SMALL | options)))
 
 
-def linear(weight: torch.Tensor, kind: type[nn.Module] = nn.Linear) -> nn.Module:
-    """A projection with another weight."""
+def projection(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One that is no plain matrix in memory."""
     module: nn.Module = kind(32, 80) if kind is nn.Linear else kind()
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.weight = nn.Parameter(torch.zeros(80, 32, dtype=dtype), requires_grad=False)
     return module
 
 
-UNPLAIN: dict[str, Callable[[], nn.Module]] = {
-    "unknown": lambda: linear(torch.zeros(80, 32), nn.Module),
-    "weightless": nn.Identity,
-    "meta": lambda: nn.Linear(32, 80, device="meta"),
-    "int8": lambda: linear(torch.zeros(80, 32, dtype=torch.int8)),
-    "fp8": lambda: FP8Linear(32, 80),  # counts as floating point, but means nothing without the scale beside it
-    "reparametrised": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 80)),  # computed, not stored
-    "another width' has 79": lambda: nn.Linear(32, 79),
-}
+UNPLAIN = [
+    *(projection(nn.Module), nn.Identity(), projection(nn.Linear, torch.int8)),
+    *(nn.Linear(32, 80, device="meta"), nn.Linear(32, 79)),
+    type("Scaled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})(32, 80),
+    FP8Linear(32, 80),  # counts as floating point, but means nothing without the scale beside it
+    nn.utils.parametrizations.weight_norm(nn.Linear(32, 80)),  # computed, not stored
+]
+LAYER, SECOND = "model.layers.1", tiny("llama").model.layers[1].mlp
 
 
-@pytest.mark.parametrize("kind", UNPLAIN)
-def test_an_unplain_projection_is_refused_by_name(kind: str) -> None:
-    model = fresh("llama")
-    model.model.layers[1].mlp.up_proj = UNPLAIN[kind]()
-    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
+@pytest.mark.parametrize(
+    ("family", "path", "module", "words"),
+    [
+        *(("llama", f"{LAYER}.mlp.up_proj", module, r"'model\.layers\.1\.mlp\.up_proj'") for module in UNPLAIN),
+        ("opt", "model.decoder.layers.2.fc2", nn.Linear(80, 32, device="meta"), r"'model\.decoder\.layers\.2\.fc2'"),
+        ("llama", f"{LAYER}.mlp.gate_proj", None, rf"'{LAYER}'.*gate_proj \+ up_proj -> down_proj"),
+        ("llama", f"{LAYER}.second", SECOND, rf"'{LAYER}\.mlp', '{LAYER}\.second'"),
+    ],
+)
+def test_a_block_that_is_none_is_refused_by_name(family: str, path: str, module: nn.Module | None, words: str) -> None:
+    """An unplain projection, an unknown layout, and two blocks in a layer."""
+    model, (parent, _, name) = fresh(family), path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+    with pytest.raises(UnsupportedModelError, match=words):
         find_feedforward_blocks(model)
-    model = fresh("opt")
-    model.model.decoder.layers[2].fc2 = nn.Linear(80, 32, device="meta")
-    with pytest.raises(UnsupportedModelError, match=r"'model\.decoder\.layers\.2\.fc2'"):
-        find_feedforward_blocks(model)
-
-
-def test_an_unknown_layout_two_blocks_and_no_language_model_are_refused_by_name() -> None:
-    model = fresh("llama")
-    del model.model.layers[1].mlp.gate_proj
-    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1'.*gate_proj \+ up_proj -> down_proj"):
-        find_feedforward_blocks(model)
-    model = fresh("llama")
-    model.model.layers[1].second = copy.deepcopy(model.model.layers[1].mlp)
-    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1\.mlp', 'model\.layers\.1\.second'"):
-        find_feedforward_blocks(model)
-    with pytest.raises(ValueError, match="Sequential is not a transformers language model"):
-        find_feedforward_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
 _LINEAR = {
@@ -137,6 +120,8 @@ def test_a_model_without_a_kv_cache_is_refused_and_one_without_generate_left_alo
     model = build("openai-gpt", vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, pad_token_id=0)
     with pytest.raises(UnsupportedModelError, match="no KV cache"):
         griffin.prune(model)
+    with pytest.raises(UnsupportedModelError, match="Sequential is not a transformers language model"):
+        find_feedforward_blocks(nn.Sequential(nn.Linear(4, 4)))
     decoder, found = fresh("llama").model, []
     for context in (griffin.prune(decoder), contextlib.nullcontext()):
         with context:
@@ -154,7 +139,7 @@ def test_recurrent_states_are_pruned_but_never_rolled_back(model_type: str) -> N
     assert difference(found[1], dense[1]) > 1e-3
     message = rf"layer 0 of {type(model).__name__} caches a state \(\w+\) that cannot be cropped"
     with pytest.raises(UnsupportedModelError, match=message):
-        griffin.prune(model, compensation="ridge", refresh="compensation")
+        griffin.prune(model, **REFRESHED)
     for pruning in (True, False):
         with pytest.raises(UnsupportedModelError, match=message):
             griffin.prefill(Engine(model, pruning=pruning), [[5]], [])
@@ -177,5 +162,5 @@ def test_layers_that_share_keys_and_values(model_type: str, sparsity: float) -> 
     assert [found] == new_tokens(expected, IDS)
     with griffin.prune(model, method, refresh="compensation"):  # the first one would come later
         assert torch.equal(text(model, IDS), expected.sequences)
-    with griffin.prune(model, method, verification="exact") if sparsity else contextlib.nullcontext():
+    with griffin.prune(model, method, **VERIFIED) if sparsity else contextlib.nullcontext():
         assert torch.equal(text(model, IDS), dense)

@@ -3,79 +3,56 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from families import VOCABULARY, fresh, tiny
-from running import IDS, as_lists, generate, hooks, pad, prompt, same, text
+from families import IDS, REFRESHED, ROWS, VERIFIED, VOCABULARY, fresh, pad, prompt, tiny
+from running import as_lists, generate, hooks, same, text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, TextStreamer, pipeline
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
 import griffin
 
-ROWS = [prompt(11, 0), prompt(4, 1), prompt(7, 2)]
-VERIFIED: dict[str, Any] = {"verification": "exact"}
+ROWS = ROWS[:3]
 LOOPS: dict[str, dict[str, Any]] = {
-    "refreshed": {"mode": "masked", "compensation": "ridge", "refresh": "compensation"},
-    "verified": {**VERIFIED, "draft_tokens": 4, "sparsity": 0.05},
-    "verified, full vocabulary": {**VERIFIED, "draft_vocabulary": "full"},
-    "verified, learning": {**VERIFIED, "compensation": "ridge", "refresh": "compensation"},
+    "refreshed": REFRESHED | {"mode": "masked"},
+    "verified": VERIFIED | {"draft_tokens": 4, "sparsity": 0.05},
+    "verified, full vocabulary": VERIFIED | {"draft_vocabulary": "full"},
+    "verified, learning": VERIFIED | REFRESHED,
 }
 each_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 
 
-class Counting:
-    """Ends texts at a length, and counts how often it was asked."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.asked = length, 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.asked += len(input_ids)
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
-
-
-def only_even(ids_BS: Tensor, scores_BV: Tensor) -> Tensor:
-    """A logits processor of one's own."""
-    scores_BV[:, 1::2] = -torch.inf
-    return scores_BV
+def until(length: int) -> Mock:
+    """What ends texts at a length."""
+    ended = lambda ids_BS, scores, **_: torch.full((len(ids_BS),), ids_BS.shape[1] >= length)  # noqa: E731
+    return Mock(side_effect=ended)
 
 
 def by_row(row: int, ids_S: Tensor) -> list[int]:
     """The tokens that each row of a batch may go on with; the second one ends first."""
-    if row == 1 and len(ids_S) >= 14:
-        return [3]
-    return list(range(10 + 20 * row, 30 + 20 * row))
+    return [3] if row == 1 and len(ids_S) >= 14 else [*range(10 + 20 * row, 30 + 20 * row)]
 
 
-RULES: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "a penalty": {"repetition_penalty": 3.0},
-    "no repetition": {"no_repeat_ngram_size": 1},
-    "a processor": {"logits_processor": [only_even]},
-    "tokens by row": {"prefix_allowed_tokens_fn": by_row, "eos_token_id": 3},
-    "one token": {"max_new_tokens": 1},
-    "a total length": {"max_new_tokens": None, "max_length": 16},
-    "a config": {"max_new_tokens": None, "generation_config": GenerationConfig(max_new_tokens=5, top_k=3)},
-    "a static cache": {"cache_implementation": "static"},
-    "the end token of one row": {"eos_token_id": -1},
-    "an end token that comes too soon": {"eos_token_id": -1, "min_new_tokens": 5},
-    "a stopping criterion": {"stopping_criteria": [Counting(14)]},
-}
+RULES: list[dict[str, Any]] = [
+    *({}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}),
+    {"logits_processor": [lambda ids, logits_BV: logits_BV.index_fill_(1, torch.arange(1, VOCABULARY, 2), -torch.inf)]},
+    *({"max_new_tokens": 1}, {"max_new_tokens": None, "max_length": 16}, {"cache_implementation": "static"}),
+    {"max_new_tokens": None, "generation_config": GenerationConfig(max_new_tokens=5, top_k=3)},
+    *({"prefix_allowed_tokens_fn": by_row, "eos_token_id": 3}, {"stopping_criteria": [until(14)]}),
+    *({"eos_token_id": -1}, {"eos_token_id": -1, "min_new_tokens": 5}),  # the end token of one row, or too soon
+]
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", RULES, ids=" ".join)
 @each_loop
-def test_texts_are_those_of_transformers_own_loop(
-    loop: dict[str, Any], rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_are_those_of_transformers(loop: Any, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the dense model where they are verified; of the pruned one where a refresh never comes."""
     monkeypatch.setattr(griffin.refresh, "_FIRST", 8 if "verification" in loop else 99)
-    model, batch, plain = tiny("llama"), pad(ROWS), griffin.prune(tiny("llama"), mode="masked", compensation="ridge")
-    plain = griffin.prune(model, 0.0, mode="masked") if "verification" in loop else plain
-    rule = {"max_new_tokens": 12} | rule
-    with plain:
+    model, batch, rule = tiny("llama"), pad(ROWS), {"max_new_tokens": 12} | rule
+    with griffin.prune(model, 0.0 if "verification" in loop else 0.5, mode="masked", compensation="ridge"):
         if rule.get("eos_token_id") == -1:  # what the second row says third
             rule |= {"eos_token_id": int(text(model, *batch)[1, 13])}
         expected = text(model, *batch, **rule)
@@ -91,34 +68,21 @@ def test_texts_are_those_of_transformers_own_loop(
         assert (one.emitted, one.checks <= one.emitted) == (length - 1, True)
 
 
-class Listener(TextStreamer):
-    """What a streamer is told."""
-
-    def __init__(self) -> None:
-        self.heard: list[list[int]] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        self.heard.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended += 1
-
-
 @each_loop
 def test_a_criterion_is_asked_and_a_streamer_hears_once_a_token(loop: dict[str, Any]) -> None:
-    model, listener = tiny("llama"), Listener()
+    model, listener = tiny("llama"), Mock()
     for most in (1, 4, 7):
-        rule = Counting(11 + most)
+        rule = until(11 + most)
         with griffin.prune(model, **loop):
             assert text(model, IDS, stopping_criteria=[rule], max_new_tokens=12).shape[1] == 11 + most
-        assert rule.asked == most
+        assert rule.call_count == most
     with griffin.prune(model, **loop):
         sequences = text(model, IDS, max_new_tokens=12, streamer=listener)
         with pytest.raises(ValueError, match="a streamer and 3 prompts: expected one prompt"):
             text(model, *pad(ROWS), streamer=listener)
-    assert listener.heard[:13] == [IDS[0].tolist(), *([token] for token in sequences[0, 11:].tolist())]
-    assert listener.ended == 1
+    heard = [call.args[0].flatten().tolist() for call in listener.put.call_args_list]
+    assert heard[:13] == [IDS[0].tolist(), *([token] for token in sequences[0, 11:].tolist())]
+    listener.end.assert_called_once()
 
 
 def test_the_seed_decides_what_is_sampled_and_dense_words_only_are() -> None:
@@ -204,9 +168,7 @@ def turns(model: Any, batch: list[Tensor], new_only: bool, **cache: Any) -> list
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("loop", ["verified, full vocabulary", "verified, learning"])
-def test_a_verified_conversation_is_the_dense_one(
-    family: str, static: bool, rows: int, new_only: bool, loop: str
-) -> None:
+def test_a_verified_conversation_is_dense(family: str, static: bool, rows: int, new_only: bool, loop: str) -> None:
     """A left-padded one too; the last token of a turn has not run, and is read with the next turn."""
     model = tiny(family)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from engines import begun, chosen, prefilled, scored
-from families import FAMILIES, LAYERS, fresh, tiny
-from running import difference, generate, prompt, text, tokens
+from families import FAMILIES, LAYERS, fresh, prompt, tiny, tokens
+from running import difference, generate, text
 from torch import Tensor, nn
 
 import griffin

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from engines import LEARNING, LIMIT, PERFECT, begun, chosen, decoded, prefilled, refuse_inexact, uncompiled, verified
-from families import LAYERS, VOCABULARY, build, tiny
-from running import difference, tokens
+from families import LAYERS, VOCABULARY, build, tiny, tokens
+from running import difference
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,31 +20,27 @@ from griffin import Engine, Generation, Method, Row, decode, traffic, verificati
 from griffin.draft import DraftTokens
 from griffin.verification import accept
 
-DRAFTING = [(number, vocabulary) for number in (1, 4, 16, "auto") for vocabulary in ("full", "prompt")]
-pytestmark = pytest.mark.usefixtures("early")
-each_learning = pytest.mark.parametrize("learning", LEARNING, ids=" ".join)
+DRAFTING: list[dict[str, Any]] = [
+    *({"draft_vocabulary": name, "draft_tokens": most} for most in (1, 4, 16, "auto") for name in ("full", "prompt")),
+    # It may keep one neuron or all of a layer.
+    *({"sparsity": sparsity} for sparsity in ((0.9, 0.0, 0.5), (0.0, 0.0, 0.0125), 0.999, 0.0125)),
+]
+pytestmark = pytest.mark.usefixtures("early", "no_gradients")
 
 
-@each_learning
+@pytest.mark.parametrize("learning", LEARNING, ids=" ".join)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_text_is_the_dense_models_however_it_drafts(family: str, learning: tuple[str, str]) -> None:
     for ids, look_up in ((tokens(11), False), (tokens(6) * 3, True)):
         found = []
-        for number, vocabulary in DRAFTING:
-            engine, options = Engine(tiny(family)), {"draft_tokens": number, "draft_vocabulary": vocabulary}
+        for options in DRAFTING:
+            engine = Engine(tiny(family))
             row = begun(engine, ids, verified(learning, prompt_lookup=look_up, **options))
             assert len(decoded(engine, row)) == LIMIT
             refuse_inexact(engine.model, ids, row.tokens)
             found.append(row.drafts)
         assert 0 < sum(drafts.accepted for drafts in found) <= sum(drafts.drafted for drafts in found)
         assert look_up or found[0].drafted < found[2].drafted < found[4].drafted, "the more at a time, the more"
-
-
-@pytest.mark.parametrize("sparsity", [(0.9, 0.0, 0.5), (0.0, 0.0, 0.0125), 0.999, 0.0125])
-@each_learning
-def test_the_draft_may_keep_one_neuron_or_all_of_a_layer(learning: tuple[str, str], sparsity: Any) -> None:
-    engine, ids = Engine(tiny("llama")), tokens(11)
-    refuse_inexact(engine.model, ids, decoded(engine, begun(engine, ids, verified(learning, sparsity=sparsity))))
 
 
 @pytest.mark.parametrize("mode", [*griffin.MODES, "static"])
@@ -117,7 +113,6 @@ def test_verified_rows_beside_others(most: int) -> None:
         refuse_inexact(tiny("llama"), tokens(5 + number, number), together[number])
 
 
-@torch.no_grad()
 def test_verified_by_a_threshold_a_row_may_leave_the_dense_text() -> None:
     model, ids, kept = tiny("llama"), tokens(11), []
     for threshold in (0.999, 1e-6):
@@ -131,23 +126,19 @@ def test_verified_by_a_threshold_a_row_may_leave_the_dense_text() -> None:
     assert kept[0] < kept[1]
 
 
-Draw = Callable[[Row, Tensor], Tensor]
 P = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.3, 0.6, 0.1]]
 
 
-def drawing(seed: int) -> Draw:
+def drawing(seed: int) -> Callable[[Row, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda row, p_N: torch.multinomial(p_N, 1, generator=generator)
 
 
-def drafts(tokens: Sequence[int], *distributions: Tensor) -> DraftTokens:
-    return DraftTokens([torch.tensor([token]) for token in tokens], [], list(distributions))
-
-
 def accepted(
-    made: DraftTokens, p_TV: Tensor, method: Method, draw: Draw | None = None, rule: Any = accept
+    drafted: Sequence[int], p_TV: Tensor, method: Method, draw: Any = None, q: Any = (), rule: Any = accept
 ) -> tuple[int, int]:
-    """How many drafts stay, and the dense model's own token."""
+    """How many of some drafts, drawn from q, stay, and the dense model's own token."""
+    made = DraftTokens([torch.tensor([token]) for token in drafted], [], list(q))
     kept, own = rule(Row(None, method, None, tokens=[0]), made, p_TV.log(), Generation(9, draw=draw))
     return int(kept), int(own)
 
@@ -159,27 +150,23 @@ LIKELY += [([1, 0], 0.05, 2, 1), ([1, 0], 0.15, 1, 2), ([1, 0], 0.35, 0, 0)]
 
 def test_greedy_keeps_the_best_and_a_threshold_what_is_likely_enough() -> None:
     for drafted, kept, own in GREEDY:
-        assert accepted(drafts(drafted), torch.tensor(P[: len(drafted) + 1]), verified()) == (kept, own)
+        assert accepted(drafted, torch.tensor(P[: len(drafted) + 1]), verified()) == (kept, own)
     for drafted, least, kept, own in LIKELY:
         method = verified(verification="threshold", verification_threshold=least)
         drawn: list[list[float]] = []
         for draw in (None, lambda row, p_V, drawn=drawn: drawn.append(p_V.tolist()) or p_V.argmax().view(1)):
-            assert accepted(drafts(drafted), torch.tensor(P[: len(drafted) + 1]), method, draw) == (kept, own)
+            assert accepted(drafted, torch.tensor(P[: len(drafted) + 1]), method, draw) == (kept, own)
         assert drawn == [pytest.approx(P[kept])], "its own token alone is drawn"
     for least, kept in ((0.25, 1), (0.2501, 0)):
         method = verified(verification="threshold", verification_threshold=least)
-        assert accepted(drafts([3]), torch.ones(2, 4), method)[0] == kept  # 0.25 each, to the bit
+        assert accepted([3], torch.ones(2, 4), method)[0] == kept  # 0.25 each, to the bit
 
 
 def test_a_rejection_by_rounding_draws_from_the_dense_distribution() -> None:
     """Where p is q but for rounding, nothing is left of p - q."""
     p_V, asked = torch.tensor([0.25, 0.25, 0.5]), []
-
-    def draw(row: Row, p_N: Tensor) -> Tensor:
-        asked.append(p_N)
-        return torch.tensor([0])
-
-    assert accepted(drafts([1], p_V), p_V.expand(2, -1), verified(), draw) == (0, 0)
+    draw = lambda row, p_N: asked.append(p_N) or torch.tensor([0])  # noqa: E731
+    assert accepted([1], p_V.expand(2, -1), verified(), draw, [p_V]) == (0, 0)
     assert torch.allclose(asked[-1], p_V)
 
 
@@ -206,8 +193,7 @@ PAIRS = {(a, b): float(P_TABLE[0, a] * P_TABLE[1 + a, b]) for a in range(N) for 
 
 def two_tokens(rule: Any, samples: int, count: int = 2) -> Counter[tuple[int, int]]:
     """The first two tokens of rounds of drafts from tables: row 0 for the first token, row 1 + t behind a token t."""
-    draw, found = drawing(0), Counter[tuple[int, int]]()
-    row: Any = None
+    draw, found, row = drawing(0), Counter[tuple[int, int]](), None
     for _ in range(samples):
         text: list[int] = []
         while len(text) < 2:
@@ -215,8 +201,7 @@ def two_tokens(rule: Any, samples: int, count: int = 2) -> Counter[tuple[int, in
             for _ in range(count):
                 tokens.append(int(draw(row, Q_TABLE[places[-1]])))
                 places.append(1 + tokens[-1])
-            made = drafts(tokens, *Q_TABLE[places[:-1]])
-            kept, own = accepted(made, P_TABLE[places], verified(), draw, rule)
+            kept, own = accepted(tokens, P_TABLE[places], verified(), draw, Q_TABLE[places[:-1]], rule)
             text += [*tokens[:kept], own]
         found[text[0], text[1]] += 1
     return found
@@ -241,17 +226,12 @@ def test_texts_are_distributed_as_the_dense_models_and_a_rule_that_is_broken_is_
     assert all(set(one) <= set(PAIRS) and surprise(one, PAIRS) > 1e-3 for one in found) == (not right)
 
 
-@pytest.fixture(scope="module")
-def smallest() -> PreTrainedModel:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return build("llama", **sizes, vocab_size=40)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("vocabulary", "prompt_lookup"), [("full", False), ("prompt", False), ("prompt", True)])
-def test_so_are_texts_of_the_whole_loop(smallest: PreTrainedModel, vocabulary: str, prompt_lookup: bool) -> None:
+def test_so_are_texts_of_the_whole_loop(vocabulary: str, prompt_lookup: bool) -> None:
     """Two tokens behind a given one, of five that are allowed, some of which the draft's vocabulary lacks."""
     allowed, first = [2, 9, 17, 26, 33], 11
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    smallest = build("llama", **sizes, vocab_size=40)
     # What follows the first token is found, or drafted.
     ids = [7, 5, first, 9, 17, 7, 5] if prompt_lookup else [3, 7, 5]
 
@@ -269,7 +249,6 @@ def test_so_are_texts_of_the_whole_loop(smallest: PreTrainedModel, vocabulary: s
     method = verified(sparsity=0.75, draft_tokens=2, draft_vocabulary=vocabulary, prompt_lookup=prompt_lookup)
     state = prefilled(engine, ids, method)
     experts = chosen(engine, state, method)
-
     found, draw, accepted, drafted = Counter[tuple[int, int]](), drawing(0), 0, 0
     for _ in range(800):
         row = Row(state, method, experts)

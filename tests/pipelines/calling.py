@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -50,6 +51,15 @@ class Outcome:
     def lines(self, start: str) -> list[str]:
         """The lines on stderr that begin with `start`."""
         return [line for line in self.err.splitlines() if line.startswith(start)]
+
+    def refused(self, *named: str) -> str:
+        """The one error, which names all these: a line that a person can read, and no traceback."""
+        assert self.code == 1
+        assert "Traceback" not in self.err + self.out
+        (error,) = self.lines("error: ")
+        assert [word for word in named if word not in error] == []
+        assert len(error) < 1000
+        return error
 
 
 def main(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Outcome:
@@ -100,7 +110,8 @@ def tiny(output_dir: Path, *more: str, rows: int = 3, tokens: int = 8) -> list[s
     """A run of a second: a random model, `rows` short articles, no shots, no tracking; later overrides win."""
     data = output_dir.with_name("articles.jsonl")
     data.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(data, [{"article": text, "summary": ALPHABET} for text in ARTICLES])
+    articles = itertools.islice(itertools.cycle(ARTICLES), max(rows, len(ARTICLES)))
+    write_rows(data, [{"article": text, "summary": ALPHABET} for text in articles])
     plain = {
         "model": "random_tiny",
         "task.data_files": str(data),
@@ -110,6 +121,25 @@ def tiny(output_dir: Path, *more: str, rows: int = 3, tokens: int = 8) -> list[s
         "output_dir": str(output_dir),
         "wandb.mode": "disabled",
     }
+    plain |= dict(override.split("=", 1) for override in more)
+    return [f"{key}={value}" for key, value in plain.items()]
+
+
+def tiny_task(task: str, output_dir: Path, *more: str) -> list[str]:
+    """A run of a second of whichever task, over three rows; later overrides win."""
+    if task in ("generation", "fidelity"):
+        return tiny(output_dir, f"task.kind={task}", *more)
+    text = output_dir.with_name("text.txt")
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("The tide comes in twice a day, and the harbour fills slowly. " * 10)
+    lengths = {"task.prompt_lengths": "[12]", "task.generation_lengths": "[5]"}
+    own = {
+        "perplexity": lengths | {"task.data_files": str(text)},
+        "flocking": {"task.data_files": str(text), "task.sequence_length": "16", "task.max_new_tokens": "3"},
+        "latency": lengths | {"task.repeats": "2"},
+    }
+    plain = {"model": "random_tiny", "task": task, "output_dir": str(output_dir), "wandb.mode": "disabled"}
+    plain |= own.get(task, {}) | ({} if task == "latency" else {"limit": "3"})
     plain |= dict(override.split("=", 1) for override in more)
     return [f"{key}={value}" for key, value in plain.items()]
 

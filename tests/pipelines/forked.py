@@ -1,20 +1,25 @@
-"""Calls of the entry as processes of their own that begin with everything imported, so that they can be many.
+"""Calls of the entry as processes of their own, and what they are at; forks begin with everything imported.
 
-A server process imports the pipeline once; each call is a fork of it. What happens to a call, happens to a process.
+A server process imports the pipeline once, so that calls can be many; each is a fork of it. What happens to a call,
+happens to a process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from calling import Outcome
+from calling import Outcome, environment
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pipelines.tasks.generation", "pipelines.models", "pipelines.run"])
@@ -31,6 +36,10 @@ class Call:
         """Send a signal."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it is under way."""
+        return self.process.exitcode
 
     def ended(self, timeout: float = 60) -> Outcome:
         """How it ended; stdout and stderr are one."""
@@ -70,3 +79,36 @@ def _entry(overrides: list[str], output: Path, before: Callable[[], None] | None
     if before is not None:
         before()
     run.main()
+
+
+@contextlib.contextmanager
+def running(arguments: Sequence[str], cwd: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs until it ends or its test does; stdout and stderr are pipes."""
+    started = subprocess.Popen(
+        arguments, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            started.kill()
+            started.communicate()
+
+
+def wait_until(happened: Callable[[], Any], call: Call | subprocess.Popen[str], seconds: float = 180) -> Any:
+    """What happened, once it has; the call is under way till then."""
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert call.poll() is None, "it ended before it should"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+    return found
+
+
+def writers(output_dir: Path) -> dict[int, Path]:
+    """The processes that hold a run with samples: process -> run folder."""
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    holders = {fields[5].rpartition(":")[2]: int(fields[4]) for fields in locks if fields[1] == "FLOCK"}
+    held = {str(lock.stat().st_ino): lock.parent for lock in output_dir.glob("*/.lock")}
+    written = {inode: folder for inode, folder in held.items() if (folder / "samples.jsonl").exists()}
+    return {holders[inode]: folder for inode, folder in written.items() if inode in holders}

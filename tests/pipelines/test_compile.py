@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calling import composed, ran, read_record, read_samples, texts, tiny
+from calling import composed, ran, read_record, read_samples, texts, tiny, tiny_task
 
 from pipelines.config import COMPILERS
 from pipelines.errors import UserError
@@ -47,9 +47,7 @@ def test_texts_are_those_without(batch_size: int, sparsities: str, tmp_path: Pat
 
 @needs_compiler
 def test_latency_is_that_of_the_compiled_model(tmp_path: Path) -> None:
-    plain = ["model=random_tiny", "task=latency", f"output_dir={tmp_path / 'out'}", "wandb.mode=disabled"]
-    lengths = ["task.prompt_lengths=[8]", "task.generation_lengths=[3]", "task.repeats=2"]
-    (folder,) = ran(*plain, *lengths, "compile=true", "model.architecture.num_hidden_layers=1")
+    (folder,) = ran(*tiny_task("latency", tmp_path / "out", "compile=true", "model.architecture.num_hidden_layers=1"))
     assert read_record(folder)["metrics"]["decode_speedup"] > 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for dense, one for pruned"
 
@@ -81,10 +79,6 @@ def test_a_machine_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytes
 def test_auto_compiles_on_cuda_what_can_be_compiled(
     overrides: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert composed("model=random_tiny", *overrides.split()).settled().compile is compiled
-
-
-def test_auto_compiles_nothing_on_a_cpu() -> None:
-    if not torch.cuda.is_available():
-        assert composed("model=random_tiny").settled().compile is False
+    for gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert composed("model=random_tiny", *overrides.split()).settled().compile is (compiled and gpu)

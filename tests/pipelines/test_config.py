@@ -1,26 +1,34 @@
-"""What is in conf/: every choice composes into a checked configuration that can be run."""
+"""What is in conf/: every choice composes into a checked configuration that can be run; and what the commands say."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calling import Outcome, composed
+from calling import Outcome, composed, environment, process, run_folder, tiny
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from griffin.feedforward import LAYOUTS
-from pipelines import config, model_config, task_config
+from pipelines import config, task_config
 from pipelines.composition import CONF
+from pipelines.hub import what_to_do
+from pipelines.method_keys import AXES
+
+HARNESS = [sys.executable, "-m", "pipelines.harness"]
 
 NODES = list(
     dict.fromkeys(
         node
-        for module in (config, model_config, task_config)
+        for module in (config, task_config)
         for _, node in inspect.getmembers(module, dataclasses.is_dataclass)
         if node.__module__.startswith("pipelines.")
     )
@@ -46,33 +54,24 @@ RANDOM_MODELS = [name for name in choices("model") if as_written(name)["source"]
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_model_composes(name: str) -> None:
-    assert composed(f"model={name}").model.name == name
+    model, written = composed(f"model={name}").model, as_written(name)
+    assert model.name == name
+    assert {*PROMISED_MODELS} <= {*choices("model")}
+    if name in PROMISED_MODELS:  # both change results, so neither is left to a default
+        assert written["dtype"] in config.DTYPES
+        assert isinstance(written["add_bos_token"], bool)
+    if model.source == "hub":
+        assert all(model.repo.partition("/"))
+    if model.source == "random":
+        assert model.architecture["vocab_size"] >= 2 + 256, "every byte token"
 
 
-@pytest.mark.parametrize("name", choices("task"))
-def test_every_task_composes(name: str) -> None:
-    allowed = ["task.allow_code_execution=true"] if name == "humaneval" else []
-    assert composed(f"task={name}", *allowed).task.name == name
-
-
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_every_experiment_composes_and_says_what_to_run(name: str) -> None:
-    assert composed(f"experiment={name}") != composed()
-
-
-@pytest.mark.parametrize("name", PROMISED_MODELS)
-def test_promised_models_say_their_dtype_and_whether_prompts_begin_with_bos(name: str) -> None:
-    # Both change results, so neither is left to a default.
-    written = as_written(name)
-    assert written["dtype"] in model_config.DTYPES
-    assert isinstance(written["add_bos_token"], bool)
-
-
-@pytest.mark.parametrize("name", [name for name in choices("model") if as_written(name)["source"] == "hub"])
-def test_hub_models_name_a_repository(name: str) -> None:
-    owner, _, repository = composed(f"model={name}").model.repo.partition("/")
-    assert owner
-    assert repository
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in ("task", "experiment") for name in choices(group)]
+)
+def test_every_task_and_experiment_composes(group: str, name: str) -> None:
+    config = composed(f"{group}={name}", *(["task.allow_code_execution=true"] if name == "humaneval" else []))
+    assert config.task.name == name if group == "task" else config != composed()
 
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
@@ -86,26 +85,25 @@ def test_random_architectures_have_feedforward_blocks_of_a_known_layout(name: st
     assert len(blocks) == shape.num_hidden_layers
 
 
-@pytest.mark.parametrize("name", RANDOM_MODELS)
-def test_random_architectures_know_every_byte_token(name: str) -> None:
-    assert composed(f"model={name}").model.architecture["vocab_size"] >= 2 + 256
-
-
 @pytest.mark.parametrize(
-    ("overrides", "mode"),
+    ("overrides", "settled"),
     [
-        ([], "compact"),
-        (["batch_size=1"], "compact"),
-        (["batch_size=4"], "masked"),
-        (["batch_size=4", "shared_experts=true"], "compact"),
-        (["batch_size=4", "shared_experts=true", "mode=masked"], "masked"),
-        (["mode=masked"], "masked"),
-        (["mode=compact"], "compact"),
-        (["batch_size=auto", "verification=exact"], "compact"),
+        *((one, (1, "compact")) for one in ("", "batch_size=1", "mode=compact", "batch_size=auto verification=exact")),
+        ("mode=masked", (1, "masked")),
+        ("batch_size=4", (4, "masked")),
+        ("batch_size=4 shared_experts=true", (4, "compact")),
+        ("batch_size=4 shared_experts=true mode=masked", (4, "masked")),
+        # An automatic size is 1 where rows run one by one.
+        *((f"batch_size=auto {one}", (1, "compact")) for one in ("mode=compact", "offload_dense=true", "task=latency")),
+        ("batch_size=auto task=flocking", (1, "compact")),
+        *((f"batch_size=auto {one}", ("auto", "masked")) for one in ("task=briefs", "task=fidelity")),
+        ("batch_size=auto task.decoding=reference_sampling", ("auto", "masked")),
+        ("batch_size=auto task=perplexity task.data_files=README.md", ("auto", "masked")),
     ],
 )
-def test_auto_mode_is_compact_where_one_expert_set_does(overrides: list[str], mode: str) -> None:
-    assert composed(*overrides).mode == mode
+def test_auto_is_what_goes_with_the_other_keys(overrides: str, settled: tuple[object, str]) -> None:
+    config = composed(*overrides.split())
+    assert (config.batch_size, config.mode) == settled
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -113,25 +111,75 @@ def test_every_key_has_a_help_text(node: Any) -> None:
     assert [item.name for item in dataclasses.fields(node) if not item.metadata.get("help", "").strip()] == []
 
 
-def test_help_prints_every_key_and_every_choice(call: Callable[..., Outcome]) -> None:
-    shown = call("--help")
-    assert shown.code == 0
+def test_help_has_every_key_with_its_default_and_every_choice(call: Callable[..., Outcome]) -> None:
+    shown = call("--help").out
     prefixes = {
         config.RunConfig: "",
         config.MethodKeys: "",
-        model_config.ModelConfig: "model.",
+        config.ModelConfig: "model.",
         task_config.HubDataset: "task.hub.",
         config.GridConfig: "grid.",
         config.WandbConfig: "wandb.",
     }
-    first_words = {line.split()[0] for line in shown.out.splitlines() if line.strip()}
-    keys = {prefixes.get(node, "task.") + item.name for node in NODES for item in dataclasses.fields(node)}
-    assert keys - {"grid", "wandb"} <= first_words  # of which every key is listed
-    for group in ("model", "task", "method", "experiment"):
-        assert f"{group} {', '.join(choices(group))}" in " ".join(shown.out.split())
+    keys, listed = shown.split("\nChoices\n")
+    lines = {line.split()[0]: line for line in keys.splitlines() if line.startswith("  ")}
+    names = {prefixes.get(node, "task.") + item.name for node in NODES for item in dataclasses.fields(node)}
+    assert names - {"grid", "wandb"} <= {*lines}  # of which every key is listed
+    for group in ("model", "task", "method", "experiment", "launcher"):
+        assert group in lines
+        assert f"{group} {', '.join(choices(group))}" in " ".join(listed.split())
+    defaults = {"sparsity": "0.5", "model": "smollm2_135m", "task.allow_code_execution": "false", "tags": "[]"}
+    defaults |= {"statistic": "griffin", "limit": "null", "compile": "auto", "output_dir": "outputs"}
+    assert [key for key, value in defaults.items() if not lines[key].endswith(f"({value})")] == []
+    assert [word for word in ("schema", "object at 0x", "MISSING") if word in shown] == []
 
 
 def test_what_is_composed_can_be_shown_without_running_it(call: Callable[..., Outcome]) -> None:
     shown = call("--cfg", "job", "model=gemma_7b", "task=xsum", "sparsity=0.25")
     assert shown.code == 0
     assert OmegaConf.create(shown.out).sparsity == 0.25
+
+
+def test_help_that_is_cut_off_ends_quietly(tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pipelines.run --help | head -1"
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert ended.stderr == ""
+    assert ended.stdout.startswith("GRIFFIN")
+
+
+def test_prompts_that_were_all_too_long_are_told(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = call(*tiny(tmp_path / "out", "model.architecture.max_position_embeddings=12"))
+    (warning,) = ended.lines("warning: ")
+    assert f"{run_folder(tmp_path / 'out')}: finished, but every prompt was skipped (longer than 4 tokens" in warning
+
+
+@pytest.mark.parametrize(("value", "words"), [("1", "HF_HUB_OFFLINE is set"), ("", "check the connection")])
+def test_a_user_without_the_hub_is_told_what_to_do(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert what_to_do().startswith(words)
+    assert "python -m pipelines.prefetch" in what_to_do()
+
+
+def test_lm_evals_command_knows_our_arguments(tmp_path: Path) -> None:
+    shown = process([*HARNESS, "--help"], tmp_path)
+    assert shown.code == 0
+    lines = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
+    assert {*AXES, "method", "protocol", "seed"} <= {*lines}
+    assert "usage: lm-eval" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("pretrained=x,sparsty=0.5", "--model_args sparsty=0.5: no such argument (did you mean sparsity?)"),
+        ("pretrained=x,sparsity=1.5", "sparsity=1.5: expected 0 <= sparsity < 1"),
+        ("sparsity=0.5", "--model_args: expected pretrained=NAME"),
+        ("pretrained=/nowhere,sparsity=0.5", "/nowhere"),
+    ],
+)
+def test_a_mistake_in_them_is_one_line(arguments: str, words: str, tmp_path: Path) -> None:
+    ended = process([*HARNESS, "--model", "griffin", "--model_args", arguments, "--tasks", "piqa"], tmp_path)
+    ended.refused(words)
+    assert bool(ended.lines("griffin: griffin 50%, protocol=paper, seed=0")) == (words == "/nowhere")

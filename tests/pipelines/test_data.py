@@ -41,19 +41,12 @@ def test_only_lines_with_text_are_rows(content: str, articles: list[str], tmp_pa
     assert all(found["extra"] == [number] for number, found in enumerate(read(path), 1) if "extra" in found)
 
 
-def test_rows_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+def test_rows_beyond_the_limit_are_not_looked_at_and_errors_count_lines_as_an_editor_does(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(row(1) + row(2) + "not JSON\n", encoding="utf-8")
+    path.write_text("\n\n" + row(1) + row(2) + "{]\n", encoding="utf-8")
     assert len(read(path, 2)) == 2
-    with pytest.raises(UserError, match="line 3"):
+    with pytest.raises(UserError, match=rf"^task\.data_files={re.escape(str(path))}: line 5 is not JSON"):
         read(path, 3)
-
-
-def test_errors_count_blank_lines_as_an_editor_does(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n\n" + row(1) + "{]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^task\.data_files={re.escape(str(path))}: line 4 is not JSON"):
-        read(path)
 
 
 def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Kills, signals, short memory and a full disk: each ends in a clear state, and the next call ends as undisturbed."""
+"""Kills, signals, short memory, a full disk and no hub: each ends in a clear state, and the next call mends it."""
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import resource
@@ -12,19 +13,13 @@ from pathlib import Path
 
 import forked
 import pytest
-from calling import ALPHABET, ARTICLES, Outcome, ran, read_samples, run_folder, run_folders, timeless, tiny, write_rows
+from calling import Outcome, command, process, ran, read_samples, run_folder, run_folders, timeless, tiny
 from test_tracking import summary_of
 
 from pipelines.run_folder import RunFolder
-from pipelines.sweeps.progress import BROKEN_OFF, FAILED, read
+from pipelines.status import BROKEN_OFF, FAILED, read
 
-
-def many(output_dir: Path, rows: int, *more: str, tokens: int = 16) -> list[str]:
-    """A run of many short samples."""
-    plain = tiny(output_dir, *more, rows=rows, tokens=tokens)
-    data = output_dir.with_name("articles.jsonl")
-    write_rows(data, [{"article": ARTICLES[row % len(ARTICLES)], "summary": ALPHABET} for row in range(rows)])
-    return plain
+many = functools.partial(tiny, tokens=16)
 
 
 def lines(output_dir: Path) -> int:
@@ -32,13 +27,10 @@ def lines(output_dir: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in output_dir.glob("*/samples.jsonl"))
 
 
-def wait_for_lines(output_dir: Path, count: int, call: forked.Call, seconds: float = 60) -> float:
+def wait_for_lines(output_dir: Path, count: int, call: forked.Call) -> float:
     """The seconds until so many lines were there."""
     start = time.monotonic()
-    while lines(output_dir) < count:
-        assert call.process.is_alive(), call.output.read_text()
-        assert time.monotonic() - start < seconds
-        time.sleep(0.005)
+    forked.wait_until(lambda: lines(output_dir) >= count, call, 60)
     return time.monotonic() - start
 
 
@@ -53,7 +45,7 @@ def test_a_run_killed_at_random_moments_ends_as_undisturbed_to_the_bit(batch_siz
     out, grid = tmp_path / "killed", ["grid.sparsity=[0,0.5]", f"batch_size={batch_size}"]
     starting = 1.0
     for number in range(5):
-        call = forked.start(many(out, rows, *grid), tmp_path / "log")
+        call = forked.start(many(out, *grid, rows=rows), tmp_path / "log")
         if number % 2:  # while it starts, reads and takes up what is there
             time.sleep(chance.uniform(0, starting))
         else:  # while it writes samples
@@ -69,13 +61,13 @@ def test_a_run_killed_at_random_moments_ends_as_undisturbed_to_the_bit(batch_siz
     assert not (folders[1] / "record.json").exists()
 
     for output_dir in (out, tmp_path / "undisturbed"):
-        assert forked.start(many(output_dir, rows, *grid), tmp_path / "log").ended().code == 0
+        assert forked.start(many(output_dir, *grid, rows=rows), tmp_path / "log").ended().code == 0
     for folder, undisturbed in zip(folders, run_folders(tmp_path / "undisturbed"), strict=True):
         assert_same(folder, undisturbed, rows)
 
 
 def test_two_processes_on_one_sweep_compute_each_point_once(tmp_path: Path) -> None:
-    sweep = ["-m", *many(tmp_path / "out", 12, "sparsity=0,0.25,0.5,0.75")]
+    sweep = ["-m", *many(tmp_path / "out", "sparsity=0,0.25,0.5,0.75", rows=12)]
     calls = [forked.start(sweep, tmp_path / f"log{number}") for number in range(2)]
     ended = [call.ended() for call in calls]
     assert [one.code for one in ended] == [0, 0], ended
@@ -90,13 +82,11 @@ def test_two_processes_on_one_sweep_compute_each_point_once(tmp_path: Path) -> N
 
 def test_a_second_process_waits_for_a_run_and_takes_it_over_if_its_process_dies(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = forked.start(many(out, 100), tmp_path / "first")
+    first = forked.start(many(out, rows=100), tmp_path / "first")
     wait_for_lines(out, 2, first)
     first.send(signal.SIGSTOP)  # it holds the run, and gets no further
-    second = forked.start(many(out, 100), tmp_path / "second")
-    while "another process is at it" not in second.printed():
-        assert first.process.is_alive()
-        time.sleep(0.01)
+    second = forked.start(many(out, rows=100), tmp_path / "second")
+    forked.wait_until(lambda: "another process is at it" in second.printed(), first)
     first.send(signal.SIGKILL)
     assert second.ended().code == 0
     assert [sample["index"] for sample in read_samples(run_folder(out))] == list(range(100))
@@ -107,7 +97,7 @@ def test_a_second_process_waits_for_a_run_and_takes_it_over_if_its_process_dies(
 )
 def test_signals_end_a_run_in_a_clear_state(number: signal.Signals, word: str, mode: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    call = forked.start(many(out, 60, f"wandb.mode={mode}"), tmp_path / "log")
+    call = forked.start(many(out, f"wandb.mode={mode}", rows=60), tmp_path / "log")
     wait_for_lines(out, 2, call)
     call.send(number)
     ended = call.ended()
@@ -120,7 +110,7 @@ def test_signals_end_a_run_in_a_clear_state(number: signal.Signals, word: str, m
     assert row.total == 60
     if mode == "offline":
         assert summary_of(run_folder(out))["state"] == "failed", "the run in W&B is closed"
-    ran(*many(out, 60))
+    ran(*many(out, rows=60))
     assert [sample["index"] for sample in read_samples(run_folder(out))] == list(range(60))
 
 
@@ -133,10 +123,7 @@ def _two_gigabytes() -> None:
 def test_short_memory_fails_one_point_in_one_line_and_the_others_go_on(tmp_path: Path) -> None:
     sweep = ["-m", *tiny(tmp_path / "out", "model=random_llama2_7b,random_tiny")]
     ended = forked.start(sweep, tmp_path / "log", _two_gigabytes).ended()
-    assert ended.code == 1
-    (error,) = ended.lines("error: ")
-    assert error.startswith("error: out of memory")
-    assert "Traceback" not in ended.err
+    error = ended.refused("error: out of memory")
     assert "1 finished, 1 failed" in ended.out
     large, small = read(tmp_path / "out")
     assert (large.state, small.state) == (FAILED, "done")
@@ -151,11 +138,7 @@ def _small_files() -> None:
 def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_once_it_can(tmp_path: Path) -> None:
     full = tiny(tmp_path / "full", rows=6, tokens=40)
     ended = forked.start(full, tmp_path / "log", _small_files).ended()
-    assert ended.code == 1
-    assert "Traceback" not in ended.err
-    (error,) = ended.lines("error: ")
-    assert "output_dir" in error
-    assert "samples.jsonl" in error
+    ended.refused("output_dir", "samples.jsonl")
     folder = run_folder(tmp_path / "full")
     assert not (folder / "record.json").exists()
     assert (folder / "samples.jsonl").stat().st_size == 2000, "the limit did not bite in the midst of a sample"
@@ -164,19 +147,39 @@ def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_once_it_can(tmp_pat
     assert_same(folder, run_folder(tmp_path / "undisturbed"), 6)
 
 
-def test_a_failure_is_noted_and_forgotten_once_it_is_mended(
+def test_a_hub_out_of_reach_is_told_within_seconds(tmp_path: Path) -> None:
+    # The hub's clients left alone would retry for a minute, and print a traceback at its end.
+    out, home = tmp_path / "out", tmp_path / "huggingface"
+    sweep = ["model=random_tiny,gemma_7b", "task=briefs,xsum", "limit=1", "task.max_new_tokens=2"]
+    sweep += [f"output_dir={out}", "wandb.mode=disabled"]
+    start = time.monotonic()
+    ended = process(command("-m", *sweep), cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(home))
+    assert time.monotonic() - start < 60
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert len(ended.lines("warning: ")) == 1
+    errors = ended.lines("error: ")
+    data = [line for line in errors if "task.hub.path=EdinburghNLP/xsum" in line and "task.data_files=FILE" in line]
+    (model,) = [line for line in errors if "model=gemma_7b" in line]
+    assert "google/gemma-7b" in model
+    assert "https://huggingface.co/google/" in model
+    assert (len(errors), len(data)) == (3, 2)
+    assert len(list(out.rglob("record.json"))) == len(list(out.rglob("samples.jsonl"))) == 1, "what needs no hub"
+
+
+def test_no_room_for_the_record_leaves_none(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise LookupError("a fault of our own")
+    replace = Path.replace
 
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.tasks.generation._sample", broken)
-        ended = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
-    assert ended.code == 1
-    assert ended.err.count("Traceback") == 2, "a fault of our own is shown whole"
-    assert "2 failed" in ended.out
-    assert {row.reason for row in read(tmp_path / "out")} == {"LookupError: a fault of our own"}
-    first, *others = tiny(tmp_path / "out", "sparsity=0,0.5")
-    assert call(first, "-m", *others).code == 0  # -m may stand anywhere
-    assert {row.state for row in read(tmp_path / "out")} == {"done"}
+    def full(self: Path, target: Path) -> Path:
+        if Path(target).name == "record.json":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    ended = call(*tiny(tmp_path / "out"))
+    ended.refused("No space left on device")
+    folder = run_folder(tmp_path / "out")
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == [".lock", "config.yaml", "samples.jsonl", "state.json"], "no temporary file either"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from griffin import DENSE, METHODS, Method
 from pipelines.composition import CONF
 from pipelines.method_keys import AXES
 from pipelines.methods import described, evaluation, identity, run_config
-from pipelines.sweeps.manifest import ManifestEntry
+from pipelines.sweeps import ManifestEntry
 
 BASE = ["model=random_tiny", "limit=3"]
 RIDGE = {"compensation": "ridge"}
@@ -94,11 +96,6 @@ def test_a_methods_file_says_what_the_library_says(name: str) -> None:
     assert not [key for key, value in written.items() if value == AXES[str(key)].default], "only what differs"
 
 
-def test_drafts_of_assistance_count() -> None:
-    found = [only_identity("sparsity=0", "assistance=prompt_lookup", f"draft_tokens={count}") for count in (3, 10)]
-    assert found[0] != found[1]
-
-
 def test_a_machine_without_a_gpu_finds_the_points_of_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = set()
     for gpu in (True, False):
@@ -108,23 +105,10 @@ def test_a_machine_without_a_gpu_finds_the_points_of_one_with(monkeypatch: pytes
     assert len(paths) == 2, "one for each task"
 
 
-@pytest.mark.parametrize("override", ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"])
-def test_how_drafts_are_made_counts_where_there_are_drafts(override: str) -> None:
-    assert only_identity(override) == only_identity()
-    counts = not override.startswith("verification_threshold")
-    exact, threshold = "verification=exact", "verification=threshold"
-    assert (only_identity(exact, override) != only_identity(exact)) == counts
-    assert only_identity(threshold, override) != only_identity(threshold)
-    assert only_evaluation(exact, override) == only_evaluation()
-
-
 def test_a_methods_words_are_made_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Method, "family", property(lambda method: "other words"))
-    config = composed(*BASE)
-    (method,) = config.methods()
-    assert method.label == "other words 50%"
-    entry = described(config, method)
-    assert (entry["family"], entry["label"]) == ("other words", method.label)
+    entry = described(composed(*BASE), Method())
+    assert (entry["family"], entry["label"]) == ("other words", "other words 50%")
 
 
 def test_a_record_says_its_method_in_words_and_settings() -> None:
@@ -132,28 +116,21 @@ def test_a_record_says_its_method_in_words_and_settings() -> None:
     dense, pruned = (described(config, method) for method in config.methods())
     assert dense == {"label": "dense", "family": "dense", "sparsity": 0.0}
     assert [method.family for method in config.methods()] == ["dense", "joint+ridge"]
-    assert pruned == {
-        "label": "joint+ridge shared 70%",
-        "family": "joint+ridge shared",
-        "statistic": "joint",
-        "selection": "topk",
-        "compensation": "ridge",
-        "budget": "uniform",
-        "refresh": "none",
-        "sparsity": 0.7,
-        "mode": "compact",
-        "shared_experts": True,
-        "verification": "none",
-        "draft_tokens": "auto",
-        "draft_vocabulary": "prompt",
-        "prompt_lookup": False,
-        "verification_threshold": 0.1,
-    }
+    settings = asdict(Method("joint", compensation="ridge", sparsity=0.7)) | {"mode": "compact", "shared_experts": True}
+    assert pruned == settings | {"label": "joint+ridge shared 70%", "family": "joint+ridge shared"}
 
 
-@pytest.mark.parametrize("override", ["statistic=wanda", "compensation=ridge", "mode=masked", "shared_experts=true"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("statistic=wanda", "compensation=ridge", "mode=masked", "shared_experts=true"),
+        *("verification=exact draft_tokens=3", "verification=threshold verification_threshold=0.3"),
+    ],
+)
 def test_the_method_and_what_changes_no_result_are_no_part_of_the_evaluation(override: str) -> None:
-    assert only_evaluation(override) == only_evaluation("output_dir=elsewhere", "offload_dense=true", "sparsity=0")
+    assert only_evaluation(*override.split()) == only_evaluation(
+        "output_dir=elsewhere", "offload_dense=true", "sparsity=0"
+    )
 
 
 def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
@@ -162,89 +139,51 @@ def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
     assert (found["model.name"], found["task.name"], found["offset"], found["limit"]) == ("random_tiny", "briefs", 1, 3)
     assert found["device"] == "a device"
     assert found["task.embedded"].startswith("sha256:")
+    only_of_times = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
+    assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= only_of_times
     assert only_evaluation("task.shots=0")["task.embedded_shots"] is None, "no shots are read"
 
 
-def test_times_are_of_one_machine_and_of_one_way_to_multiply() -> None:
-    keys = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
-    assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= keys
-    both = [only_identity("task=latency", f"cpu_onednn={value}") for value in ("true", "false")]
-    assert both[0] != both[1]
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "output_dir=elsewhere",
-        "tags=[mine]",
-        "wandb.mode=disabled",
-        "wandb.project=other",
-        "wandb.group=night",
-        "model.licence_gate=https://example.org",
-        "device=cpu",  # what auto stands for
-        "mode=compact",  # what auto stands for
-        "offload_dense=true",
-        "cpu_onednn=false",
-        "sparsity=0.50",
-        "grid.sparsity=[0.5]",
-        "grid.statistic=[griffin]",
+# What is called, and what more makes the same run of it.
+SAME = {
+    "": [
+        *("output_dir=elsewhere", "tags=[mine]", "wandb.mode=disabled", "wandb.project=other", "wandb.group=night"),
+        *("model.licence_gate=https://example.org", "offload_dense=true", "cpu_onednn=false", "sparsity=0.50"),
+        *("device=cpu", "mode=compact"),  # what auto stands for
+        *("grid.sparsity=[0.5]", "grid.statistic=[griffin]"),
+        *("draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"),  # it has no drafts
     ],
-)
-def test_what_changes_no_result_changes_no_identity(override: str) -> None:
-    assert only_identity(override) == only_identity()
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "limit=4",
-        "batch_size=2",
-        "batch_size=auto",
-        "shared_experts=true",
-        "mode=masked",
-        "sparsity=0.25",
-        "sparsity=[0.5,0.5,0.5]",
-        "statistic=wanda",
-        "compensation=ridge",
-        "budget=late",
-        "method=recipe",
-        "verification=exact",
-        "offset=1",
-        "selection=sample",
-        "model.dtype=bfloat16",
-        "model.add_bos_token=true",
-        "model.revision=v2",
-        "model.architecture.hidden_size=128",
-        "task.max_new_tokens=7",
-        "task.shots=0",
-        "task.stop=END",
-        "task.instruction=Shorter",
-        "task.decoding=reference_sampling",
+    "sparsity=0": [  # a dense run has no method
+        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "method=recipe sparsity=0"),
+        *("mode=masked", "shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
     ],
-)
-def test_what_changes_the_result_changes_the_identity(override: str) -> None:
-    assert only_identity(override) != only_identity()
-
-
-def test_the_device_is_part_of_the_identity() -> None:
-    assert only_identity(device="cuda") != only_identity(device="cpu")
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "method=recipe", "mode=masked"),
-        *("shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
+    "verification=exact": ["verification_threshold=0.3"],
+}
+OTHER = {
+    "": [
+        *("seed=1", "limit=4", "offset=1", "batch_size=2", "batch_size=auto", "shared_experts=true", "mode=masked"),
+        *("sparsity=0.25", "sparsity=[0.5,0.5,0.5]", "statistic=wanda", "compensation=ridge", "budget=late"),
+        *("method=recipe", "verification=exact", "selection=sample"),
+        *("model.dtype=bfloat16", "model.add_bos_token=true", "model.revision=v2"),
+        *("model.architecture.hidden_size=128", "task.max_new_tokens=7", "task.shots=0", "task.stop=END"),
+        *("task.instruction=Shorter", "task.decoding=reference_sampling"),
     ],
-)
-def test_a_dense_run_has_no_method(override: str) -> None:
-    assert only_identity(override, *([] if "sparsity" in override else ["sparsity=0"])) == only_identity("sparsity=0")
+    "sparsity=0": ["seed=1", "batch_size=2", "task.max_new_tokens=7", "model.dtype=bfloat16"],
+    "sparsity=0 assistance=prompt_lookup": ["draft_tokens=3"],
+    "verification=exact": ["draft_tokens=3", "draft_vocabulary=full"],
+    "verification=threshold": ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"],
+    "task=latency": ["cpu_onednn=false"],
+}
 
 
-@pytest.mark.parametrize("override", ["seed=1", "batch_size=2", "task.max_new_tokens=7", "model.dtype=bfloat16"])
-def test_a_dense_run_has_everything_else(override: str) -> None:
-    assert only_identity("sparsity=0", override) != only_identity("sparsity=0")
+@pytest.mark.parametrize(("call", "more"), [(call, more) for call in SAME for more in SAME[call]])
+def test_what_changes_no_result_changes_no_identity(call: str, more: str) -> None:
+    assert only_identity(*call.split(), *more.split()) == only_identity(*call.split())
+
+
+@pytest.mark.parametrize(("call", "more"), [(call, more) for call in OTHER for more in OTHER[call]])
+def test_what_changes_the_result_changes_the_identity(call: str, more: str) -> None:
+    assert only_identity(*call.split(), *more.split()) != only_identity(*call.split())
 
 
 def test_a_grids_point_is_the_same_run_as_a_call_for_it_alone() -> None:
@@ -263,35 +202,23 @@ def test_data_files_count_by_content_and_not_by_place(key: str, tmp_path: Path) 
     assert only_identity(f"{key}={here}") == only_identity(f"{key}={moved}")
     assert only_identity(f"{key}={here}") != only_identity(f"{key}={other}")
     assert only_identity(f"{key}={here}") != only_identity()
+    points = [ManifestEntry(composed(*BASE, f"{key}={path}")).path for path in (here, moved, other)]
+    assert points[0] == points[1] != points[2], "of a sweep, too"
 
 
-def test_identities_hold_plain_values_only() -> None:
-    def leaves(value: Any) -> list[Any]:
-        if isinstance(value, dict):
-            return [leaf for inner in value.values() for leaf in leaves(inner)]
-        return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, list) else [value]
-
-    found = {type(leaf) for leaf in leaves(only_identity("task=xsum", "sparsity=[0.1,0.2,0.3]"))}
-    assert found <= {str, int, float, bool, type(None)}
+def test_an_identity_holds_plain_values_that_differ_from_the_defaults_and_the_device() -> None:
+    found = only_identity("task=xsum", "sparsity=[0.1,0.2,0.3]")
+    assert json.loads(json.dumps(found)) == found
+    assert {*only_identity()} == {"model", "task", "mode", "limit", "device"}
+    more = {"statistic", "compensation", "budget", "refresh"}
+    assert {*only_identity("method=recipe")} - {*only_identity()} == more
+    assert only_identity(device="cuda") != only_identity(device="cpu")
 
 
 def test_a_runs_configuration_has_its_own_method_and_no_grid() -> None:
-    config = composed(*BASE, "grid.statistic=[wanda]", "grid.sparsity=[0.25]")
-    (method,) = config.methods()
-    plain = run_config(config, method)
-    assert (plain["statistic"], plain["sparsity"]) == ("wanda", 0.25)
-    assert "grid" not in plain
+    config = composed(*BASE, "grid.method=[griffin,teal]", "grid.sparsity=[0.25]")
+    griffin, teal = (run_config(config, method) for method in config.methods())
+    assert (teal["statistic"], teal["sparsity"]) == ("teal", 0.25)
+    assert [griffin["mode"], teal["mode"]] == ["compact", "masked"], "single tokens run masked"
+    assert "grid" not in griffin
     assert config.statistic == "griffin", "the call's own configuration is left as it was"
-
-
-def test_only_what_differs_from_the_defaults_is_in_an_identity() -> None:
-    assert {*only_identity()} == {"model", "task", "mode", "limit", "device"}
-    assert {*only_identity("method=recipe")} - {*only_identity()} == {
-        "statistic",
-        *("compensation", "budget", "refresh"),
-    }
-
-
-def test_single_tokens_run_masked() -> None:
-    config = composed(*BASE, "grid.method=[griffin,teal]")
-    assert [run_config(config, method)["mode"] for method in config.methods()] == ["compact", "masked"]

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from calling import process, tiny, unchecked
-from omegaconf import OmegaConf
 
 from pipelines import prefetch
-from pipelines.model_config import ModelConfig
+from pipelines.config import ModelConfig
 
 
 def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(tmp_path: Path) -> None:
@@ -49,10 +48,7 @@ def test_only_what_is_loaded_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("pipelines.hub.prepare_hub", lambda: None)
-    plain = OmegaConf.structured(ModelConfig(name="mine", source="hub", repo="owner/name", revision="v1"))
-    model = OmegaConf.to_object(plain)
-    assert isinstance(model, ModelConfig)
-    assert prefetch._model(model) == "/cache"
+    assert prefetch._model(ModelConfig(name="mine", source="hub", repo="owner/name", revision="v1")) == "/cache"
     assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
     assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])  # type: ignore[call-overload]
 

@@ -1,18 +1,24 @@
-"""Runs that were cut off: finished ones are left alone, others go on and end as if nothing had happened."""
+"""Finished runs are left alone unless their files were changed; those cut off go on, and end as undisturbed.
+
+Rows after an `offset` are those of a run over all.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Outcome, cut_off, prompts_run, ran, read_samples, run_folder, run_folders, timeless, tiny
+from calling import Outcome, cut_off, prompts_run, ran, read_samples, run_folder, run_folders, timeless, tiny, tiny_task
 
+from analysis.runs import read_run_folders
 from pipelines import evaluation
 from pipelines.run_folder import RunFolder
+from pipelines.status import BROKEN_OFF, DONE, read
 
 
 def test_a_finished_run_is_left_alone(
@@ -70,26 +76,14 @@ def test_a_run_cut_off_at_any_byte_ends_as_undisturbed(overrides: list[str], tmp
         assert timeless(folder) == timeless(undisturbed), name
 
 
+GRID = ["grid.sparsity=[0,0.5]", "grid.refresh=[none,compensation]", "compensation=ridge", "limit=4"]
+
+
 def rows_of(task: str, out: Path, batch_size: int = 3) -> list[str]:
     """A grid of three methods by the kind of its task."""
-    text = out.with_name("text.txt")
-    text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text("The tide comes in twice a day, and the harbour fills slowly. " * 10)
-    grid = [
-        "grid.sparsity=[0,0.5]",
-        "grid.refresh=[none,compensation]",
-        "compensation=ridge",
-        f"batch_size={batch_size}",
-    ]
-    lengths = ["task.prompt_lengths=[12]", "task.generation_lengths=[9]", f"task.data_files={text}"]
-    plain = ["model=random_tiny", f"task={task}", "limit=4", f"output_dir={out}", "wandb.mode=disabled"]
-    return {
-        "generation": [*tiny(out, rows=4, tokens=12), *grid],
-        "fidelity": [*tiny(out, "task.kind=fidelity", rows=4, tokens=12), *grid],
-        "perplexity": [*plain, *lengths, *grid],
-        "briefs_choice": [*plain, *grid],
-        "briefs_qa": [*plain, *grid],
-    }[task]
+    tokens = {"generation": ["task.max_new_tokens=12"], "fidelity": ["task.max_new_tokens=12"]}
+    own = tokens | {"perplexity": ["task.generation_lengths=[9]"]}
+    return tiny_task(task, out, *GRID, f"batch_size={batch_size}", *own.get(task, []))
 
 
 @pytest.fixture
@@ -143,9 +137,8 @@ def test_an_interrupted_grid_has_every_row_that_ended_and_knows_what_ran_beside_
     assert "Traceback" not in ended.err
     assert ended.err.splitlines()[-1].startswith("interrupted; the same command continues")
     folders = run_folders(tmp_path / "out")
-    assert sum(len(read_samples(folder)) for folder in folders if (folder / "samples.jsonl").exists()) in range(
-        rows, 12
-    )
+    written = [read_samples(folder) for folder in folders if (folder / "samples.jsonl").exists()]
+    assert rows <= sum(map(len, written)) < 12
     for folder in folders:
         if not (folder / "record.json").exists():
             state = RunFolder(tmp_path / "out", folder.name).state()
@@ -186,3 +179,45 @@ def test_a_run_leaves_its_run_folder_only(
     assert len(run_folders(tmp_path / "swept")) == 2
     assert list(cwd.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["articles.jsonl", "cwd", "out", "swept"]
+
+
+# The file, and what is replaced in it.
+CHANGES: dict[str, tuple[str, bytes, bytes]] = {
+    "samples are gone": ("samples.jsonl", b"", b""),
+    "a sample is cut": ("samples.jsonl", rb".{20}\Z", b""),
+    "a sample is spoilt": ("samples.jsonl", rb"\A.*", b"\xff"),
+    "a sample is lost": ("samples.jsonl", rb"\A.*\n", b""),
+    "a score is improved": ("samples.jsonl", rb'"rouge1": [\d.]+', b'"rouge1": 100.0'),
+    "a text is worded otherwise": ("samples.jsonl", rb'"text": "', b'"text": "Not '),
+    "a metric is improved": ("record.json", rb'"rouge1": [\d.]+', b'"rouge1": 100.0'),
+    "an error is hidden": ("record.json", rb'"rouge1_stderr": [\d.]+', b'"rouge1_stderr": 0.0'),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_run_is_contradicted_everywhere_and_done_again(change: str, tmp_path: Path) -> None:
+    options = tiny(tmp_path / "out")
+    (folder,) = ran(*options)
+    whole = timeless(folder)
+    name, before, after = CHANGES[change]
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if before:
+        (folder / name).write_bytes(re.sub(before, after, content, count=1, flags=re.DOTALL if b"Z" in before else 0))
+    (problem,) = read_run_folders([tmp_path / "out"]).problems
+    assert (problem.run_id, problem.state) == (folder.name, "contradicted")
+    (row,) = read(tmp_path / "out")
+    assert row.state == BROKEN_OFF
+    assert row.reason == f"{problem.reason}; the next call of its command mends it"
+    ran(*options)
+    assert timeless(folder) == whole
+    assert read_run_folders([tmp_path / "out"]).problems == []
+    (row,) = read(tmp_path / "out")
+    assert row.state == DONE
+
+
+@pytest.mark.parametrize("kind", ["generation", "fidelity", "perplexity", "briefs_choice", "flocking"])
+def test_rows_after_an_offset_are_those_of_a_run_over_all(kind: str, tmp_path: Path) -> None:
+    (whole,) = ran(*tiny_task(kind, tmp_path / "all"))
+    (rest,) = ran(*tiny_task(kind, tmp_path / "later", "offset=1", "limit=2"))
+    assert timeless(rest)[1] == timeless(whole)[1][1:]

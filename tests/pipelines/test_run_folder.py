@@ -1,20 +1,28 @@
-"""Run folders: their names, one writer each, samples that survive a crash, and records."""
+"""Run folders: their names, one writer each, samples that survive a crash, and records with what they are to say."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from calling import ran, read_record, tiny
+import torch
+from calling import ran, read_record, tiny, tiny_task
 
+from analysis.runs import read_run_folders
+from pipelines import status
 from pipelines.errors import UserError
+from pipelines.records import mean_and_stderr
 from pipelines.run_folder import RunFolder, run_id
+from pipelines.summary import tables
 
 SAFE = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # in W&B ids and in folders of every file system
 SAMPLES = [{"index": 0, "text": "one\u2028still one"}, {"index": 1, "text": "two"}, {"index": 2, "text": "drei \u20ac"}]
@@ -28,10 +36,6 @@ def folder(tmp_path: Path) -> RunFolder:
     folder.append(SAMPLES[:2])
     folder.append(SAMPLES[2:])
     return folder
-
-
-def samples_file(folder: RunFolder) -> Path:
-    return folder.path / "samples.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -62,24 +66,6 @@ def test_run_ids_are_safe_and_readable_whatever_the_names(name: str, tmp_path: P
         assert folder.name.rpartition("-")[0].endswith(method) or len(name) > 100
 
 
-def test_a_new_run_has_no_samples_and_no_files(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "out", "a-run")
-    assert (folder.samples(), folder.record()) == ([], None)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("cut", [1, 3, 10])
-def test_a_truncated_last_line_is_cut_off_the_file(cut: int, folder: RunFolder) -> None:
-    # 1: only the line break is missing; 3: in the midst of the bytes of one character.
-    whole = b"".join(samples_file(folder).read_bytes().splitlines(keepends=True)[:2])
-    content = samples_file(folder).read_bytes()
-    samples_file(folder).write_bytes(content[:-cut])
-    assert folder.samples() == SAMPLES[:2]
-    assert samples_file(folder).read_bytes() == whole
-    folder.append(SAMPLES[2:])
-    assert samples_file(folder).read_bytes() == content
-
-
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -89,10 +75,11 @@ def test_a_truncated_last_line_is_cut_off_the_file(cut: int, folder: RunFolder) 
 )
 def test_from_a_damaged_line_on_samples_are_cut_off(garbage: bytes, folder: RunFolder) -> None:
     # A file system may bring back blocks of zeros after a crash; what follows them cannot be trusted either.
-    lines = samples_file(folder).read_bytes().splitlines(keepends=True)
-    samples_file(folder).write_bytes(lines[0] + garbage + lines[1] + lines[2])
+    path = folder.path / "samples.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + garbage + lines[1] + lines[2])
     assert folder.samples() == SAMPLES[:1]
-    assert samples_file(folder).read_bytes() == lines[0]
+    assert path.read_bytes() == lines[0]
 
 
 def test_a_folder_has_one_writer(folder: RunFolder, tmp_path: Path) -> None:
@@ -101,7 +88,6 @@ def test_a_folder_has_one_writer(folder: RunFolder, tmp_path: Path) -> None:
     assert folder.claim()
     assert other.held()
     assert not other.claim(wait_seconds=0)
-    assert folder.held()
     folder.release()
     assert not other.held()
     assert other.claim()
@@ -132,7 +118,7 @@ def test_no_lock_stays_beside_a_record(folder: RunFolder, tmp_path: Path) -> Non
     folder.release()
     assert (folder.path / ".lock").exists(), "whoever waits for it must find the same file"
     folder.claim()
-    folder.finish({"seed": 0}, {}, {}, "cpu")
+    folder.finish("cpu", config={"seed": 0})
     folder.release()
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
 
@@ -146,24 +132,19 @@ def test_a_file_system_without_locks_is_refused(folder: RunFolder, monkeypatch: 
         folder.claim()
 
 
-def test_a_failure_is_kept_until_the_next_start(folder: RunFolder) -> None:
-    folder.start({"seed": 0}, 7)
-    folder.fail("out of memory")
-    state = folder.state()
-    assert state.pop("started").endswith("Z")
-    assert state == {"samples": 7, "failed": "out of memory", "beside": [], "versions": []}
-    folder.start({"seed": 0}, 7)
-    assert folder.state()["failed"] is None
-
-
-def test_a_run_that_goes_on_keeps_those_that_it_ran_beside(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_keeps_its_state_and_forgets_its_failure(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "a-run")
+    assert (folder.samples(), folder.record(), list(tmp_path.iterdir())) == ([], None, [])
     folder.start({"seed": 0}, 3, ["a-run", "b-run"])
     folder.start({"seed": 0}, 3, ["a-run", "c-run"])
     assert folder.state()["beside"] == ["a-run", "c-run"], "nothing had been written"
     folder.append(SAMPLES[:1])
+    folder.fail("out of memory")
+    started = folder.state()["started"]
+    assert folder.state()["failed"] == "out of memory"
     folder.start({"seed": 0}, 3, ["a-run"])
-    assert folder.state()["beside"] == ["a-run", "c-run"]
+    expected = {"samples": 3, "failed": None, "beside": ["a-run", "c-run"], "versions": [], "started": started}
+    assert folder.state() == expected
 
 
 def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
@@ -171,7 +152,7 @@ def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     (folder.path / ".config.yaml.1a2b3c4d.tmp").write_text("seed")  # of a process that was killed
     folder.start({"seed": 0})
     method = {"label": "caf\u00e9"}
-    written = folder.finish({"seed": 0}, {"rouge1": 1.5}, {"load_seconds": 2.0}, "cpu", method=method)
+    written = folder.finish("cpu", config={"seed": 0}, metrics={"rouge1": 1.5}, timing={}, method=method)
     assert folder.record() == written
     parts = {"run_id", "status", "method", "evaluation", "config", "metrics", "timing", "environment", "digests"}
     assert set(written) == parts
@@ -195,7 +176,32 @@ def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     ],
 )
 def test_a_damaged_record_counts_as_unfinished(damage: Callable[[bytes], bytes], folder: RunFolder) -> None:
-    folder.finish({"seed": 0}, {"rouge1": 1.5}, {}, "cpu")
+    folder.finish("cpu", config={"seed": 0}, metrics={"rouge1": 1.5})
     path = folder.path / "record.json"
     path.write_bytes(damage(path.read_bytes()))
     assert folder.record() is None
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [0.0, 0.0, 3.0], [17.25, 3.5, 9.0, 41.125, 0.0]])
+def test_mean_and_standard_error_are_the_textbooks(values: list[float]) -> None:
+    mean, stderr = mean_and_stderr(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert mean_and_stderr(values[:1]) == (values[0], 0.0)
+    with pytest.raises(ValueError, match="no values"):
+        mean_and_stderr([])
+    assert stderr == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_no_finite_number_is_a_result(broken: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda *_, **__: torch.tensor([1.0, broken]))
+    (folder,) = ran(*tiny_task("perplexity", tmp_path / "out", "limit=2"))
+    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["nll"] == {"p12_g5": {"float": str(broken)}}
+    json.loads((folder / "record.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    (record,) = read_run_folders([tmp_path / "out"]).records
+    assert str(record["metrics"]["perplexity"]) == str(broken)
+    assert math.isnan(record["metrics"]["perplexity_stderr"])
+    assert f"{broken:.2f}" in "".join(tables([("dense", record)]))
+    (row,) = status.read(tmp_path / "out")
+    assert row.state == status.DONE

@@ -123,11 +123,10 @@ def _daemon(command: Sequence[str], folder: Path, variables: dict[str, str]) -> 
         yield
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # does nothing to what has ended
+        process.wait()
 
 
 def _asked(variables: dict[str, str], *command: str) -> str:

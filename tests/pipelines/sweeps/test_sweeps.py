@@ -1,62 +1,53 @@
-"""Sweeps: what is planned, grouped, skipped and told, with every launcher that can run here."""
+"""Sweeps: what is planned, grouped, skipped and told; a worker that dies takes nobody with it."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-from calling import Outcome, composed, read_record, run_folders, tiny
+from calling import Outcome, command, composed, read_record, read_samples, run_folders, tiny, tiny_task
 from hydra import compose, initialize_config_dir
 
-from pipelines import composition, models
+from pipelines import composition, models, status
 from pipelines.composition import CONF
 from pipelines.run_folder import RunFolder
-from pipelines.sweeps.manifest import ManifestEntry
-from pipelines.sweeps.run_status import FAILED
+from pipelines.sweeps import FAILED, ManifestEntry
 from pipelines.tasks import generation
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-def launcher_of(*overrides: str) -> dict[str, object]:
+def hydra_of(launcher: str) -> dict[str, Any]:
     """What `hydra` composes to."""
     composition.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return dict(compose("config", overrides=list(overrides), return_hydra_config=True).hydra)
+        return dict(compose("config", overrides=[f"launcher={launcher}"], return_hydra_config=True).hydra)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_composes_and_no_experiment_chooses_another(launcher: str) -> None:
+def test_every_launcher_composes_requeues_and_names_no_site(launcher: str) -> None:
+    composed_hydra = hydra_of(launcher)
+    preset, mode = composed_hydra["launcher"], composed_hydra["mode"]
+    # Else `launcher=slurm` without -m would load the model on the login node.
+    assert (mode and mode.name) == (None if launcher == "local" else "MULTIRUN")
+    if launcher.startswith("slurm"):
+        assert [preset[key] for key in ("partition", "account", "qos", "constraint", "setup")] == [None] * 5
+        assert preset["additional_parameters"] == {"requeue": True}
+        assert min(preset[key] for key in ("timeout_min", "mem_gb", "array_parallelism", "max_num_timeout")) > 0
+        assert (preset["gpus_per_node"] or 0) == (1 if launcher == "slurm_gpu" else 0)
     # Groups are composed one by one, so one experiment stands for all where none sets anything of the launcher's.
     experiment = EXPERIMENTS[0]
     assert composed(f"experiment={experiment}", f"launcher={launcher}") == composed(f"experiment={experiment}")
     texts = [(CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8") for name in EXPERIMENTS]
     assert [text for text in texts if "override /launcher" in text or "launcher:" in text] == []
-
-
-@pytest.mark.parametrize("launcher", ["slurm", "slurm_gpu"])
-def test_slurm_presets_requeue_and_name_no_site(launcher: str) -> None:
-    preset = launcher_of(f"launcher={launcher}")["launcher"]
-    assert [preset[key] for key in ("partition", "account", "qos", "constraint", "setup")] == [None] * 5
-    assert preset["additional_parameters"] == {"requeue": True}
-    assert min(preset[key] for key in ("timeout_min", "mem_gb", "array_parallelism", "max_num_timeout")) > 0
-    assert (preset["gpus_per_node"] or 0) == (1 if launcher == "slurm_gpu" else 0)
-
-
-def test_launchers_of_other_processes_sweep_even_one_point() -> None:
-    # Else `launcher=slurm` without -m would load the model on the login node.
-    modes = {launcher: launcher_of(f"launcher={launcher}")["mode"] for launcher in LAUNCHERS}
-    assert {launcher: mode and mode.name for launcher, mode in modes.items()} == {
-        "joblib": "MULTIRUN",
-        "local": None,
-        "slurm": "MULTIRUN",
-        "slurm_gpu": "MULTIRUN",
-    }
 
 
 def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -75,25 +66,8 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     assert (again.code, again.out.splitlines()[-1]) == (1, "2 skipped, 4 failed")
 
 
-def test_points_are_written_down_before_the_first_one_runs(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    read = generation.read
-
-    def counted(config: object) -> object:
-        seen.append(len(list((tmp_path / "out" / ".sweep").iterdir())))
-        return read(config)
-
-    monkeypatch.setattr("pipelines.tasks.generation.read", counted)
-    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
-    assert seen == [2, 2]
-
-
 def test_nothing_is_planned_where_a_point_cannot_be_composed(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    swept = call("-m", *tiny(tmp_path / "out", "model=random_tiny,foo"))
-    assert swept.code == 1
-    assert "model=foo" in swept.lines("error: ")[0]
+    call("-m", *tiny(tmp_path / "out", "model=random_tiny,foo")).refused("model=foo")
     assert not (tmp_path / "out").exists()
 
 
@@ -111,25 +85,9 @@ def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_pat
     assert second.rpartition("-")[2] == first.rpartition("-")[2], "the same sweep, wherever it runs"
     assert third != first
     assert group_of(tmp_path / "named") == {"mine"}
-
-
-def test_a_sweep_of_an_experiment_is_grouped_by_its_name(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("Rain fell on the pass in June, and the ferry was late again.\n")
-    lengths = ["task.prompt_lengths=[16]", "task.generation_lengths=[8]"]
-    plain = ["model=random_tiny", "limit=1", "grid.sparsity=[0]", "seed=0,1", "wandb.mode=disabled"]
-    where = [f"task.data_files={text}", f"output_dir={tmp_path / 'out'}"]
-    assert call("-m", "experiment=paper_lengths", *plain, *lengths, *where).code == 0
-    assert group_of(tmp_path / "out") == {"paper_lengths"}
-
-
-def test_changed_data_are_other_points(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5"))
-    changed = tiny(tmp_path / "out", "sparsity=0,0.5")
-    data = tmp_path / "articles.jsonl"
-    data.write_text(data.read_text().replace("ferry", "steamer"))
-    assert "2 finished" in call("-m", *changed).out
-    assert len(run_folders(tmp_path / "out")) == 4
+    options = ["experiment=paper_lengths", "limit=1", "grid.sparsity=[0]", "seed=0,1"]
+    assert call("-m", *tiny_task("perplexity", tmp_path / "preset", *options)).code == 0
+    assert group_of(tmp_path / "preset") == {"paper_lengths"}
 
 
 def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
@@ -137,11 +95,11 @@ def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
     entry.plan("seed=0", "local")
     folder = RunFolder(tmp_path / "out", "a-run")
     folder.start({})
-    entry.began(["a-run"])
-    assert entry.finished_runs("local") is None
-    folder.finish({}, {}, {}, "cpu")
-    assert entry.finished_runs("local") == [folder.path]
-    assert entry.finished_runs("slurm_gpu") is None
+    entry.note(runs=["a-run"])
+    assert entry.finished_before("local") == []
+    folder.finish("cpu")
+    assert [run.folder for run in entry.finished_before("local")] == [folder.path]
+    assert entry.finished_before("slurm_gpu") == []
     entry.plan("seed=0", "slurm_gpu")
     (status,) = entry.died("SLURM job 3 ended without a result")
     assert (status.state, status.folder) == (FAILED, None), "what another device made is not this point's"
@@ -151,7 +109,8 @@ def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(
     call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "7261" * 10
-    variables = {"WANDB_API_KEY": key, "HF_TOKEN": "hf_secret7261", "USER": "person7261", "HOSTNAME": "machine7261"}
+    variables = {"WANDB_API_KEY": key, "HF_TOKEN": "hf_secret7261", "HOSTNAME": "machine7261"}
+    variables |= dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), "person7261")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("platform.node", lambda: "machine7261")
@@ -163,11 +122,24 @@ def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(
         assert [path for path in files if word.encode() in path.read_bytes()] == []
 
 
-def test_the_plan_is_for_reading(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    call("-m", *tiny(tmp_path / "out", "grid.sparsity=[0,0.5]", "seed=0,1"))
+def test_points_are_written_down_for_reading_before_the_first_one_runs(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    read = generation.read
+
+    def counted(config: object) -> object:
+        seen.append(len(list((tmp_path / "out" / ".sweep").iterdir())))
+        return read(config)
+
+    monkeypatch.setattr("pipelines.tasks.generation.read", counted)
+    assert call("-m", *tiny(tmp_path / "out", "grid.sparsity=[0,0.5]", "seed=0,1")).code == 0
+    assert seen == [2, 2]
     notes = [json.loads(path.read_text()) for path in (tmp_path / "out" / ".sweep").iterdir()]
     assert [note["methods"] for note in notes] == [["dense", "griffin 50%"]] * 2
-    assert {run for note in notes for run in note["runs"]} == {path.name for path in run_folders(tmp_path / "out")}
+    folders = [path.name for path in run_folders(tmp_path / "out")]
+    assert {run for note in notes for run in note["runs"]} == {*folders}
+    assert [(row.run, row.state) for row in status.read(tmp_path / "out")] == [(name, "done") for name in folders]
 
 
 def test_a_model_is_gone_before_the_next_one_is_loaded(
@@ -187,3 +159,20 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(
     sweep = ["model.architecture.num_hidden_layers=1,2", "grid.sparsity=[0,0.5]"]
     assert call("-m", *tiny(tmp_path / "out", *sweep, rows=1, tokens=2)).code == 0
     assert alive == [0, 0]
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="which worker to kill is read from /proc/locks")
+def test_joblib_survives_a_killed_worker(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep = command(*tiny(out, "sparsity=0,0.5", "launcher=joblib", rows=6, tokens=60))
+    with forked.running(sweep, tmp_path) as calling:
+        worker = next(iter(forked.wait_until(lambda: forked.writers(out), calling)))
+        assert worker != calling.pid, "joblib's points run in other processes"
+        os.kill(worker, signal.SIGKILL)
+        printed, told = calling.communicate(timeout=240)
+    assert calling.returncode == 0, told
+    assert "a worker died; going on with one point at a time" in told
+    assert "Traceback" not in told
+    assert "2 finished" in printed
+    for folder in run_folders(out):
+        assert [sample["index"] for sample in read_samples(folder)] == list(range(6))

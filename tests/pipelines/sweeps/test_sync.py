@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import signal
 import sys
@@ -27,11 +28,10 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sync") / "out"
     overrides = tiny(out, "wandb.mode=offline", "wandb.group=mine", rows=ROWS, tokens=4)
     write_rows(out.with_name("articles.jsonl"), [{"article": str(row), "summary": ALPHABET} for row in range(ROWS)])
+    parts = functools.partial(out.glob, "*/wandb/offline-run-*/*.wandb")
     for size in (1, 32 * 2**10):  # bytes; wandb writes blocks of 32 KiB
         killed = forked.start(overrides, out.with_name("log"))
-        while not any(path.stat().st_size >= size for path in out.glob("*/wandb/offline-run-*/*.wandb")):
-            assert killed.process.is_alive()
-            time.sleep(0.01)
+        forked.wait_until(lambda size=size: any(part.stat().st_size >= size for part in parts()), killed)
         killed.send(signal.SIGKILL)
         killed.ended()
         time.sleep(1.1)  # a part's name is its second
@@ -97,16 +97,5 @@ def test_a_server_out_of_reach_is_told_within_seconds(output_dir: Path) -> None:
     start = time.monotonic()
     ended = sync(output_dir, "http://127.0.0.1:9")
     assert time.monotonic() - start < 15
-    assert ended.code == 1
-    (error,) = ended.lines("error: ")
-    assert "http://127.0.0.1:9" in error
-    assert "Traceback" not in ended.err
+    ended.refused("http://127.0.0.1:9")
     assert list(output_dir.rglob("*.synced")) == []
-
-
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    for folder, told in ((tmp_path / "absent", "no such folder"), (tmp_path, "no offline W&B runs here")):
-        ended = process([sys.executable, "-m", "pipelines.sync", str(folder)], tmp_path)
-        assert ended.code == 1
-        assert ended.err.startswith(f"error: {folder}: {told}")
-        assert len(ended.err.splitlines()) == 1

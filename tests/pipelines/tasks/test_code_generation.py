@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from calling import composed, ran, read_record, read_samples, write_rows
 
 from pipelines.data import read_jsonl
 from pipelines.tasks.code_execution import run_program
-from pipelines.tasks.code_generation import FIELDS, Problem, judging, program, read, whole, whole_chat
+from pipelines.tasks.code_generation import FIELDS, Problem, judging, program, read, whole
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "humaneval.jsonl"
 HEAD = '''from typing import List
@@ -35,79 +34,64 @@ ROW = {
 ALLOWED = "task.allow_code_execution=true"
 
 
-def problem(chat: bool = False) -> Problem:
-    return Problem(0, "own/0", HEAD, "", begun=HEAD, entry_point="half", test=TEST, chat=chat)
+def problem(row: dict[str, str] = ROW, chat: bool = False) -> Problem:
+    begun, entry_point, _, test = (row[field] for field in FIELDS)
+    return Problem(0, row["task_id"], begun, "", begun=begun, entry_point=entry_point, test=test, chat=chat)
 
 
-def passed(one: Problem, text: str) -> bool:
-    return run_program(program(one, text), 10, judging(one), one.entry_point).passed
-
-
-@pytest.mark.parametrize(
-    ("text", "passes"),
-    [
-        ("    return number // 2\n", True),
-        ("    return number // 2\n\ndef other():\n    raise ValueError\n\nother()\n", True),
-        ("    return number // 2\nprint(1 / 0)\n", True),
-        ("    return number / 3\n", False),
-        ("return number\n", False),
-        ("", False),
-    ],
-)
-def test_a_base_models_text_goes_on_to_the_functions_end(text: str, passes: bool) -> None:
-    assert passed(problem(), text) == passes
+def passed(problem: Problem, text: str) -> bool:
+    return run_program(program(problem, text), 10, judging(problem), problem.entry_point).passed
 
 
 WRITTEN = "def half(number):\n    return number // 2\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "passes"),
+    ("chat", "text", "passes"),
     [
-        (f"```python\n{WRITTEN}```", True),
-        (f"Here it is:\n```\n{WRITTEN}```\nIt divides.", True),
-        (f"```python\n{HEAD}    return number // 2\n```\n```python\nraise ValueError\n```", True),
-        ("```python\n    return number // 2\n```", True),  # the rest of the function alone
-        (WRITTEN, True),
-        ("```python\n" + WRITTEN, True),  # cut off at the limit
-        (
-            "```python\ndef half(numbers: List[int]):\n    return numbers // 2\n```",
-            True,
-        ),  # what the head imports is there
-        ("```python\ndef other(number):\n    return number // 2\n```", False),
-        ("I cannot.", False),
+        (False, "    return number // 2\n", True),
+        (False, "    return number // 2\n\ndef other():\n    raise ValueError\n\nother()\n", True),
+        (False, "    return number // 2\nprint(1 / 0)\n", True),
+        (False, "    return number / 3\n", False),
+        (False, "return number\n", False),
+        (False, "", False),
+        (True, f"```python\n{WRITTEN}```", True),
+        (True, f"Here it is:\n```\n{WRITTEN}```\nIt divides.", True),
+        (True, f"```python\n{HEAD}    return number // 2\n```\n```python\nraise ValueError\n```", True),
+        (True, "```python\n    return number // 2\n```", True),  # the rest of the function alone
+        (True, WRITTEN, True),
+        (True, "```python\n" + WRITTEN, True),  # cut off at the limit
+        (True, "```\ndef half(numbers: List[int]):\n    return numbers // 2\n```", True),  # the head imports
+        (True, "```python\ndef other(number):\n    return number // 2\n```", False),
+        (True, "I cannot.", False),
     ],
 )
-def test_an_answer_is_its_first_block_of_code(text: str, passes: bool) -> None:
-    assert passed(problem(chat=True), text) == passes
+def test_a_text_goes_on_to_the_functions_end_and_a_chats_answer_is_its_first_block_of_code(
+    chat: bool, text: str, passes: bool
+) -> None:
+    assert passed(problem(chat=chat), text) == passes
 
 
 def test_a_text_is_whole_where_the_function_is() -> None:
-    assert not whole("    return 1\n    # a comment")
-    assert whole("    return 1\ndef other")
-    assert not whole_chat("```python\ndef half")
-    assert whole_chat("```python\ndef half(): ...\n```")
-
-
-def by_hand(text: str, folder: Path) -> bool:
-    """Whether a program runs to its end as a file."""
-    path = folder / "program.py"
-    path.write_text(text, encoding="utf-8")
-    return subprocess.run([sys.executable, str(path)], cwd=folder, capture_output=True, check=False).returncode == 0
+    assert not whole("    return 1\n    # a comment", chat=False)
+    assert whole("    return 1\ndef other", chat=False)
+    assert not whole("```python\ndef half", chat=True)
+    assert whole("```python\ndef half(): ...\n```", chat=True)
 
 
 def test_canonical_solutions_pass_and_broken_ones_are_judged_as_by_hand(tmp_path: Path) -> None:
     if not SHARED.is_file():
         pytest.skip(f"no file {SHARED.name} beside the project")
-    judged = []
+    path, judged = tmp_path / "program.py", []
     for row in read_jsonl(SHARED, FIELDS, "task.data_files", None):
-        one = Problem(0, "", "", "", begun=row["prompt"], entry_point=row["entry_point"], test=row["test"])
         solution: str = row["canonical_solution"]
-        assert passed(one, solution), row["task_id"]
+        assert passed(problem(row), solution), row["task_id"]
         broken = "\n".join(solution.rstrip().split("\n")[:-1])
-        judged.append(passed(one, broken))
+        judged.append(passed(problem(row), broken))
         by_itself = f"{row['prompt']}{broken}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-        assert judged[-1] == by_hand(by_itself, tmp_path), row["task_id"]
+        path.write_text(by_itself, encoding="utf-8")
+        ended = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, check=False)
+        assert judged[-1] == (ended.returncode == 0), row["task_id"]
     assert judged.count(True) < len(judged) / 4
 
 
@@ -132,16 +116,14 @@ def test_a_run_judges_every_problem_under_every_method(tmp_path: Path) -> None:
 
 
 def test_what_passes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.tasks import code_generation
-
-    answers: list[Any] = [ROW["canonical_solution"], "    return 0\n"]
-    monkeypatch.setattr(code_generation, "program", lambda problem, _: program(problem, answers[problem.index]))
-    (folder,) = ran(*options(tmp_path))
-    metrics = read_record(folder)["metrics"]
+    answers = [ROW["canonical_solution"], "    return 0\n"]
+    written = "pipelines.tasks.code_generation.program"
+    monkeypatch.setattr(written, lambda problem, _: program(problem, answers[problem.index]))
+    metrics = read_record(ran(*options(tmp_path))[0])["metrics"]
     assert (metrics["pass_at_1"], metrics["pass_at_1_stderr"]) == (0.5, 0.5)
 
 
 def test_a_chat_asks_with_the_instruction_and_the_functions_head(tmp_path: Path) -> None:
-    (one, _) = read(composed(*options(tmp_path, "task.chat_template=true")))
-    assert one.text.startswith("Complete this Python function.")
-    assert f"```python\n{HEAD}\n```" in one.text
+    (asked, _) = read(composed(*options(tmp_path, "task.chat_template=true")))
+    assert asked.text.startswith("Complete this Python function.")
+    assert f"```python\n{HEAD}\n```" in asked.text

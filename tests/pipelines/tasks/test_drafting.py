@@ -10,27 +10,60 @@ import pytest
 from calling import Outcome, composed, cut_off, ran, read_record, read_samples, texts, timeless, tiny
 
 from pipelines.models import load
-from pipelines.tasks.drafting import agreeing_runs, metrics, predicted, timing
+from pipelines.tasks.answers import drafting_metrics, learning_overhead, predicted, rounds
 
 SAMPLED = "task.decoding=reference_sampling"
 METRICS = ("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup")
 
 
+Json = dict[str, Any]
+
+
+def with_drafts(folder: Path, base: list[str], *overrides: str, tokens: int) -> tuple[Json, list[Json]]:
+    """The record and the samples of a run whose texts are those of the dense model."""
+    (dense,) = ran(*tiny(folder / "dense", *base, "sparsity=0", tokens=tokens))
+    (drafted,) = ran(*tiny(folder / "drafted", *base, *overrides, tokens=tokens))
+    record, samples = read_record(drafted), read_samples(drafted)
+    assert texts(drafted) == texts(dense)
+    assert record["evaluation"] == read_record(dense)["evaluation"]
+    for sample in samples:
+        assert 0 <= sample["drafting"]["accepted"] <= sample["drafting"]["drafted"]
+        assert sample["drafting"]["checks"] <= sample["drafting"]["emitted"]
+    return record, samples
+
+
 @pytest.mark.parametrize("override", ["draft_tokens=auto", "draft_tokens=3", "draft_vocabulary=full"])
 def test_exact_texts_are_the_dense_models(override: str, tmp_path: Path) -> None:
-    grid = ["grid.verification=[none,exact]", "grid.sparsity=[0,0.7]", override]
-    dense, pruned, verified = ran(*tiny(tmp_path / "out", *grid, "compensation=ridge", tokens=24))
-    assert texts(verified) == texts(dense)
-    assert "verified" in verified.name
-    assert {*METRICS} & {*read_record(pruned)["metrics"]} == {"effective_density"}
-    found = read_record(verified)["metrics"]
-    assert 0 < found["acceptance_rate"] <= 1
-    assert found["tokens_per_check"] >= 1
-    assert found["predicted_speedup"] == pytest.approx(1 / found["effective_density"])
-    for sample in read_samples(verified):
-        counts = sample["drafting"]
-        assert counts["emitted"] == sample["generated_tokens"] - 1  # the first one is the prompt's
-        assert counts["accepted"] <= counts["drafted"]
+    exact = ["verification=exact", "sparsity=0.7", "compensation=ridge", override]
+    record, samples = with_drafts(tmp_path, [], *exact, tokens=24)
+    assert "verified" in record["method"]["label"]
+    assert 0 < record["metrics"]["acceptance_rate"] <= 1
+    assert record["metrics"]["tokens_per_check"] >= 1
+    assert record["metrics"]["predicted_speedup"] == pytest.approx(1 / record["metrics"]["effective_density"])
+    for sample in samples:
+        assert sample["drafting"]["emitted"] == sample["generated_tokens"] - 1  # the first one is the prompt's
+
+
+@pytest.mark.parametrize("overrides", ["sparsity=0 assistance=prompt_lookup", "verification=exact prompt_lookup=true"])
+def test_drafts_that_are_looked_up(overrides: str, tmp_path: Path) -> None:
+    """A text that repeats itself is found in itself, by transformers or before the experts draft."""
+    record, _ = with_drafts(tmp_path, [], *overrides.split(), tokens=48)
+    assert "prompt lookup" in record["method"]["label"]
+    assert record["metrics"]["predicted_speedup"] > 0.9
+
+
+def test_a_small_model_as_the_draft(tmp_path: Path) -> None:
+    """A model assisted by itself has all of its drafts accepted, at the price of two models."""
+    folder = tmp_path / "model"
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    local = ["model=qwen3_8b", f"model.repo={folder}", "model.dtype=float32"]
+    assistance = ["sparsity=0", "assistance=model", f"assistant={folder}", "draft_tokens=4"]
+    record, _ = with_drafts(tmp_path, local, *assistance, tokens=16)
+    assert record["method"]["label"] == "dense, assistant model"
+    assert record["metrics"]["acceptance_rate"] > 0.7
+    assert record["metrics"]["effective_density"] == pytest.approx(1.0, abs=0.3)  # a draft costs what a check does
 
 
 @pytest.mark.parametrize(
@@ -43,9 +76,8 @@ def test_exact_texts_are_the_dense_models(override: str, tmp_path: Path) -> None
     ],
 )
 def test_a_verified_run_that_was_cut_off_ends_as_undisturbed(overrides: list[str], tmp_path: Path) -> None:
-    grid = {"grid.verification": "[none,exact]", "grid.sparsity": "[0,0.5]"}
-    grid |= dict(one.split("=", 1) for one in overrides)
-    options = tiny(tmp_path / "out", *(f"{key}={value}" for key, value in grid.items()), rows=4, tokens=14)
+    grid = ["grid.verification=[none,exact]", "grid.sparsity=[0,0.5]", *overrides]  # the later one wins
+    options = tiny(tmp_path / "out", *grid, rows=4, tokens=14)
     folders = ran(*options)
     whole = [timeless(folder) for folder in folders]
     for kept in ((0, 1, 2, 3, 1), (3, 2, 1, 0, 2)):
@@ -53,42 +85,6 @@ def test_a_verified_run_that_was_cut_off_ends_as_undisturbed(overrides: list[str
             cut_off(folder, count)
         ran(*options)
         assert [timeless(folder) for folder in folders] == whole
-
-
-@pytest.mark.parametrize("override", ["assistance=prompt_lookup", "prompt_lookup=true"])
-def test_drafts_that_are_looked_up(override: str, tmp_path: Path) -> None:
-    """A text that repeats itself is found in itself, by transformers or before the experts draft."""
-    (dense,) = ran(*tiny(tmp_path / "dense", "sparsity=0", tokens=48))
-    pruned = ["sparsity=0"] if override.startswith("assistance") else ["sparsity=0.5", "verification=exact"]
-    (assisted,) = ran(*tiny(tmp_path / "out", *pruned, override, tokens=48))
-    assert texts(assisted) == texts(dense)
-    record = read_record(assisted)
-    assert "prompt lookup" in record["method"]["label"]
-    assert record["evaluation"] == read_record(dense)["evaluation"]
-    assert record["metrics"]["predicted_speedup"] > 0.9
-    for sample in read_samples(assisted):
-        counts = sample["drafting"]
-        assert 0 <= counts["accepted"] <= counts["drafted"]
-        assert counts["checks"] <= counts["emitted"]
-
-
-def test_a_small_model_as_the_draft(tmp_path: Path) -> None:
-    """A model assisted by itself has all of its drafts accepted, at the price of two models."""
-    folder = tmp_path / "model"
-    loaded = load(composed("model=random_tiny").model, "cpu", 0)
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    local = ["model=qwen3_8b", f"model.repo={folder}", "model.dtype=float32"]
-    assistance = ["sparsity=0", "assistance=model", f"assistant={folder}", "draft_tokens=4"]
-    dense, assisted = (
-        ran(*tiny(tmp_path / name, *local, *extra, tokens=16))[0]
-        for name, extra in (("dense", ["sparsity=0"]), ("assisted", assistance))
-    )
-    assert texts(assisted) == texts(dense)
-    record = read_record(assisted)
-    assert record["method"]["label"] == "dense, assistant model"
-    assert record["metrics"]["acceptance_rate"] > 0.7
-    assert record["metrics"]["effective_density"] == pytest.approx(1.0, abs=0.3)  # a draft costs what a check does
 
 
 def test_sampled_texts_of_verified_rows_depend_on_seed_and_prompt_only(tmp_path: Path) -> None:
@@ -103,9 +99,10 @@ def test_sampled_texts_of_verified_rows_depend_on_seed_and_prompt_only(tmp_path:
 
 def test_questions_are_answered_as_by_the_dense_model(tmp_path: Path) -> None:
     plain = ["model=random_tiny", "task=briefs_qa", "limit=2", f"output_dir={tmp_path}", "wandb.mode=disabled"]
-    dense, verified = ran(*plain, "grid.sparsity=[0,0.5]", "verification=exact")
+    dense, pruned, verified = ran(*plain, "grid.sparsity=[0,0.5]", "grid.verification=[none,exact]")
     answers = [[sample["answers"] for sample in read_samples(folder)] for folder in (dense, verified)]
     assert answers[0] == answers[1]
+    assert {*METRICS} & {*read_record(pruned)["metrics"]} == {"effective_density"}
     assert {*METRICS} <= {*read_record(verified)["metrics"]}
     assert all(sample["drafting"]["checks"] > 0 for sample in read_samples(verified))
 
@@ -115,16 +112,14 @@ def test_the_table_has_drafts_where_there_are_some(call: Callable[..., Outcome],
     assert "tokens/check" in call(*tiny(tmp_path / "out", "verification=exact")).out
 
 
-def sample(**counts: Any) -> dict[str, Any]:
-    return {"drafting": {"step_bytes": 100, **counts}}
+def sample(*counts: int) -> dict[str, Any]:
+    names = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
+    return {"drafting": {"step_bytes": 100, **dict(zip(names, counts, strict=True))}}
 
 
 def test_metrics_are_ratios_of_sums() -> None:
-    samples = [
-        sample(checks=4, drafted=10, accepted=6, emitted=10, draft_bytes=400),
-        sample(checks=1, drafted=0, accepted=0, emitted=1, draft_bytes=0),
-    ]
-    found = metrics(samples)
+    samples = [sample(4, 10, 6, 10, 400), sample(1, 0, 0, 1, 0)]
+    found = drafting_metrics(samples)
     assert {name: value for name, value in found.items() if not name.endswith("_stderr")} == pytest.approx(
         {
             "tokens_per_check": 11 / 5,
@@ -136,34 +131,33 @@ def test_metrics_are_ratios_of_sums() -> None:
         }
     )
     # Of two samples, half of what either would say alone apart.
-    alone = [metrics(samples[:1]), metrics(samples[1:])]
+    alone = [drafting_metrics(samples[:1]), drafting_metrics(samples[1:])]
     for name in ("tokens_per_check", "effective_density", "predicted_speedup"):
         assert found[f"{name}_stderr"] == pytest.approx(abs(alone[0][name] - alone[1][name]) / 2)
         assert f"{name}_stderr" not in alone[0]
     assert "dense_steps_stderr" not in found
-    assert "acceptance_rate" not in metrics(samples[1:])
-    nothing = sample(checks=0, drafted=0, accepted=0, emitted=0, draft_bytes=0)  # the first token ended the text
-    assert metrics([nothing]) == metrics([]) == {}
+    assert "acceptance_rate" not in drafting_metrics(samples[1:])
+    nothing = sample(0, 0, 0, 0, 0)  # the first token ended the text
+    assert drafting_metrics([nothing]) == drafting_metrics([]) == {}
 
 
 def test_learning_is_told_by_what_checks_take() -> None:
-    seconds = {"draft": 9.0, "check": 2.0, "learn": 0.75}
-    assert timing([sample(seconds=seconds), sample(seconds=seconds)]) == {"learning_overhead": 0.375}
-    assert timing([{}]) == {}
+    drafts = {"drafting": {"seconds": {"draft": 9.0, "check": 2.0, "learn": 0.75}}}
+    assert learning_overhead([drafts, drafts]) == {"learning_overhead": 0.375}
+    assert learning_overhead([{}]) == {}
 
 
 def test_rounds_and_the_best_number_of_drafts_by_hand() -> None:
     agreement = [1, 1, 0, 1, 1, 1, 1, 0]
-    assert agreeing_runs(agreement, 1) == 5  # 11, 0, 11, 11, 0
-    assert agreeing_runs(agreement, 2) == 3  # 110, 111, 10
-    assert agreeing_runs(agreement, 4) == 2  # 110, 11110
-    assert agreeing_runs([0, 0], 3) == 2
-    speedups = {k: 8 / (rounds * (0.25 * k + 1)) for k, rounds in {1: 5, 2: 3, 3: 3, 4: 2}.items()}
+    by_hand = {1: 5, 2: 3, 3: 3, 4: 2}  # 11, 0, 11, 11, 0; 110, 111, 10; 110, 1111, 0; 110, 11110
+    assert {number: rounds(agreement, number) for number in by_hand} == by_hand
+    assert rounds([0, 0], 3) == 2
+    speedups = {number: 8 / (count * (0.25 * number + 1)) for number, count in by_hand.items()}
     assert predicted([agreement], 0.25) == {"predicted_speedup": speedups[4], "predicted_draft_tokens": 4}
     # Over several texts, one number for all: (8 + 2) tokens, in 3 + 2 rounds with two drafts.
     both = predicted([agreement, [0, 0]], 0.25)
-    costs = {k: (rounds + 2) * (0.25 * k + 1) for k, rounds in {1: 5, 2: 3, 3: 3, 4: 2}.items()}
-    assert both["predicted_speedup"] == pytest.approx(10 / min(costs.values()))
+    costs = [(count + 2) * (0.25 * number + 1) for number, count in by_hand.items()]
+    assert both["predicted_speedup"] == pytest.approx(10 / min(costs))
 
 
 def test_standard_errors_read_every_sample_as_often_however_many_there_are() -> None:
@@ -176,8 +170,7 @@ def test_standard_errors_read_every_sample_as_often_however_many_there_are() -> 
 
     def reads(count: int) -> int:
         Counted.reads = 0
-        counts = {"checks": 3, "drafted": 9, "accepted": 5, "emitted": 8, "draft_bytes": 90, "step_bytes": 100}
-        metrics([{"drafting": Counted(counts)} for _ in range(count)])
+        drafting_metrics([{"drafting": Counted(sample(3, 9, 5, 8, 90)["drafting"])} for _ in range(count)])
         return Counted.reads
 
     assert reads(80) < 9 * reads(10)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +16,17 @@ from calling import ARTICLES, Outcome, composed, ran, read_record, read_samples,
 
 import griffin
 from pipelines.errors import UserError
-from pipelines.models import load
+from pipelines.models import LoadedModel, load
 from pipelines.records import read_arrays
 from pipelines.tasks import flocking
 from pipelines.tasks.flocking import _controls, read
-from pipelines.tasks.flocking_measures import TEXTS, between_sequences, chance, jaccard, sets_of
+from pipelines.tasks.flocking_figures import TEXTS, between_sequences, chance, jaccard, sets_of
 from pipelines.tracking import Media
 
 
 def options(out: Path, *more: str) -> list[str]:
     plain = ["model=random_tiny", "task=flocking", "limit=3", f"output_dir={out}", "wandb.mode=disabled"]
     return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", *more]
-
-
-ONE_LAYER = "model.architecture.num_hidden_layers=1"  # each has its figures
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +36,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_jaccard_is_shared_over_all() -> None:
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    """The model of all runs."""
+    return load(composed("model=random_tiny").model, "cpu", 0)
+
+
+def arrays_of(folder: Path, index: int) -> dict[str, np.ndarray]:
+    arrays = read_arrays(folder / "arrays" / f"{index}.npz")
+    assert arrays is not None
+    return arrays
+
+
+def test_jaccard_is_shared_over_all_and_chance_is_what_random_sets_have() -> None:
     one, other = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 0], bool)
-    assert jaccard(one, other) == pytest.approx(1 / 3)
-    assert jaccard(one, one) == 1.0
-    assert jaccard(one, ~one) == 0.0
+    assert [jaccard(one, other), jaccard(one, one), jaccard(one, ~one)] == pytest.approx([1 / 3, 1, 0])
     assert jaccard(np.zeros(4, bool), np.zeros(4, bool)) == 1.0
-
-
-def test_chance_is_what_random_sets_have() -> None:
-    numbers = np.random.default_rng(0)
-    drawn = numbers.random((200, 4000)).argsort(axis=1) < 1000
+    drawn = np.random.default_rng(0).random((200, 4000)).argsort(axis=1) < 1000
     assert jaccard(drawn[::2], drawn[1::2]).mean() == pytest.approx(chance(0.25), rel=0.01)
 
 
@@ -74,14 +77,10 @@ def test_pairs_of_two_kinds_never_match_a_sequence_with_itself() -> None:
     assert between_sequences(one[:2], one[:2])[1] == pytest.approx([0.0, 0.0])
 
 
-def test_a_run_measures_the_models_own_experts(whole: Path) -> None:
-    folder = whole
+def test_a_run_measures_the_models_own_experts(whole: Path, loaded: LoadedModel) -> None:
     config = composed(*options(whole.parent))
-    loaded = load(config.model, "cpu", 0)
-    for sample, text in zip(read_samples(folder), read(config), strict=True):
-        arrays = read_arrays(folder / sample["arrays"])
-        assert arrays is not None
-        ids = loaded.encode(text.text)[:48]
+    for sample, text in zip(read_samples(whole), read(config), strict=True):
+        arrays, ids = arrays_of(whole, sample["index"]), loaded.encode(text.text)[:48]
         assert sample["prompt_tokens"] == len(ids)
         prompts = dict(zip(TEXTS, (ids, *_controls(loaded, ids, config.seed, text.index)), strict=True))
         for name, tokens in prompts.items():
@@ -97,16 +96,11 @@ def test_a_run_measures_the_models_own_experts(whole: Path) -> None:
                 assert sample["token_energy"][name][layer] >= sample["kept_energy"][name][layer]
 
 
-def test_the_generation_is_the_dense_models_own(whole: Path) -> None:
-    sample = read_samples(whole)[0]
-    arrays = read_arrays(whole / "arrays" / "0.npz")
-    assert arrays is not None
-    config = composed(*options(whole.parent))
-    loaded = load(config.model, "cpu", 0)
-    ids = torch.tensor([loaded.encode(read(config)[0].text)[:48]])
-    text = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, suppress_tokens=[1]
-    )
+def test_the_generation_is_the_dense_models_own(whole: Path, loaded: LoadedModel) -> None:
+    sample, arrays = read_samples(whole)[0], arrays_of(whole, 0)
+    ids = torch.tensor([loaded.encode(read(composed(*options(whole.parent)))[0].text)[:48]])
+    greedy = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [1]}
+    text = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
     seen: list[torch.Tensor] = []
     blocks = griffin.find_feedforward_blocks(loaded.model)
     hook = blocks[1].output.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
@@ -115,16 +109,16 @@ def test_the_generation_is_the_dense_models_own(whole: Path) -> None:
     hook.remove()
     z_SD = seen[0][48:]
     scores_D = (z_SD / z_SD.norm(dim=-1, keepdim=True)).norm(dim=0)
-    generated = np.unpackbits(arrays["natural_sets_generation"], axis=-1).astype(bool)
+    natural, generated = (
+        np.unpackbits(arrays[f"natural_sets{part}"], axis=-1).astype(bool) for part in ("", "_generation")
+    )
     assert set(np.flatnonzero(generated[1])) == set(scores_D.topk(80).indices.tolist())
-    whole = np.unpackbits(arrays["natural_sets"], axis=-1).astype(bool)
-    assert sample["jaccard_generation"]["natural"] == pytest.approx(jaccard(whole, generated), abs=1e-6)
+    assert sample["jaccard_generation"]["natural"] == pytest.approx(jaccard(natural, generated), abs=1e-6)
     assert "permuted_sets_generation" not in arrays
 
 
 def test_the_record_is_the_mean_of_what_the_samples_say(whole: Path) -> None:
-    folder = whole
-    record, samples = read_record(folder), read_samples(folder)
+    record, samples = read_record(whole), read_samples(whole)
     metrics = record["metrics"]
     assert record["config"]["sparsity"] == 0.0
     for text in TEXTS:
@@ -132,70 +126,57 @@ def test_the_record_is_the_mean_of_what_the_samples_say(whole: Path) -> None:
         assert metrics[f"jaccard_halves_{text}"] == pytest.approx(sum(halves) / 3)
         assert 0 < metrics[f"jaccard_sequences_{text}"] < 1
         assert metrics[f"jaccard_other_halves_{text}_stderr"] > 0
-    loaded = [sample | {"arrays": read_arrays(folder / sample["arrays"])} for sample in samples]
-    means, _ = between_sequences(*[sets_of(loaded, "natural_sets")] * 2)
+    with_arrays = [{"arrays": arrays_of(whole, index)} for index in range(3)]
+    means, _ = between_sequences(*[sets_of(with_arrays, "natural_sets")] * 2)
     assert metrics["jaccard_sequences_natural"] == pytest.approx(means[-1])
     assert not any(isinstance(value, float) and math.isnan(value) for value in metrics.values())
 
 
 def test_what_is_to_be_looked_at_is_in_the_run_folder(whole: Path) -> None:
-    folder = whole
-    names = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert names == {path.stem for path in (folder / "figures").glob("*.pdf")}
+    names = {path.stem for path in (whole / "figures").glob("*.png")}
+    assert names == {path.stem for path in (whole / "figures").glob("*.pdf")}
     assert {"jaccard_sequences", "jaccard_halves", "jaccard_generation", "scores"} < names
     assert {f"heatmap_layer0{layer}{order}" for layer in range(3) for order in ("", "_sorted")} < names
-    arrays = [read_arrays(folder / "arrays" / f"{index}.npz") or {} for index in range(3)]
-    heatmaps = [{name for name in one if "heatmap" in name} for one in arrays]
+    heatmaps = [{name for name in arrays_of(whole, index) if "heatmap" in name} for index in range(3)]
     assert heatmaps == [{f"{text}_heatmap" for text in TEXTS}, {"natural_heatmap"}, set()]
-    heat_LTM = arrays[0]["natural_heatmap"]
+    heat_LTM = arrays_of(whole, 0)["natural_heatmap"]
     assert heat_LTM.shape == (3, 48, 128)
     assert heat_LTM.min() >= 0
-    squares = heat_LTM.astype(np.float64) ** 2
-    assert (squares.sum(axis=-1) <= 1.001).all()
-    rows = (folder / "layers.csv").read_text(encoding="utf-8").splitlines()
+    assert ((heat_LTM.astype(np.float64) ** 2).sum(axis=-1) <= 1.001).all()
+    rows = (whole / "layers.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0] == "layer,text,measure,value,stderr"
     assert len(rows) == 1 + 3 * (7 + 5 + 5)
 
 
-def test_controls_have_the_same_tokens_or_none_of_the_special_ones() -> None:
-    loaded = load(composed("model=random_tiny").model, "cpu", 0)
-    ids = loaded.encode(ARTICLES[1])
-    permuted, drawn = _controls(loaded, ids, 0, 3)
+@pytest.mark.parametrize("bos", [False, True])
+def test_controls_have_the_same_tokens_or_none_of_the_special_ones(bos: bool, loaded: LoadedModel) -> None:
+    model = replace(loaded, add_bos_token=bos)
+    ids = model.encode(ARTICLES[1])
+    permuted, drawn = _controls(model, ids, 0, 3)
     assert permuted != ids
     assert sorted(permuted) == sorted(ids)
     assert len(drawn) == len(ids)
-    assert not set(drawn) & set(loaded.tokenizer.all_special_ids)
-    assert (permuted, drawn) == _controls(loaded, ids, 0, 3)
-    assert (permuted, drawn) != _controls(loaded, ids, 0, 4)
-    assert (permuted, drawn) != _controls(loaded, ids, 1, 3)
-
-
-def test_a_bos_token_stays_in_front() -> None:
-    loaded = load(composed("model=random_tiny", "model.add_bos_token=true").model, "cpu", 0)
-    ids = loaded.encode(ARTICLES[1])
-    for control in _controls(loaded, ids, 0, 0):
-        assert control[0] == ids[0] == loaded.tokenizer.bos_token_id
-        assert loaded.tokenizer.bos_token_id not in control[1:]
+    specials = set(loaded.tokenizer.all_special_ids)
+    for control in (permuted, drawn):
+        assert control[:bos] == ids[:bos] == [loaded.tokenizer.bos_token_id][:bos], "a BOS token stays in front"
+        assert not set(control[bos:]) & specials
+    assert (permuted, drawn) == _controls(model, ids, 0, 3)
+    assert (permuted, drawn) != _controls(model, ids, 0, 4)
+    assert (permuted, drawn) != _controls(model, ids, 1, 3)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.tasks.flocking.media", lambda *_: Media())  # figures take most of the time
 
-    def cut_off(folder: Path) -> None:
-        text = (folder / "samples.jsonl").read_text(encoding="utf-8")
-        (folder / "samples.jsonl").write_text(text[: len(text) // 2], encoding="utf-8")
-
-    for number, damage in enumerate(
-        (
-            cut_off,
-            lambda folder: (folder / "arrays" / "1.npz").unlink(),
-            lambda folder: (folder / "arrays" / "0.npz").write_bytes(b"PK"),
-        )
-    ):
-        folder = tmp_path / str(number) / whole.name
+    damages = {"samples.jsonl": lambda content: content[: len(content) // 2], "arrays/0.npz": lambda _: b"PK"}
+    for name in ("samples.jsonl", "arrays/1.npz", "arrays/0.npz"):
+        folder = tmp_path / Path(name).stem / whole.name
         shutil.copytree(whole, folder)
         (folder / "record.json").unlink()
-        damage(folder)
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if name in damages:
+            (folder / name).write_bytes(damages[name](content))
         assert ran(*options(folder.parent)) == [folder]
         assert read_record(folder)["metrics"] == read_record(whole)["metrics"]
         assert [sample["index"] for sample in read_samples(folder)] == [0, 1, 2]
@@ -203,18 +184,18 @@ def test_a_resumed_run_equals_an_undisturbed_one(whole: Path, tmp_path: Path, mo
 
 def test_a_text_file_is_cut_into_sequences_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.tasks.flocking.media", lambda *_: Media())
-    text = "".join(f"Sentence number {number} of the text. " for number in range(100))
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    (folder,) = ran(*options(tmp_path / "out", f"task.data_files={tmp_path / 'text.txt'}"))
-    samples = read_samples(folder)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Sentence number {number} of the text. " for number in range(100)), encoding="utf-8")
+    samples = read_samples(ran(*options(tmp_path / "out", f"task.data_files={path}"))[0])
     assert [sample["prompt_tokens"] for sample in samples] == [48] * 3
-    sets = [json.dumps(sample["kept_energy"]["natural"]) for sample in samples]
-    assert len(set(sets)) == 3  # bytes are tokens here, so the stretches are all different
+    # Bytes are tokens here, so the stretches are all different.
+    assert len({str(sample["kept_energy"]["natural"]) for sample in samples}) == 3
 
 
 def test_json_lines_give_a_sequence_a_row_and_short_ones_are_skipped(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"document": ARTICLES[0]}, {"document": "short"}])
-    (folder,) = ran(*options(tmp_path / "out", f"task.data_files={path}", "task.text_field=document", ONE_LAYER))
+    one_layer = "model.architecture.num_hidden_layers=1"  # each has its figures
+    (folder,) = ran(*options(tmp_path / "out", f"task.data_files={path}", "task.text_field=document", one_layer))
     metrics = read_record(folder)["metrics"]
     assert (metrics["samples"], metrics["skipped_prompts"]) == (1, 1)
     assert "jaccard_halves_natural" in metrics
@@ -235,9 +216,8 @@ def test_the_method_counts_for_nothing(whole: Path, call: Callable[..., Outcome]
         ("task.data_files=TEXT", "the text has 5 tokens, expected at least 48"),
     ],
 )
-def test_what_the_model_makes_of_a_text_is_told(override: str, words: str, tmp_path: Path) -> None:
+def test_what_the_model_makes_of_a_text_is_told(override: str, words: str, loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("short", encoding="utf-8")
     config = composed(*options(tmp_path / "out", override.replace("TEXT", str(tmp_path / "text.txt"))))
-    loaded = load(config.model, "cpu", 0)
     with pytest.raises(UserError, match=words):
         list(flocking.evaluate(loaded, read(config), config, config.methods(), {}))

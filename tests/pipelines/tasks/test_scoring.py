@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor
 import griffin
 from pipelines.methods import Method
 from pipelines.models import LoadedModel, load
+from pipelines.task_config import PROTOCOLS
 from pipelines.tasks import scoring
-from pipelines.tasks.scoring import PROTOCOLS, Request, Score
+from pipelines.tasks.scoring import Request, Score
 
 DENSE = Method("griffin", "topk", 0.0)
 GRIFFIN = Method("griffin", "topk", 0.5)
@@ -35,24 +37,18 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def requests() -> list[Request]:
     """Long and short contexts and continuations, mixed; some share all but the last token."""
     numbers = torch.Generator().manual_seed(0)
-
-    def tokens(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(2, 250, (length,), generator=numbers).tolist())
-
-    made = [Request(tokens(context), tokens(length)) for context, length in [(30, 4), (3, 9), (17, 1), (2, 1), (45, 2)]]
-    shared = tokens(12)
-    return [*made, Request(shared, (7,)), Request(shared, (9,)), Request(tokens(1), tokens(3))]
+    sizes = [(30, 4), (3, 9), (17, 1), (2, 1), (45, 2), (12, 1), (12, 1), (1, 3)]
+    drawn = [torch.randint(2, 250, (sum(size),), generator=numbers).tolist() for size in sizes]
+    drawn[6][:12] = drawn[5][:12]
+    return [Request(tuple(ids[:context]), tuple(ids[context:])) for ids, (context, _) in zip(drawn, sizes, strict=True)]
 
 
 def score(
-    loaded: LoadedModel, asked: list[Request], methods: list[Method], protocol: str, batch_size: int
+    loaded: LoadedModel, asked: list[Request], methods: list[Method], protocol: str, batch_size: int = 1
 ) -> dict[Method, list[Score]]:
-    engine = griffin.Engine(loaded.model)
-    scores = {
-        (method, number): one
-        for batch in scoring.score(loaded, asked, methods, engine, protocol, batch_size, seed=0)
-        for method, number, one in batch
-    }
+    options: dict[str, Any] = {"protocol": protocol, "context_length": loaded.context_length, "batch_size": batch_size}
+    batches = scoring.score(griffin.Engine(loaded.model), asked, methods, seed=0, **options)
+    scores = {(method, number): one for batch in batches for method, number, one in batch}
     return {method: [scores[method, number] for number in range(len(asked))] for method in methods}
 
 
@@ -88,7 +84,7 @@ def literal(model: Any, request: Request, method: Method, protocol: str) -> Iter
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("method", [GRIFFIN, MAGNITUDE], ids=lambda method: method.statistic)
 def test_every_request_agrees_with_a_literal_reading(loaded: LoadedModel, method: Method, protocol: str) -> None:
-    found = score(loaded, requests(), [method], protocol, batch_size=1)[method]
+    found = score(loaded, requests(), [method], protocol)[method]
     for request, one in zip(requests(), found, strict=True):
         with literal(loaded.model, request, method, protocol) as ids, torch.no_grad():
             logprobs = loaded.model(ids).logits[0, -len(request.continuation) :].log_softmax(dim=-1)
@@ -100,7 +96,7 @@ def test_every_request_agrees_with_a_literal_reading(loaded: LoadedModel, method
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_batch_gives_each_request_what_it_gets_alone(loaded: LoadedModel, protocol: str) -> None:
     methods = [DENSE, GRIFFIN, MAGNITUDE]
-    alone = score(loaded, requests(), methods, protocol, batch_size=1)
+    alone = score(loaded, requests(), methods, protocol)
     batch = score(loaded, requests(), methods, protocol, batch_size=8)
     for method in methods:
         for one, many in zip(alone[method], batch[method], strict=True):
@@ -122,35 +118,31 @@ def test_the_protocols_differ_where_they_should(loaded: LoadedModel) -> None:
 
 def test_methods_scored_together_equal_methods_scored_alone_to_the_bit(loaded: LoadedModel) -> None:
     methods = [DENSE, GRIFFIN, MAGNITUDE, Method("random", "sample", 0.25)]
-    together = score(loaded, requests(), methods, "paper", batch_size=1)
+    together = score(loaded, requests(), methods, "paper")
     for method in methods:
-        assert score(loaded, requests(), [method], "paper", batch_size=1)[method] == together[method]
+        assert score(loaded, requests(), [method], "paper")[method] == together[method]
 
 
-def test_log_likelihoods_are_summed_in_float32(loaded: LoadedModel) -> None:
-    half = LoadedModel(copy.deepcopy(loaded.model).to(torch.bfloat16), loaded.tokenizer, False, 4096, "cpu")
-    long = [Request(tuple(range(2, 40)), tuple(range(60, 90)))]
-    rounded = []
-    for method, protocol in ((DENSE, "paper"), (GRIFFIN, "paper"), (GRIFFIN, "continuation")):
-        ((found,),) = score(half, long, [method], protocol, batch_size=1).values()
-        if method.dense:
-            logits = half.model(torch.tensor([(long[0].context + long[0].continuation)[:-1]])).logits[0, -30:]
-        else:
-            with literal(half.model, long[0], method, protocol) as ids:
-                logits = half.model(ids).logits[0, -30:]
-        each, in_half = (
-            kind.log_softmax(dim=-1)[range(30), long[0].continuation].sum() for kind in (logits.float(), logits)
-        )
-        # Experts of a statistic in bfloat16 may be others in the literal reading.
-        tolerance = 1e-6 if method.dense else 2e-3
-        assert found.loglikelihood == pytest.approx(float(each), rel=tolerance)
-        assert found.loglikelihood != float(torch.tensor(found.loglikelihood).bfloat16()), "not a number of 8 bits"
-        rounded.append(float(in_half))
-    assert all(value == float(torch.tensor(value).bfloat16()) for value in rounded)
+@pytest.mark.parametrize(
+    ("method", "protocol"), [(DENSE, "paper"), (GRIFFIN, "paper"), (GRIFFIN, "continuation")], ids=str
+)
+def test_log_likelihoods_are_summed_in_float32(method: Method, protocol: str, loaded: LoadedModel) -> None:
+    half = replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
+    long = Request(tuple(range(2, 40)), tuple(range(60, 90)))
+    ((found,),) = score(half, [long], [method], protocol).values()
+    with literal(half.model, long, method, protocol) as ids:
+        logits = half.model(ids).logits[0, -30:]
+    exact, in_half = (
+        float(kind.log_softmax(dim=-1)[range(30), long.continuation].sum()) for kind in (logits.float(), logits)
+    )
+    # Experts of a statistic in bfloat16 may be others in the literal reading.
+    assert found.loglikelihood == pytest.approx(exact, rel=1e-6 if method.dense else 2e-3)
+    assert in_half == float(torch.tensor(in_half).bfloat16())
+    assert found.loglikelihood != float(torch.tensor(found.loglikelihood).bfloat16()), "not a number of 8 bits"
 
 
 def test_sparsity_0_is_the_dense_model_to_the_bit(loaded: LoadedModel) -> None:
-    dense = score(loaded, requests(), [DENSE], "paper", batch_size=1)[DENSE]
+    dense = score(loaded, requests(), [DENSE], "paper")[DENSE]
     for request, one in zip(requests(), dense, strict=True):
         ids = torch.tensor([(request.context + request.continuation)[:-1]])
         logits = loaded.model(ids, logits_to_keep=len(request.continuation)).logits[0]
@@ -159,9 +151,9 @@ def test_sparsity_0_is_the_dense_model_to_the_bit(loaded: LoadedModel) -> None:
 
 
 def test_what_does_not_fit_loses_tokens_on_the_left(loaded: LoadedModel) -> None:
-    small = LoadedModel(loaded.model, loaded.tokenizer, False, 10, "cpu")
+    small = replace(loaded, context_length=10)
     long = Request(tuple(range(2, 40)), (50, 51))
     kept = Request(long.context[-9:], long.continuation)
     for method in (DENSE, GRIFFIN):
-        cut = score(small, [long], [method], "paper", batch_size=1)
-        assert cut == score(small, [kept], [method], "paper", batch_size=1)
+        cut = score(small, [long], [method], "paper")
+        assert cut == score(small, [kept], [method], "paper")

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from calling import Outcome, composed, prompts_run, ran, read_record, read_samples, timeless, tiny
+from calling import Outcome, composed, ran, read_record, read_samples, tiny
 
 import griffin
 from pipelines.composition import Call
 from pipelines.job import attempt
 from pipelines.models import load
-from pipelines.sweeps.run_status import FAILED
-from pipelines.tasks.drafting import predicted
+from pipelines.sweeps import FAILED
+from pipelines.tasks.answers import predicted
 from pipelines.tasks.fidelity import acceptance, compare
-from pipelines.tasks.prompts import read_prompts
+from pipelines.tasks.prompts import read
 
 TEXT = "The tide comes in twice a day, and the harbour fills slowly. " * 30
 
 
 def perplexity(folder: Path, *more: str) -> list[str]:
     (folder / "text.txt").write_text(TEXT)
-    return [
-        "model=random_tiny",
-        "task=perplexity",
-        f"task.data_files={folder / 'text.txt'}",
-        "task.prompt_lengths=[12,40]",
-        "task.generation_lengths=[5,16]",
-        "limit=3",
-        "wandb.mode=disabled",
-        *more,
-    ]
+    plain = ["model=random_tiny", "task=perplexity", "limit=3", "wandb.mode=disabled", f"output_dir={folder / 'out'}"]
+    lengths = ["task.prompt_lengths=[12,40]", "task.generation_lengths=[5,16]"]
+    return [*plain, f"task.data_files={folder / 'text.txt'}", *lengths, *more]
 
 
 def fidelity(out: Path, *more: str, rows: int = 3, tokens: int = 12) -> list[str]:
@@ -42,33 +35,31 @@ def fidelity(out: Path, *more: str, rows: int = 3, tokens: int = 12) -> list[str
 
 
 def test_perplexity_of_every_cell_is_that_of_plain_calls(tmp_path: Path) -> None:
-    options = perplexity(tmp_path, f"output_dir={tmp_path / 'out'}", "statistic=wanda")
+    options = perplexity(tmp_path, "statistic=wanda")
     (folder,) = ran(*options)
     metrics = read_record(folder)["metrics"]
     assert metrics["samples"] == 3
 
-    config = composed(*options)
-    loaded = load(config.model, "cpu", 0)
+    loaded = load(composed(*options).model, "cpu", 0)
     ids = loaded.encode(TEXT)
-    for prompt in (12, 40):
-        for generation in (5, 16):
-            losses = []
-            for window in range(3):
-                tokens = ids[window * 56 : (window + 1) * 56]
-                whole = torch.tensor([tokens[40 - prompt : 40 + generation]])
-                with griffin.prune(loaded.model, 0.5, statistic="wanda", mode="masked"):
-                    first = loaded.model(whole[:, :prompt], use_cache=True)
-                    rest = loaded.model(whole[:, prompt:-1], past_key_values=first.past_key_values)
-                logits = torch.cat([first.logits[0, -1:], rest.logits[0]])
-                losses.append(float(torch.nn.functional.cross_entropy(logits, whole[0, prompt:])))
-            expected = math.exp(sum(losses) / 3)
-            assert metrics[f"perplexity_p{prompt}_g{generation}"] == pytest.approx(expected, rel=1e-5)
-            assert metrics[f"perplexity_p{prompt}_g{generation}_stderr"] > 0
+    for prompt, generation in itertools.product((12, 40), (5, 16)):
+        losses = []
+        for window in range(3):
+            tokens = ids[window * 56 : (window + 1) * 56]
+            whole = torch.tensor([tokens[40 - prompt : 40 + generation]])
+            with griffin.prune(loaded.model, 0.5, statistic="wanda", mode="masked"):
+                first = loaded.model(whole[:, :prompt], use_cache=True)
+                rest = loaded.model(whole[:, prompt:-1], past_key_values=first.past_key_values)
+            logits = torch.cat([first.logits[0, -1:], rest.logits[0]])
+            losses.append(float(torch.nn.functional.cross_entropy(logits, whole[0, prompt:])))
+        name = f"perplexity_p{prompt}_g{generation}"
+        assert metrics[name] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+        assert metrics[f"{name}_stderr"] > 0
 
 
 def test_a_text_too_short_and_a_window_too_long_are_told(call: Callable[..., Outcome], tmp_path: Path) -> None:
     for override in ("task.prompt_lengths=[3000]", "task.prompt_lengths=[8000]"):
-        ended = call(*perplexity(tmp_path, f"output_dir={tmp_path / 'out'}", override))
+        ended = call(*perplexity(tmp_path, override))
         assert ended.code == 1
         assert len(ended.lines("error: ")) == 1
         assert "Traceback" not in ended.err
@@ -79,7 +70,7 @@ def test_fidelity_is_the_kl_of_plain_calls(tmp_path: Path) -> None:
     (folder,) = ran(*options)
     config = composed(*options)
     loaded = load(config.model, "cpu", 0)
-    for sample, prompt in zip(read_samples(folder), read_prompts(config.task, 2), strict=True):
+    for sample, prompt in zip(read_samples(folder), read(config), strict=True):
         ids = torch.tensor([loaded.encode(prompt.text)])
         greedy = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         continuation = greedy[:, ids.shape[1] :]
@@ -94,45 +85,20 @@ def test_fidelity_is_the_kl_of_plain_calls(tmp_path: Path) -> None:
         )
 
 
-# Every way to follow the text, beside two statistics and the dense run.
-GRID = ("grid.statistic=[griffin,random]", "grid.sparsity=[0,0.5]", "compensation=ridge")
-REFRESHING = "grid.refresh=[none,compensation]"
-
-
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Five methods on the same texts, one row at a time."""
-    return ran(*fidelity(tmp_path_factory.mktemp("fidelity") / "out", *GRID, REFRESHING))
-
-
-def test_a_grid_equals_separate_runs_to_the_bit(together: list[Path], tmp_path: Path) -> None:
-    separate = [
-        ran(*fidelity(tmp_path / "out", "compensation=ridge", *method))
-        for method in (
-            ["sparsity=0"],
-            *([f"refresh={refresh}"] for refresh in ("none", "compensation")),
-            ["statistic=random", "compensation=ridge", "refresh=compensation"],
-        )
-    ]
-    alone = {folder.name: timeless(folder) for (folder,) in separate}
-    assert len(alone) == 4
-    assert {folder.name: timeless(folder) for folder in together if folder.name in alone} == alone
-
-
-def test_dense_fidelity_is_perfect(together: list[Path]) -> None:
-    assert "dense" in together[0].name
-    metrics = read_record(together[0])["metrics"]
-    assert (metrics["kl"], metrics["top1_agreement"]) == (0.0, 1.0)
-    assert all(read_record(folder)["metrics"]["kl"] > 0 for folder in together[1:])
+    """Three methods on the same texts: dense, and pruned without and with refreshes."""
+    grid = ["grid.sparsity=[0,0.5]", "compensation=ridge", "grid.refresh=[none,compensation]"]
+    return ran(*fidelity(tmp_path_factory.mktemp("fidelity") / "out", *grid))
 
 
 def test_what_follows_the_text_is_read_again_by_the_dense_model(together: list[Path]) -> None:
-    none, *followed = together[1:3]
-    assert len({read_record(folder)["metrics"]["kl"] for folder in together[1:3]}) == 2
-    for folder in followed:
-        for before, sample in zip(read_samples(none), read_samples(folder), strict=True):
-            assert sample["kl_by_token"][:8] == pytest.approx(before["kl_by_token"][:8], abs=2e-6)
-            assert sample["kl_by_token"][8] == pytest.approx(0, abs=2e-6) != before["kl_by_token"][8]
+    dense, plain, refreshed = (read_record(folder)["metrics"] for folder in together)
+    assert (dense["kl"], dense["top1_agreement"]) == (0.0, 1.0)
+    assert len({plain["kl"], refreshed["kl"], 0.0}) == 3
+    for before, sample in zip(*map(read_samples, together[1:]), strict=True):
+        assert sample["kl_by_token"][:8] == pytest.approx(before["kl_by_token"][:8], abs=2e-6)
+        assert sample["kl_by_token"][8] == pytest.approx(0, abs=2e-6) != before["kl_by_token"][8]
 
 
 def test_every_pruned_method_is_judged_as_a_draft(together: list[Path]) -> None:
@@ -146,47 +112,6 @@ def test_every_pruned_method_is_judged_as_a_draft(together: list[Path]) -> None:
             assert sample["draft_cost"] == samples[0]["draft_cost"] < 1
         best = predicted([sample["agreement_by_token"] for sample in samples], samples[0]["draft_cost"])
         assert {name: metrics[name] for name in best} == best
-
-
-def same_up_to_rounding(one: Any, other: Any) -> bool:
-    """Whether records or samples, nested, have the same keys and the same numbers."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_up_to_rounding(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same_up_to_rounding, one, other))
-    return bool(one == pytest.approx(other, rel=1e-3, abs=2e-6) if isinstance(one, float) else one == other)
-
-
-def test_batches_of_fidelity_are_their_rows_up_to_rounding(
-    together: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = prompts_run(monkeypatch)
-    batch = ran(*fidelity(tmp_path / "out", *GRID, REFRESHING, "batch_size=5"))
-    assert len(lengths) == 3, "each prompt runs once for all methods"
-    for one, other in zip(together, batch, strict=True):
-        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
-
-
-def test_batches_of_perplexity_are_their_rows_up_to_rounding(tmp_path: Path) -> None:
-    options = perplexity(tmp_path, *GRID)
-    alone = ran(*options, f"output_dir={tmp_path / 'alone'}")
-    batch = ran(*options, f"output_dir={tmp_path / 'batch'}", "batch_size=4")
-    assert len(alone) == 3
-    assert len({read_record(folder)["metrics"]["perplexity"] for folder in alone}) == 3
-    for one, other in zip(alone, batch, strict=True):
-        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
-
-
-def test_the_plain_model_has_the_same_likelihoods_up_to_rounding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = perplexity(tmp_path, "grid.sparsity=[0,0.5]")
-    onednn = ran(*options, f"output_dir={tmp_path / 'onednn'}")
-    monkeypatch.setattr(griffin, "with_onednn", lambda _: pytest.fail("ran by oneDNN"))
-    plain = ran(*options, f"output_dir={tmp_path / 'plain'}", "cpu_onednn=false")
-    for one, other in zip(onednn, plain, strict=True):
-        assert one.name == other.name, "the same run: results differ by rounding only"
-        assert same_up_to_rounding(timeless(one)[1], timeless(other)[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -204,12 +129,7 @@ def test_compare_against_the_formula() -> None:
     kl_C, agreement_C = compare(dense, pruned)
     assert kl_C.tolist() == pytest.approx([0.5 * math.log(2) - 0.25 * math.log(2), 0.0])
     assert agreement_C.tolist() == [0.0, 1.0]
-
-
-def test_acceptance_is_the_mass_that_both_have() -> None:
-    dense = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
-    pruned = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]).log()
-    assert acceptance(dense, pruned) == pytest.approx((0.75 + 1.0) / 2)
+    assert acceptance(dense, pruned) == pytest.approx((0.75 + 1.0) / 2), "the mass that both have"
 
 
 RECURRENT = [
@@ -230,12 +150,10 @@ RECURRENT = [
 def test_what_only_the_model_can_tell_is_one_line(
     name: str, overrides: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for task in ("briefs", "fidelity", "briefs_choice", "briefs_qa", "perplexity", "flocking", "latency"):
-        if (name, task) == ("per layer", "flocking"):
-            continue  # which prunes nothing
+    tasks = ["briefs", "fidelity", "briefs_choice", "briefs_qa", "perplexity", "latency"]
+    for task in (*tasks, *([] if name == "per layer" else ["flocking"])):  # which prunes nothing
         plain = ["model=random_tiny", f"task={task}", "limit=1", "wandb.mode=disabled"]
         plain = perplexity(tmp_path) if task == "perplexity" else plain
-        plain = [*plain, "task.repeats=1"] if task == "latency" else plain
         (status,) = attempt(composed(*plain, f"output_dir={tmp_path / task}", *overrides), Call((), None, single=True))
         told = capsys.readouterr().err
         (line,) = [line for line in told.splitlines() if line.startswith("error: ")]

@@ -12,13 +12,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import submitit
 from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from submitit.core.job_environment import JobEnvironment
+from tqdm import tqdm
+
+from pipelines.errors import UserError
 
 _LONGEST_POLL_SECONDS = 30
+_WARNING = f"SIG{JobEnvironment.USR_SIG}"  # the name of the signal that SLURM warns with
 
 
 class GriffinSlurmLauncher(SlurmLauncher):
@@ -34,17 +40,11 @@ class GriffinSlurmLauncher(SlurmLauncher):
 
     def __call__(self, *arguments: Any) -> JobReturn:
         """Run a point, in its job."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {getattr(signal, _warning())})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {getattr(signal, _WARNING)})
         return super().__call__(*arguments)
 
     def setup(self, **arguments: Any) -> None:
-        """As Hydra's launchers.
-
-        Raises:
-            UserError: SLURM is not on this machine.
-        """
-        from pipelines.errors import UserError
-
+        """As Hydra's launchers; UserError where SLURM is not on this machine."""
         super().setup(**arguments)
         for command in ("sbatch", "srun", "squeue"):
             if shutil.which(command) is None:
@@ -55,33 +55,21 @@ class GriffinSlurmLauncher(SlurmLauncher):
                 )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit one array, and wait until each job has a result or is dead.
-
-        Raises:
-            UserError: SLURM refuses the array.
-        """
-        import submitit
-        from tqdm import tqdm
-
-        from pipelines.errors import UserError
-
+        """Submit one array, and wait until each job has a result or is dead; UserError where SLURM refuses it."""
         parameters = {
             name if name in _OF_EVERY_EXECUTOR else f"slurm_{name}": value
             for name, value in self.params.items()
             if name not in ("submitit_folder", "max_num_timeout")
         }
+        count = len(job_overrides)
         executor = submitit.AutoExecutor(
             self.params["submitit_folder"],
             cluster="slurm",
             slurm_max_num_timeout=self.params["max_num_timeout"],
             slurm_python=shlex.join(
-                [
-                    *("sh", "-c", _IGNORING, "sh", _warning().removeprefix("SIG")),
-                    *(sys.executable, "-c", _HOLDING_BACK, _warning()),
-                ]
+                ["sh", "-c", _IGNORING, "sh", JobEnvironment.USR_SIG, sys.executable, "-c", _HOLDING_BACK, _WARNING]
             ),
         )
-        count = len(job_overrides)
         try:
             executor.update_parameters(**parameters)
             jobs = executor.map_array(
@@ -116,17 +104,9 @@ _HOLDING_BACK = (
 )
 
 
-def _warning() -> str:
-    """The name of the signal that SLURM warns with."""
-    from submitit.core.job_environment import JobEnvironment
-
-    return f"SIG{JobEnvironment.USR_SIG}"
-
-
 # As in submitit: what its executors share is passed under its own name, what is SLURM's with a prefix.
 _OF_EVERY_EXECUTOR = (
-    *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"),
-    "stderr_to_stdout",
+    *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout"),
 )
 
 
@@ -136,8 +116,9 @@ def _wait(jobs: Sequence[Any], bar: Any) -> None:
     seconds = 1.0
     while pending:
         time.sleep(seconds)
-        states = _queue()
-        if states is not None:
+        queue = _asked("squeue", "--me", "--noheader", "--array", "--format=%i %T")  # the user's jobs that wait or run
+        if queue is not None:
+            states = dict(line.split()[:2] for line in queue.splitlines())
             gone = Counter({job.job_id: gone[job.job_id] + 1 for job in pending if job.job_id not in states})
             counts = Counter(states[job.job_id].lower() for job in pending if job.job_id in states)
             bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -147,14 +128,10 @@ def _wait(jobs: Sequence[Any], bar: Any) -> None:
         pending = left
 
 
-def _queue() -> dict[str, str] | None:
-    """The user's jobs that wait or run, id -> state; None if SLURM does not answer now."""
-    asked = subprocess.run(
-        ["squeue", "--me", "--noheader", "--array", "--format=%i %T"], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
-        return None
-    return dict(line.split()[:2] for line in asked.stdout.splitlines())
+def _asked(*command: str) -> str | None:
+    """What a command of SLURM prints; None if it does not answer now."""
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if asked.returncode else asked.stdout
 
 
 def _result(job: Any) -> bool:
@@ -167,14 +144,11 @@ def _returned(job: Any) -> JobReturn:
     """What the job returned; for a dead one, an exception that says how it ended."""
     if _result(job):
         try:
-            returned: JobReturn = job.result()
+            return job.result()
         except Exception as error:  # what submitit makes of an exception, with its traceback
             return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(str(error).splitlines()[-1]))
-        return returned
-    asked = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner", job.job_id], capture_output=True, text=True, check=False
-    )
-    fields = dict(field.partition("=")[::2] for field in asked.stdout.split())
+    shown = _asked("scontrol", "show", "job", "--oneliner", job.job_id) or ""
+    fields = dict(field.partition("=")[::2] for field in shown.split())
     state = fields.get("JobState", "").lower().replace("_", " ") or "without a trace"
     reason = f"SLURM job {job.job_id} ended without a result ({state}); its log: {job.paths.stderr}"
     return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(reason))
@@ -183,6 +157,6 @@ def _returned(job: Any) -> JobReturn:
 ConfigStore.instance().store(
     group="hydra/launcher",
     name="griffin_slurm",
-    node=SlurmQueueConf(_target_="hydra_plugins.griffin_sweeps.slurm.GriffinSlurmLauncher"),
+    node=SlurmQueueConf(_target_=f"{GriffinSlurmLauncher.__module__}.GriffinSlurmLauncher"),
     provider="griffin",
 )

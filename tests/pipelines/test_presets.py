@@ -1,10 +1,12 @@
-"""The whole preset of critical sparsities on the default model, from the command line to the report."""
+"""Presets from the command line: critical sparsities, to the report, and the paper's latency with a tiny model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from calling import command, process, read_record, run_folders, write_rows
+import pytest
+from benchmark import PAPER, SHAPES
+from calling import command, composed, process, read_record, run_folders, write_rows
 
 from analysis.contents import make_report
 
@@ -30,8 +32,7 @@ def test_the_preset_runs_and_its_report_says_how_far_each_method_goes(tmp_path: 
     assert both.code == 0, both.err
     code = ["task=humaneval", "grid.sparsity=[0,0.5]"]
     refused = process(command(*shared, *code), tmp_path)
-    assert refused.code == 1
-    assert len(refused.lines("error: task.allow_code_execution=false")) == 1
+    refused.refused("error: task.allow_code_execution=false")
     allowed = process(command(*shared, *code, "task.allow_code_execution=true"), tmp_path, timeout=280)
     assert allowed.code == 0, allowed.err
 
@@ -43,3 +44,18 @@ def test_the_preset_runs_and_its_report_says_how_far_each_method_goes(tmp_path: 
     assert len(table.rows) == 3 * 9
     (group,) = [group for group in report.groups if group.title == "Quality against bytes of weights per token"]
     assert len(group.drawings) == 3
+
+
+def test_the_preset_of_the_papers_latency_runs(tmp_path: Path) -> None:
+    small = ["model=random_tiny", "batch_size=1,2", "task.prompt_lengths=[8]", "task.generation_lengths=[3]"]
+    small += ["task.repeats=1", "device=cpu", "wandb.mode=disabled", f"output_dir={tmp_path / 'out'}"]
+    ended = process(command("experiment=paper_latency", *small), tmp_path, timeout=280)
+    assert ended.code == 0, ended.err
+    records = [read_record(folder) for folder in run_folders(tmp_path / "out")]
+    assert len(records) == 2 * 4
+    assert all(record["metrics"]["decode_speedup"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("shape", PAPER)
+def test_the_benchmark_times_the_same_shapes(shape: str) -> None:
+    assert composed(f"model=random_{shape}").model.architecture == SHAPES[shape]

@@ -6,21 +6,23 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
+from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hydra_plugins.griffin_sweeps.checks import check
-
-if TYPE_CHECKING:
-    from pipelines.sweeps.run_status import RunStatus
+from pipelines.config_fields import at_least
+from pipelines.config_keys import no_such_key, typed
+from pipelines.errors import UserError
+from pipelines.sweeps import FAILED, HELD, ManifestEntry, RunStatus, merged, of_this_call, wait_for_held
 
 # Where and how a sweep runs, as against what it runs.
 _WHERE = ("launcher", "output_dir", "wandb.mode", "wandb.project", "wandb.entity")
@@ -38,56 +40,42 @@ class GriffinSweeper(BasicSweeper):
     launcher: Any
 
     def setup(self, *, config: DictConfig, **arguments: Any) -> None:
-        """As Hydra's sweepers.
-
-        Raises:
-            UserError: a value of `hydra.sweeper` or `hydra.launcher` is not allowed, or SLURM is not on this machine.
-        """
+        """As Hydra's sweepers; UserError where a setting is not allowed, or SLURM is not on this machine."""
         check(config.hydra)
         super().setup(config=config, **arguments)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the points, and leave what became of them in `pipelines.sweeps.run_status.of_this_call`.
+        """Run the points, and leave what became of them in `pipelines.sweeps.of_this_call`.
 
         Raises:
             HydraException: a point cannot be composed; nothing has been written or run.
             UserError: the output folder cannot be written, or SLURM takes no jobs.
         """
-        from pipelines.errors import UserError
-        from pipelines.sweeps import run_status
-        from pipelines.sweeps.run_status import held_folders, merged, wait_for
-
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
             [*self._parse_config(), *arguments]
         )
-        swept = [one.get_key_element() for one in parsed if one.is_sweep_override()]
+        swept = {one.get_key_element(): one for one in parsed if one.is_sweep_override()}
         if "launcher" in swept:
-            raise UserError(
-                f"{next(one.input_line for one in parsed if one.get_key_element() == 'launcher')}: expected one"
-            )
-        group = self._group(parsed)
+            raise UserError(f"{swept['launcher'].input_line}: expected one")
+        group = self._group(parsed, [*swept])
         points = [[*overrides, *group] for overrides in self.split_arguments(parsed, None)[0]]
         configs = [self._composed(overrides) for overrides in points]
         words = [" ".join(one for one in overrides if one.partition("=")[0] in swept) for overrides in points]
-        found: list[list[RunStatus]] = [self._known(*point) for point in zip(words, configs, strict=True)]
+        found = [self._known(*point) for point in zip(words, configs, strict=True)]
         pending = [number for number, statuses in enumerate(found) if not statuses]
         if pending:
             OmegaConf.save(self.config, Path(self.config.hydra.sweep.dir) / "multirun.yaml")
         while pending:
             for number, statuses in self._launched(pending, points, configs):
                 found[number] = merged(found[number], statuses)
-            held = [number for number in pending if held_folders(found[number])]
-            wait_for([folder for number in held for folder in held_folders(found[number])])
-            for number in held:
+            for number in [number for number in pending if wait_for_held(found[number])]:
                 found[number] = merged(found[number], self._known(words[number], configs[number]) or found[number])
-            pending = [number for number in held if held_folders(found[number])]
-        for point, statuses in zip(words, found, strict=True):
-            run_status.of_this_call.append([replace(one, words=point) for one in statuses])
+            pending = [number for number in pending if any(one.state == HELD for one in found[number])]
+        of_this_call.extend(zip(words, found, strict=True))
 
-    def _group(self, overrides: Sequence[Override]) -> list[str]:
+    def _group(self, overrides: Sequence[Override], swept: Sequence[str]) -> list[str]:
         """What makes the points one group in W&B, as overrides: the experiment's name, else what is swept."""
         texts = {one.get_key_element(): one.input_line for one in overrides}
-        swept = [one.get_key_element() for one in overrides if one.is_sweep_override()]
         if "wandb.group" in texts or not swept:
             return []
         experiment = self.config.hydra.runtime.choices.get("experiment")
@@ -109,32 +97,23 @@ class GriffinSweeper(BasicSweeper):
 
         Any other point has none yet: it goes into the manifest.
         """
-        from pipelines.config_keys import typed
-        from pipelines.errors import UserError
-        from pipelines.sweeps.manifest import ManifestEntry
-        from pipelines.sweeps.run_status import FAILED, SKIPPED, RunStatus
-
         try:
             entry = ManifestEntry(typed(composed))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return [RunStatus(words, "", FAILED, reason=str(error))]
+            return [RunStatus("", FAILED, reason=str(error))]
         launcher = self.config.hydra.runtime.choices.get("launcher") or ""
-        runs = entry.finished_runs(launcher)
-        if runs is None:
+        skipped = entry.finished_before(launcher)
+        for run in skipped:
+            print(f"{run.folder}: finished before, skipped", file=sys.stderr)
+        if not skipped:
             entry.plan(words, launcher)
-            return []
-        for run in runs:
-            print(f"{run}: finished before, skipped", file=sys.stderr)
-        return [RunStatus(entry.words, label, SKIPPED, run) for label, run in zip(entry.labels, runs, strict=True)]
+        return skipped
 
     def _launched(
         self, numbers: Sequence[int], points: Sequence[list[str]], configs: Sequence[DictConfig]
     ) -> Iterator[tuple[int, list[RunStatus]]]:
         """The statuses of the points with these numbers, launched in batches."""
-        from pipelines.config_keys import typed
-        from pipelines.sweeps.manifest import ManifestEntry
-
         size = self.max_batch_size or len(numbers)
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
@@ -157,9 +136,47 @@ class GriffinSweeper(BasicSweeper):
                     yield number, ManifestEntry(typed(configs[number])).died(str(returned._return_value))
 
 
+# -- what Hydra's types cannot say about how a sweep is to run, checked before anything is written or submitted --------
+
+_KEYS = sorted({f"hydra.launcher.{key.name}" for node in (SlurmQueueConf, JobLibLauncherConf) for key in fields(node)})
+_COUNTS = (
+    *("timeout_min", "cpus_per_task", "mem_gb", "array_parallelism", "nodes", "tasks_per_node", "cpus_per_gpu"),
+    *("gpus_per_node", "gpus_per_task", "signal_delay_s"),
+)
+_NAMES = ("partition", "account", "qos", "constraint")
+
+
+def unknown_launcher_key(key: str) -> str:
+    """What to tell a user who set a key of `hydra.launcher` that the chosen launcher does not have."""
+    return f"{key}: this launcher has no such key; see conf/launcher" if key in _KEYS else no_such_key(key, _KEYS)
+
+
+def check(hydra: DictConfig) -> None:
+    """Check `hydra.sweeper` and `hydra.launcher`: a UserError names the key, its value and what is allowed."""
+    launcher = hydra.launcher
+    at_least("hydra.sweeper.max_batch_size", hydra.sweeper.max_batch_size, 1)
+    for key in launcher:
+        if f"hydra.launcher.{key}" not in (*_KEYS, "hydra.launcher._target_"):
+            raise UserError(unknown_launcher_key(f"hydra.launcher.{key}"))  # +KEY=VALUE adds what no launcher has
+    if launcher.get("n_jobs") == 0:
+        raise UserError("hydra.launcher.n_jobs=0: expected 1 or more, or -1 for as many as there are CPUs")
+    for name in _COUNTS:
+        at_least(f"hydra.launcher.{name}", launcher.get(name), 1)
+    for name in _NAMES:
+        value = launcher.get(name)
+        if value is not None and not value.strip():
+            raise UserError(f"hydra.launcher.{name}=: expected a name, or leave it out for the site's default")
+    minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
+    if minutes is not None and delay is not None and delay >= 60 * minutes:
+        raise UserError(
+            f"hydra.launcher.signal_delay_s={delay}: expected less than the {60 * minutes} seconds of "
+            f"hydra.launcher.timeout_min={minutes}; jobs would be requeued as soon as they begin"
+        )
+
+
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="griffin",
-    node=BasicSweeperConf(_target_="hydra_plugins.griffin_sweeps.sweeper.GriffinSweeper"),
+    node=BasicSweeperConf(_target_=f"{GriffinSweeper.__module__}.GriffinSweeper"),
     provider="griffin",
 )
