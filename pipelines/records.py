@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -59,6 +60,23 @@ def whole_samples(path: Path) -> tuple[list[Sample], int]:
         samples[sample["index"]] = sample
         whole += len(line)
     return list(samples.values()), whole
+
+
+def append_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Append samples to a `samples.jsonl`, on disk; a sample's `arrays` go into a file of their own, first."""
+    lines = []
+    for sample in samples:
+        if "arrays" in sample:
+            name = f"arrays/{sample['index']}.npz"
+            (path.parent / "arrays").mkdir(exist_ok=True)
+            np.savez_compressed(content := io.BytesIO(), **sample["arrays"])
+            write_in_one_step(path.parent / name, content.getvalue())
+            sample = sample | {"arrays": name}
+        lines.append(to_json(sample) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -186,20 +184,8 @@ class RunFolder:
 
     def append(self, samples: Sequence[Sample]) -> None:
         """Append samples, and return once they are on disk; their arrays go into files of their own, first."""
-        lines = []
         with writing(self._samples):
-            for sample in samples:
-                if "arrays" in sample:
-                    name = f"arrays/{sample['index']}.npz"
-                    (self.path / "arrays").mkdir(exist_ok=True)
-                    np.savez_compressed(content := io.BytesIO(), **sample["arrays"])
-                    write_in_one_step(self.path / name, content.getvalue())
-                    sample = sample | {"arrays": name}
-                lines.append(to_json(sample) + "\n")
-            with self._samples.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
+            records.append_samples(self._samples, samples)
 
     def finish(self, device: str, versions: dict[str, Any] | None = None, **parts: Any) -> Record:
         """Write the record, in one step.
