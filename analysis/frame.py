@@ -8,7 +8,7 @@
 | `method` | the method in words: `dense`, `griffin 50%` |
 | `family` | the method without its sparsity: `griffin`; it has one colour in all figures |
 | `statistic`, `selection`, `compensation`, ... | the settings of the method, by the names that the records of pruned runs have for them; empty for dense |
-| `role` | `dense`; `assisted`: dense decoding that something drafted for; or `pruned` |
+| `role` | `dense`; `assisted`: dense decoding that something drafted for; or `pruned`, quantised ones included |
 | `sparsity` | share of FF neurons dropped; NaN if every layer has its own |
 | `metric` | its name in the record, without a suffix for lengths |
 | `prompt_length`, `generation_length` | in tokens, for metrics with a suffix `_pP_gG` and for tasks with one pair of lengths; else NaN |
@@ -152,7 +152,7 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         **asdict(names),
         "run_id": record["run_id"],
         "kind": config["task"]["kind"],
-        "role": "pruned" if sparsity != 0 else "dense" if method.get("assistance", "none") == "none" else "assisted",
+        "role": "assisted" if "assistance" in method else "dense" if method["family"] == "dense" else "pruned",
         **{key: value for key, value in method.items() if key not in _NO_SETTINGS},
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),

@@ -6,7 +6,7 @@ A quantised view has all of its linear layers quantised: attention once, the kep
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -20,7 +20,7 @@ from griffin.projection import CompactProjection, QuantizedProjection
 from griffin.quantization import linear_layers, quantize
 from griffin.ridge import Correction
 from griffin.selection import Experts
-from griffin.views import Compiler, View
+from griffin.views import Compiler, View, view_of
 
 
 class CompactView(View):
@@ -42,15 +42,17 @@ class CompactView(View):
             ]
             for block in blocks
         ]
+        self._experts: Callable[[], Experts | None] = lambda: None  # those that were loaded last
         self._loaded: list[list[ref[Any]]] = []  # by layer, the neurons and corrections that the weights are made of
         # What a view of this one has in common with it: layers whose weights change or are packed.
         self.shared = [module for block in blocks for module in block.projections]
-        self._head: Any = None  # the output embedding, until it is quantised
+        self._packed = compiler is None
+        self._head = self.module.get_output_embeddings() if quantization != "none" else None  # until it is quantised
+        self.head = self._head and view_of(self._head)  # as it was
         if quantization != "none":
-            self._head = self.module.get_output_embeddings()
             others = [layer for layer in linear_layers(self.module) if layer not in {*self.shared, self._head}]
             for layer in others:
-                quantize(layer, quantization)
+                quantize(layer, quantization, packed=self._packed)
             self.shared += others
 
     @property
@@ -61,19 +63,29 @@ class CompactView(View):
     def quantize_head(self) -> None:
         """Have the output embedding quantised too; a draft that has some rows of it does without."""
         if self._head is not None:
-            quantize(self._head, self.quantization)
+            quantize(self._head, self.quantization, packed=self._packed)
             self._head = None
 
     def holds(self, experts: Experts) -> bool:
         """Whether these were loaded last."""
-        loaded = self._follows(experts)
-        return loaded is not None and [*map(len, loaded)] == [*map(len, _parts(experts))]
+        return self._experts() is experts
 
     def load(self, experts: Experts) -> None:
         """Compute with these experts; those that were loaded, with further corrections, are not gathered anew."""
-        loaded = self._follows(experts) or [[] for _ in self._layers]
-        self._loaded = []  # nothing is complete before all of it is gathered
-        for layer, (projections, parts) in enumerate(zip(self._layers, _parts(experts), strict=True)):
+        if self.holds(experts):
+            return
+        by_layer: list[tuple[Any, ...]] = [
+            (neurons_K, *added) for neurons_K, added in zip(experts.neurons, experts.corrections, strict=True)
+        ]
+        loaded = self._loaded
+        # What was loaded may be what these experts begin with.
+        follows = len(loaded) == len(by_layer) and all(
+            len(old) <= len(parts) and all(one() is part for one, part in zip(old, parts, strict=False))
+            for old, parts in zip(loaded, by_layer, strict=True)
+        )
+        loaded = loaded if follows else [[] for _ in by_layer]
+        self._forget()  # nothing is complete before all of it is gathered
+        for layer, (projections, parts) in enumerate(zip(self._layers, by_layer, strict=True)):
             if not loaded[layer]:
                 block, neurons_K = self._dense.bring(layer), experts.neurons[layer]
                 kept = None if len(neurons_K) == block.width and not self._dense.offloaded else neurons_K
@@ -83,30 +95,20 @@ class CompactView(View):
                 projections[-1].correct(correction)
             for projection in projections:
                 projection.finish()
-        self._loaded = [[ref(part) for part in parts] for parts in _parts(experts)]
+        self._experts, self._loaded = ref(experts), [[ref(part) for part in parts] for parts in by_layer]
 
-    def _follows(self, experts: Experts) -> list[list[ref[Any]]] | None:
-        """By layer, what is loaded, if it is what these experts begin with."""
-        if not self._loaded:
-            return None
-        for parts, loaded in zip(_parts(experts), self._loaded, strict=True):
-            if len(loaded) > len(parts) or any(old() is not new for old, new in zip(loaded, parts, strict=False)):
-                return None
-        return self._loaded
+    def _forget(self) -> None:
+        self._experts, self._loaded = (lambda: None), []
 
     def learn(self, corrections: Iterable[tuple[int, Correction]]) -> None:
         """Add to what the loaded experts write, by layer, until any are loaded again."""
-        self._loaded = []
+        self._forget()
         for layer, correction in corrections:
             self._layers[layer][-1].learn(correction)
 
     def written(self, layer: int, kept_NK: Tensor) -> Tensor:
         """What a layer's neurons write [N, H] at N tokens, with all that was learned and without the bias."""
         return self._layers[layer][-1].written(kept_NK)
-
-
-def _parts(experts: Experts) -> list[tuple[Any, ...]]:
-    return [(neurons_K, *added) for neurons_K, added in zip(experts.neurons, experts.corrections, strict=True)]
 
 
 def compact_model(model: nn.Module, experts: Experts) -> Any:

@@ -142,8 +142,8 @@ def decode(
             yield row
         together = [row for row in group if row not in verified]
         for precision in dict.fromkeys(row.method.quantization for row in together):  # a view has one
-            rows_of_it = [row for row in together if row.method.quantization == precision]
-            yield from _decode(engine, rows_of_it, columns, generation)
+            alike = [row for row in together if row.method.quantization == precision]
+            yield from _decode(engine, alike, columns, generation)
 
 
 def _decode(engine: Engine, rows: Sequence[Row], columns: int, generation: Generation) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from griffin.compact import CompactView
 from griffin.feedforward import UnsupportedModelError
 from griffin.quantization import rounded
-from griffin.views import Compiler, View
+from griffin.views import Compiler, View, view_of
 
 DRAFT_VOCABULARIES = {"full": "all of the model's", "prompt": "what the prompt and the text so far make likely"}
 
@@ -59,6 +59,8 @@ class DraftView(View):
     @torch.inference_mode(False)
     def __init__(self, compact: CompactView, compiler: Compiler | None = None) -> None:
         super().__init__(compact.module, compiler, compact.shared)
+        if compact.head is not None:  # which is quantised row by row
+            self.module.set_output_embeddings(view_of(compact.head))
         head = output_embedding(self.module)
         self._head, self.size, device = head, len(head.weight), head.weight.device
         self._whole = {name: whole.detach() for name, whole in head.named_parameters(recurse=False)}  # weight, bias

@@ -65,7 +65,7 @@ class CompactProjection:
 
     @property
     def learned_bytes(self) -> int:
-        """That a step reads of what is learned and not part of the weights, 16 bits a number."""
+        """That a step reads of what is learned and not part of the weights."""
         return 0
 
     def learn(self, correction: Correction) -> None:
@@ -109,7 +109,8 @@ class QuantizedProjection(CompactProjection):
     ) -> None:
         super().__init__(view_of(module), neurons_out=neurons_out, parts=parts)
         self.quantized: Any = module
-        self._quantization, self._whole, self._stale = quantization, False, False
+        self._quantization, self._static = quantization, static
+        self._whole = self._stale = False
         self._beside = _Beside(static)
         if not neurons_out:
             module.register_forward_hook(self._beside.add)
@@ -131,7 +132,7 @@ class QuantizedProjection(CompactProjection):
     def finish(self) -> None:
         """Quantise what was loaded and corrected, if anything was."""
         if self._stale:
-            quantize(self.quantized, self._quantization, self.module)
+            quantize(self.quantized, self._quantization, self.module, packed=not self._static)
             self._beside.clear(self.module)
             self._stale = False
 
@@ -143,8 +144,9 @@ class QuantizedProjection(CompactProjection):
 
     @property
     def learned_bytes(self) -> int:
-        """That a step reads of what stands beside the weights, 16 bits a number."""
-        return 2 * self._beside.used * (self._beside.basis_RK.shape[1] + self._beside.weights_RH.shape[1])
+        """That a step reads of what stands beside the weights, in the model's precision."""
+        numbers = self._beside.basis_RK.shape[1] + self._beside.weights_RH.shape[1]
+        return int(self._beside.used * numbers * self.module.weight.element_size())
 
     def written(self, inputs_NK: Tensor) -> Tensor:
         """What the kept neurons write, without the bias."""

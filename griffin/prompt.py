@@ -110,13 +110,13 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
     The states have recorded what is `wanted`. A prompt draws the same random numbers in any batch and order.
     """
     kept = method.kept(engine.widths)
-    if kept == engine.widths:
+    whole = kept == engine.widths
+    if whole and method.quantization == "none":
+        return None
+    if whole or isinstance(method.scorer, TokenStatistic):
         everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
-        nothing = ((),) * len(kept)
-        return None if method.dense else Experts(everything, nothing, quantization=method.quantization)
-    if isinstance(method.scorer, TokenStatistic):
-        everything = tuple(torch.arange(width, device=engine.device) for width in engine.widths)
-        return Experts(everything, ((),) * len(kept), by_token=TokenChoice(method.scorer, tuple(kept)))
+        choice = TokenChoice(method.scorer, tuple(kept)) if isinstance(method.scorer, TokenStatistic) else None
+        return Experts(everything, ((),) * len(kept), by_token=choice, quantization=method.quantization)
     scores = score_neurons(engine, states, method, seed)
     draws = [_draw(engine, layer, states[0], seed) if method.draws else None for layer in range(len(kept))]
     neurons = tuple(
@@ -128,13 +128,11 @@ def choose(engine: Engine, states: Sequence[PromptState], method: Method, seed: 
         return experts
     dropping = [layer for layer, K in enumerate(kept) if engine.widths[layer] > K]
     rows = (torch.cat([state.recorded.totals[activations][layer] for state in states]) for layer in dropping)
-    corrections, fits = fit_prompt(
-        (
-            (layer, neurons[layer], rows_TX.index_select(1, neurons[layer]), rows_TX[:, engine.widths[layer] :].clone())
-            for layer, rows_TX in zip(dropping, rows, strict=True)
-        ),
-        partial(engine.written, experts),
-    )
+    layers = []
+    for layer, rows_TX in zip(dropping, rows, strict=True):
+        neurons_K, width = neurons[layer].to(rows_TX.device), engine.widths[layer]
+        layers.append((layer, neurons_K, rows_TX.index_select(1, neurons_K), rows_TX[:, width:].clone()))
+    corrections, fits = fit_prompt(layers, partial(engine.written, experts))
     return replace(experts.corrected(corrections), fits=fits)
 
 

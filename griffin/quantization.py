@@ -3,7 +3,8 @@
 Weights are rounded to the nearest level, symmetrically, without calibration data: those of the FF blocks, of attention
 and of the output embedding. Norms and the embedding table stay as they are. Integer products are a library's affair: on
 a CPU PyTorch's own dynamic int8 product runs both, and rounds activations too: weights of 4 bits are held in 8 there.
-Elsewhere rounded weights are computed with in the model's precision. Bytes are what a kernel would read.
+Elsewhere, and in compiled calls, rounded weights are computed with in the model's precision. Bytes are what a kernel
+would read.
 
 Dimensions: O = outputs, I = inputs of a linear layer.
 """
@@ -89,7 +90,7 @@ class Int8Linear(nn.Module):
 def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = None, *, packed: bool = True) -> None:
     """Have a linear layer of a view compute with weights that are quantised: its own, or those of another one.
 
-    `packed`: whether by an integer product, where there is one.
+    `packed`: whether by an integer product, where there is one; compiled calls cannot have it.
     """
     source = source or layer
     target: Any = layer

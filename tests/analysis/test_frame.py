@@ -106,6 +106,7 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     assert frame(runs).equals(frame(runs[::-1]))
     assert list(frame(runs)["run_id"]) == ["c", "e", "b", "a", "f", "d"]
     assert list(frame(runs)["role"]) == ["dense", "assisted", *["pruned"] * 4]
+    assert list(frame(records(DENSE, DENSE | {"quantization": "int8"}))["role"]) == ["dense", "pruned"]
 
 
 @pytest.mark.parametrize("missing", ["method", "evaluation"])

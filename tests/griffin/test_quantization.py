@@ -74,6 +74,29 @@ def test_verified_text_is_the_dense_models(precision: str, sparsity: float) -> N
         assert pruner.stats[0].acceptance > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_follow_lossy_texts_on_one_engine(family: str) -> None:
+    engine, ids = Engine(tiny(family)), tokens(9)
+    lossy, exact = Method(quantization="int4"), replace(griffin.EXACT, quantization="int4")
+    texts = []
+    for method in (griffin.DENSE, lossy, exact):
+        (row,) = griffin.decode(engine, [begun(engine, ids, method)], griffin.Generation(8))
+        texts.append(row.tokens)
+    assert texts[2] == texts[0], "the draft has its own rows of an output embedding that is quantised by now"
+
+
+@pytest.mark.parametrize("precision", ROUNDED)
+@pytest.mark.parametrize("method", ["griffin", "exact"])
+def test_compiled_calls_have_rounded_weights_and_no_integer_product(method: str, precision: str) -> None:
+    model = tiny("llama")
+    expected = text(model, IDS, max_new_tokens=12)
+    if method == "griffin":
+        with griffin.prune(model, method, mode="masked", quantization=precision):
+            expected = text(model, IDS, max_new_tokens=12)
+    with griffin.prune(model, method, compiled=True, quantization=precision):
+        assert torch.equal(text(model, IDS, max_new_tokens=12), expected)
+
+
 def test_what_is_learned_stands_beside_the_weights_until_there_is_too_much_of_it() -> None:
     engine = Engine(tiny("llama"))
     view = engine.compact("int4")
@@ -96,7 +119,8 @@ def test_what_is_learned_stands_beside_the_weights_until_there_is_too_much_of_it
         bytes_read.append(view.learned_bytes)
         if bytes_read[-1]:
             assert difference(written(0), expected) < 1e-5
-    assert bytes_read[0] > 0
+    numbers = BESIDE // 3 * sum(len(kept_K) + before.shape[1] for kept_K in experts.neurons)
+    assert bytes_read[0] == 4 * numbers, "float32 counts as the model's own 16 bits do"
     assert bytes_read == [bytes_read[0], 2 * bytes_read[0], 3 * bytes_read[0], 0]
     assert difference(written(0), learned.output_weights(0, engine.blocks[0]).T) < 0.02, "made anew from all"
 
