@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install run test test-gpu bench-gpu lint format clean
+.PHONY: install run test test-gpu bench-gpu bench-cpu lint format clean
 
 install: $(INSTALLED)
 
@@ -23,12 +23,16 @@ run: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-# These two need torch, transformers and pytest only, so they take the python that there is.
+# These need torch, transformers and pytest only, so they take the python that there is.
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu
 
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu/benchmark.py $(BENCH)
+
+bench-cpu:
+	PYTHONPATH=. $(PYTHON) tests/gpu/benchmark.py --device cpu --dtype float32 --shapes qwen2_5_coder_1_5b --rows 1 \
+		--prompt 256 --new 32 $(BENCH)
 
 lint: install
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ class DraftStatistics:
     accepted: int = 0  # those of them that became part of the text
     emitted: int = 0  # new tokens but the first: accepted ones, and one of the dense model's own a check
     draft_bytes: int = 0  # of weights that the drafts have read
+    widths: list[int] = field(default_factory=list)  # of the checks, in tokens
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn"), 0.0))
 
     @contextmanager

@@ -79,6 +79,7 @@ def _round(
     else:
         length.update_lookup(accepted)
     row.drafts.checks += 1
+    row.drafts.widths.append(count)
     row.drafts.drafted += len(drafts)
     cache.set_window(1, 0, ran + accepted + 1)
     draft.learn(groups, accepted + 1, known_tokens)

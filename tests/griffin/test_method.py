@@ -32,7 +32,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"statistic": "teal", key: value}, f"{key}='{value}' with statistic='teal'.*expected {key}=")
         for key, value in (REFRESHED | VERIFIED | {"selection": "sample"}).items()
     ),
-    *((VERIFIED | {"draft_tokens": one}, "expected auto, or 1 to 16") for one in (0, 17, 4.0, "4", None, True)),
+    *((VERIFIED | {"draft_tokens": one}, "expected auto, or 1 to 32") for one in (0, 33, 4.0, "4", None, True)),
     *(({"verification_threshold": one}, f"={one}: expected a probability") for one in (0, 1, 1.5, math.nan)),
     *((VERIFIED | {"sparsity": share}, r"sparsity=0: .* sparsity > 0") for share in (0.0, (0.0, 0.0, 0.0))),
     ({"prompt_lookup": 1}, "prompt_lookup=1: expected True or False"),
@@ -81,7 +81,7 @@ def test_a_method_may_be_a_name_a_sparsity_or_a_method_with_some_fields_said_ane
     assert as_method([0.5, 0.0, 0.25]) == as_method(sparsity=[0.5, 0.0, 0.25]) == Method(sparsity=(0.5, 0.0, 0.25))
     assert as_method(0.25, statistic="wanda") == as_method(Method("wanda"), sparsity=0.25)
     assert griffin.prune(tiny("llama")).method == Method()
-    assert as_method("recipe", verification="exact") == METHODS["exact"]
+    assert as_method("recipe", budget="uniform", quantization="int4", verification="exact") == METHODS["exact"]
     assert as_method("dense").dense
 
 

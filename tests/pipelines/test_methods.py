@@ -64,7 +64,7 @@ def only_evaluation(*overrides: str) -> dict[str, Any]:
             [DENSE, Method(), *(Method(verification="exact", draft_tokens=k) for k in (3, 4))],
         ),
         ("method=recipe", [METHODS["recipe"]]),
-        ("method=recipe verification=exact", [METHODS["exact"]]),
+        ("method=recipe verification=exact budget=uniform quantization=int4", [METHODS["exact"]]),
         (
             "method=recipe sparsity=0.7 grid.budget=[uniform]",
             [Method("joint", "topk", 0.7, "ridge", "uniform", "compensation")],
