@@ -14,6 +14,7 @@ many neurons), K = kept neurons, H = hidden size, V = vocabulary. A module says 
 
 from griffin.activations import ActivationStatistic, Recorded, Recorder, record_activations, relative_activations
 from griffin.compact import compact_model
+from griffin.custom_generate import decode_with, generate, save_custom_generate
 from griffin.decoding import decode, score
 from griffin.draft_vocabulary import DRAFT_VOCABULARIES, output_embedding
 from griffin.engine import MODES, Engine, refuse_uncroppable

@@ -1,7 +1,7 @@
 """`griffin.prune`: a context in which prompts run dense and what follows a prompt runs on the prompt's experts.
 
 It routes `model.forward` and `model.generate` to views of the model (see `griffin.routing`). With `refresh`,
-`verification` or `compiled`, `model.generate` runs our own decoding loop (see `griffin.generate`).
+`verification` or `compiled`, `model.generate` runs our own decoding loop (see `griffin.own_loop`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from griffin.draft_vocabulary import output_embedding
 from griffin.engine import MODES, Engine, refuse_uncroppable
 from griffin.feedforward import UnsupportedModelError
-from griffin.generate import Loop, refuse_decoding
 from griffin.method import Method, as_method
 from griffin.offloading import dense_in_host_memory
+from griffin.own_loop import DecodingMethod, refuse_decoding
 from griffin.prompt import PromptState
 from griffin.routing import Call, Router, refuse_batch
 from griffin.rows import DraftStatistics, RowStatistics, traffic
@@ -230,13 +230,18 @@ class Pruner:
 
     def _loop(self, prompts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_batch(self._engine, prompts, self._shared_experts or self.method.verified)
-        shared = (self._shared_experts or self._engine.mode == "compact") and not self.method.verified
         streamer = kwargs.get("streamer", args[7] if len(args) > 7 else None)
-        loop = Loop(self._engine, self.method, self._turns, self._seed, shared, self._given, streamer)
+        loop = DecodingMethod(
+            self.method,
+            self._seed,
+            self._shared_experts,
+            experts=self._given,
+            streamer=streamer,
+            engine=self._engine,
+            turns=self._turns,
+        )
         result = loop.run(self._dense_generate, args, kwargs)
-        self._chosen = [row.experts for row in (loop.rows[:1] if shared else loop.rows)]
-        self.stats = [row.statistics(self._traffic) for row in loop.rows]
-        self.drafts = [row.drafts for row in loop.rows] if self.method.verified else []
+        self._chosen, self.stats, self.drafts = loop.chosen, loop.stats, loop.drafts
         return result
 
     @functools.cached_property
