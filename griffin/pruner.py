@@ -55,7 +55,7 @@ class Pruner:
         seed: of random statistics and selections; a prompt draws the same in any batch.
         offload_dense: keep the dense FF weights in host memory, for `compact` only (`griffin.offloading`).
         compiled: decode by compiled steps (CUDA graphs on a GPU), in greedy and sampled decoding; `auto`: on CUDA.
-        experts: for every prompt instead of its own, as `chosen` or `Experts.load` gives them. They learn nothing.
+        experts: for every prompt instead of its own, as `chosen` gives them. They learn nothing.
         options: fields of `griffin.Method` that are to be others than `method` has.
 
     Attributes:

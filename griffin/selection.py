@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from griffin.feedforward import FeedForwardBlock
@@ -131,27 +129,3 @@ class Experts:
             (*before, further[layer]) if layer in further else before for layer, before in enumerate(self.corrections)
         )
         return replace(self, corrections=corrections)
-
-    def save(self, path: str | Path) -> None:
-        """Write the neurons and corrections, without scores and fits, as one safetensors file; a ValueError where each
-        token chooses its own neurons."""
-        if self.by_token is not None:
-            raise ValueError("each token has experts of its own: there are none to save")
-        tensors = {f"{layer}.neurons": neurons_K for layer, neurons_K in enumerate(self.neurons)}
-        for layer, corrections in enumerate(self.corrections):
-            for number, correction in enumerate(corrections):
-                tensors |= {f"{layer}.{number}.{name}": factor for name, factor in vars(correction).items()}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Experts:
-        """What `save` wrote, on the device of the model."""
-        tensors = load_file(path, device=str(device))
-        neurons: list[Tensor] = []
-        corrections: list[tuple[Correction, ...]] = []
-        while (name := f"{len(neurons)}.neurons") in tensors:
-            numbers = sum(key.startswith(f"{len(neurons)}.") for key in tensors) // 2  # two factors each
-            factors = [[tensors[f"{len(neurons)}.{n}.{f}"] for f in ("basis_NK", "weights_NH")] for n in range(numbers)]
-            corrections.append(tuple(Correction(*both) for both in factors))
-            neurons.append(tensors[name])
-        return cls(tuple(neurons), tuple(corrections))
