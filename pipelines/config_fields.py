@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,28 @@ from omegaconf import MISSING
 
 from pipelines.errors import UserError
 
+# The keys that name a file of the user's.
+_FILES = ("data_files", "shots_file")
 
-def described(text: str, default: Any = MISSING) -> Any:
-    """A field with its help text, which `--help` prints; a class as the default makes a new one each time."""
+
+def described(text: str, default: Any = MISSING, values: tuple[str, ...] = (), *, least: int | None = None) -> Any:
+    """A field with its help text, which `--help` prints; a class as the default makes a new one each time. `check` asks
+    for one of the values, and for a number, or numbers of a list, that is no less."""
     given = "default_factory" if isinstance(default, type) else "default"
-    return field(**{given: default}, metadata={"help": text})
+    return field(**{given: default}, metadata={"help": text, "values": values, "least": least})
+
+
+def check(node: Any, prefix: str = "") -> None:
+    """Raises UserError where a key has a value that its field does not allow; keys of the class begin with `prefix`."""
+    for item in fields(node):
+        key, value, allowed = prefix + item.name, getattr(node, item.name), item.metadata
+        if allowed["values"]:
+            one_of(key, value, allowed["values"])
+        if allowed["least"] is not None:
+            for number in value if isinstance(value, list) else [value]:
+                at_least(key, number, allowed["least"])
+        if item.name in _FILES and value is not None and not Path(value).is_file():
+            raise UserError(f"{key}={value}: {'not a file' if Path(value).exists() else 'no such file'}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -40,17 +57,3 @@ def at_least(key: str, value: float | None, least: int) -> None:
     """Raises UserError if the value is smaller."""
     if value is not None and value < least:
         raise UserError(f"{key}={value}: expected {least} or more")
-
-
-def lengths(key: str, values: list[int]) -> None:
-    """Raises UserError unless there is a length, and all are 1 or more."""
-    if not values:
-        raise UserError(f"{key}=[]: expected at least one length")
-    for value in values:
-        at_least(key, value, 1)
-
-
-def is_file(key: str, path: str | None) -> None:
-    """Raises UserError unless the file, if one is named, is there."""
-    if path is not None and not Path(path).is_file():
-        raise UserError(f"{key}={path}: {'not a file' if Path(path).exists() else 'no such file'}")

@@ -7,13 +7,11 @@ from typing import Any
 
 import griffin
 from griffin import Method, Row
-from pipelines.config import RunConfig
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.task_config import HarnessTask
 from pipelines.tasks.answers import answer_metrics, decoding_part, means
 from pipelines.tasks.generation import end_tokens, picking
-from pipelines.tasks.grouping import BATCHES, Batches, Done, Evaluation
+from pipelines.tasks.grouping import BATCHES, Batches, Evaluation
 from pipelines.tasks.lm_eval_adapter import HFLM, Document, TextRequest, around, asked, read, results, versions
 from pipelines.tasks.scoring import Request, Score, score
 
@@ -23,16 +21,14 @@ __all__ = ["evaluate", "metrics", "read", "versions"]
 _BLOCK_DOCUMENTS = 64
 
 
-def evaluate(
-    loaded: LoadedModel, documents: Sequence[Document], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, documents: Sequence[Document]) -> Batches:
     """Answer the requests of every document under every method: each prompt runs once for all, and a document's sample
     is there when its last request is answered."""
-    if config.task.chat_template:
-        loaded.need_chat_template()
-    run, lm = Evaluation(loaded, config, methods, done), around(loaded, config)
-    documents = asked(lm, documents, config.task)
-    return (_texts if config.kind.generates else _likelihoods)(run, lm, documents)
+    if run.config.task.chat_template:
+        run.loaded.need_chat_template()
+    lm = around(run.loaded, run.config)
+    documents = asked(lm, documents, run.config.task)
+    return (_texts if run.config.kind.generates else _likelihoods)(run, lm, documents)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -17,23 +17,18 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, Method
-from pipelines.config import RunConfig
-from pipelines.models import LoadedModel
+from griffin import DENSE
 from pipelines.records import Sample
 from pipelines.tasks.answers import decoding_part, effective_density, means, predicted, sample_counts
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Done, Evaluation
+from pipelines.tasks.grouping import Batches, Evaluation
 from pipelines.tasks.prompts import Prompt, fitting, read
 
 __all__ = ["evaluate", "metrics", "read"]
 
 
-def evaluate(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
     """Compare every method with dense: one dense pass a prompt, then one short pass a method, as rows of batches."""
-    run = Evaluation(loaded, config, methods, done)
     encoded, skipped = fitting(run, prompts)
     yield from skipped
     for group, beside in run.groups([*encoded]):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, Method, Row
+from griffin import DENSE, Row
 from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_text_file
 from pipelines.errors import UserError
@@ -31,7 +31,7 @@ from pipelines.records import Sample
 from pipelines.tasks.answers import sample_counts
 from pipelines.tasks.flocking_figures import TEXTS, jaccard, layer_table, overall, save_figures
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Done
+from pipelines.tasks.grouping import Batches, Evaluation
 from pipelines.tasks.prompts import need_context
 from pipelines.tracking import Media
 
@@ -51,11 +51,7 @@ class Text:
 
 
 def read(config: RunConfig) -> list[Text]:
-    """`limit` sequences after the first `offset`, or 16 at most.
-
-    Raises:
-        UserError: the data is missing or malformed, or there is none after the offset.
-    """
+    """Sequences; without a limit, 16 at most."""
     task, count = config.task, config.limit or _SEQUENCES
     if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
         text = read_text_file(task.data_files)
@@ -67,25 +63,19 @@ def read(config: RunConfig) -> list[Text]:
     ]
 
 
-def evaluate(
-    loaded: LoadedModel, texts: Sequence[Text], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
-    """Measure one sequence after another.
-
-    Raises:
-        UserError: the text is too short, or the model's context is, or the model's blocks have no known layout.
-    """
-    task = config.task
-    (method,) = methods
+def evaluate(run: Evaluation, texts: Sequence[Text]) -> Batches:
+    """Measure one sequence after another."""
+    loaded, config, task = run.loaded, run.config, run.config.task
+    (method,) = run.methods
     try:
         widths = {block.width for block in griffin.find_feedforward_blocks(loaded.model)}
     except griffin.UnsupportedModelError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
     if len(widths) > 1:
         raise UserError(f"model={config.model.name}: layers of different widths {sorted(widths)}; flocking takes one")
-    need_context(loaded, config, sequence_length=task.sequence_length, max_new_tokens=task.max_new_tokens)
+    need_context(run, sequence_length=task.sequence_length, max_new_tokens=task.max_new_tokens)
     for text, ids in _tokenized(loaded, texts, config):
-        if text.index in done[method]:
+        if not run.lacks(method, text):
             continue
         began = time.perf_counter()
         sample: Sample = {"index": text.index, "id": text.id, "prompt_tokens": len(ids)}

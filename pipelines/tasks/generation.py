@@ -12,13 +12,13 @@ from rouge_score.tokenizers import DefaultTokenizer
 from torch import Tensor
 
 import griffin
-from griffin import Method, Row
+from griffin import Row
 from pipelines.config import RunConfig
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import decoding_part, scored_metrics
 from pipelines.tasks.assisted import assisted
-from pipelines.tasks.grouping import BATCHES, Batches, Done, Evaluation
+from pipelines.tasks.grouping import BATCHES, Batches, Evaluation
 from pipelines.tasks.prompts import P, Prompt, Texts, fitting, read
 
 __all__ = ["evaluate", "metrics", "read"]
@@ -36,18 +36,16 @@ WORTH = 8
 _scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
-def evaluate(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
     """Generate, and score by ROUGE, what comes before the stop text."""
-    stop = config.task.stop
+    stop = run.config.task.stop
 
     def scored(prompt: Prompt, text: str) -> Sample:
         before = text.partition(stop)[0]
         scores = _scorer.score(target=prompt.reference, prediction=before)
         return {name: 100 * scores[name].fmeasure for name in ROUGE} | {"text": before, "reference": prompt.reference}
 
-    return generate(Evaluation(loaded, config, methods, done), prompts, lambda text: stop in text, scored)
+    return generate(run, prompts, lambda text: stop in text, scored)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -7,22 +7,23 @@ same rows, whatever of it was finished before: a run that was cut off ends with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import griffin
 from griffin import Method, PromptState, Row
 from pipelines.config import RunConfig
 from pipelines.methods import engine_for
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 
+if TYPE_CHECKING:
+    from pipelines.models import LoadedModel
+
 Item = TypeVar("Item", bound=Any)  # with an `index`, as samples have
-Done = dict[Method, set[int]]
-Batches = Iterator[tuple[Method, list[Sample]]]
+Batches = Generator[tuple[Method, list[Sample]], None, None]
 
 # Batches that a group of generated texts has at least: only the last one of a group may have fewer rows.
 BATCHES = 4
@@ -40,7 +41,7 @@ class Evaluation:
     loaded: LoadedModel
     config: RunConfig
     methods: Sequence[Method]
-    done: Done
+    done: dict[Method, set[int]]
 
     @cached_property
     def engine(self) -> griffin.Engine:

@@ -29,7 +29,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
-from pipelines.tasks.grouping import Batches, Done
+from pipelines.tasks.grouping import Batches, Evaluation
 from pipelines.tasks.prompts import need_context
 from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 
@@ -47,60 +47,51 @@ class Repeat:
 
 
 def read(config: RunConfig) -> list[Repeat]:
-    """The repeats of every pair of lengths.
-
-    Raises:
-        UserError: the text is missing.
-    """
+    """The repeats of every pair of lengths."""
     task = config.task
     text = None if task.data_files is None else read_text_file(task.data_files)
     turns = itertools.product(task.prompt_lengths, task.generation_lengths, range(task.repeats))
     return [Repeat(index, prompt, generation, text) for index, (prompt, generation, _) in enumerate(turns)]
 
 
-def evaluate(
-    loaded: LoadedModel, repeats: Sequence[Repeat], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
     """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned; in
     between, for a verified method, the same without verification.
 
     The very first calls of a process are slow; with three repeats or more they move no median.
-
-    Raises:
-        UserError: the text or the context is too short.
     """
     for repeat in repeats:
-        need_context(loaded, config, prompt_lengths=repeat.prompt_length, generation_lengths=repeat.generation_length)
-    model, device = loaded.model, loaded.model.device
+        need_context(run, prompt_lengths=repeat.prompt_length, generation_lengths=repeat.generation_length)
+    config, model, device = run.config, run.loaded.model, run.loaded.model.device
     fast = griffin.with_onednn(model) if config.cpu_onednn and config.compile is not True else model
     dense_settings = replace(config, offload_dense=False)
     plain_engine = engine_for(model, [DENSE], dense_settings)
-    for method in methods:
+    for method in run.methods:
         engine = engine_for(fast, [method], dense_settings)
         kept = method.kept([block.width for block in griffin.find_feedforward_blocks(model)])
         traffic = griffin.traffic(model, kept, quantization=method.quantization)
         for repeat in repeats:
-            if repeat.index in done[method]:
+            if not run.lacks(method, repeat):
                 continue
-            run = partial(_run, loaded, config, repeat)
-            plain = run(plain_engine, DENSE)[0] if fast is not model else None
+            turn = partial(_turn, run.loaded, config, repeat)
+            plain = turn(plain_engine, DENSE)[0] if fast is not model else None
             if engine.compiled:
-                run(engine, DENSE, WARM_UP)  # compiles
-                run(engine, method, WARM_UP)
+                turn(engine, DENSE, WARM_UP)  # compiles
+                turn(engine, method, WARM_UP)
             else:
                 engine.unload()  # what the repeat before has left
             forget_peak(device)
-            dense, _ = run(engine, DENSE)
+            dense, _ = turn(engine, DENSE)
             dense_peak = peak_memory(device)
             unchecked = replace(method, verification="none")
-            unverified = run(engine, unchecked, after_another=True)[0] if method.verified else None
+            unverified = turn(engine, unchecked, after_another=True)[0] if method.verified else None
             with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
                 pruning = engine
                 if config.offload_dense:
                     engine.unload()
                     pruning = engine_for(fast, [method], config)
                 forget_peak(device)
-                pruned, drafts = run(pruning, method, after_another=True)
+                pruned, drafts = turn(pruning, method, after_another=True)
                 peak = peak_memory(device)
             optional = {"plain": plain, "unverified": unverified}
             sample: Sample = {
@@ -177,7 +168,7 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def _run(
+def _turn(
     loaded: LoadedModel,
     config: RunConfig,
     repeat: Repeat,

@@ -10,7 +10,6 @@ from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_shots
 from pipelines.errors import UserError
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.grouping import Batches, Evaluation
 
@@ -47,9 +46,6 @@ def read(config: RunConfig) -> list[Prompt]:
 
     The reference words the instruction of its shots and of its question differently ("1 sentence", "1 sentences"),
     and leaves the line break after the question to the model.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
     """
     task = config.task
 
@@ -92,13 +88,10 @@ def fitting(run: Evaluation, prompts: Sequence[P]) -> tuple[dict[P, list[int]], 
     return {prompt: ids for prompt, ids in encoded.items() if len(ids) <= room}, skipped
 
 
-def need_context(loaded: LoadedModel, config: RunConfig, **tokens: int) -> None:
-    """Refuse keys of the task that ask for more tokens, together, than the model's context has.
-
-    Raises:
-        UserError: they do.
-    """
-    if sum(tokens.values()) > loaded.context_length:
+def need_context(run: Evaluation, **tokens: int) -> None:
+    """UserError where keys of the task ask for more tokens, together, than the model's context has."""
+    most = run.loaded.context_length
+    if sum(tokens.values()) > most:
         settings = " with ".join(f"task.{key}={number}" for key, number in tokens.items())
-        room = f"expected at most {loaded.context_length} tokens together, the context of {config.model.name}"
-        raise UserError(f"{settings}: {room}")
+        name = run.config.model.name
+        raise UserError(f"{settings}: expected at most {most} tokens together, the context of {name}")
