@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 
 
 def key_values(
@@ -26,9 +25,7 @@ def key_values(
         if not equals:
             raise UserError(f"{argument}: expected KEY=VALUE, as in {usage}")
         if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"{key}: no such key{hint}; expected {', '.join(keys)}")
+            raise UserError(f"{key}: no such key{did_you_mean(key, keys)}; expected {', '.join(keys)}")
         given[key] = value
     for key in keys.keys() - defaults.keys():
         if not given.get(key, "").strip():

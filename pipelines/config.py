@@ -18,9 +18,8 @@ import torch
 import griffin
 from griffin import Method
 from pipelines import tasks
-from pipelines.config_fields import check, described
 from pipelines.errors import UserError
-from pipelines.method_keys import GridConfig, MethodKeys, planned
+from pipelines.method_keys import GridConfig, MethodKeys, check, described, planned
 from pipelines.task_config import LatencyTask
 
 ASSISTANCE = ("none", "prompt_lookup", "model")

@@ -14,8 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.config import ModelConfig, RunConfig, WandbConfig
-from pipelines.config_fields import did_you_mean
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.method_keys import GridConfig
 from pipelines.task_config import TASKS, HubDataset
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipelines.config_fields import check, described
 from pipelines.errors import UserError
+from pipelines.method_keys import check, described
 
 DECODINGS = ("greedy", "reference_sampling")
 PROTOCOLS = ("paper", "continuation")
