@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.drawing import Drawing, Group, drawing
 from analysis.labels import labels
 from analysis.runs import Runs
 from pipelines.records import whole_samples
-from pipelines.tasks.flocking_figures import COMPARED, heatmap_figure, jaccard_figure, score_figure, shown_layers
+from pipelines.tasks.flocking_figures import figures
 
 _CAPTIONS = {
-    "jaccard_sequences": "How alike the top-k sets of different texts are, averaged over all pairs",
-    "jaccard_halves": "How alike the top-k sets of a text's first and second half are, and those of different texts",
+    "jaccard_sequences": "How alike the top-k sets of different texts are, averaged over all pairs.",
+    "jaccard_halves": "How alike the top-k sets of a text's first and second half are, and those of different texts.",
     "jaccard_generation": "How alike the top-k sets of a text and of what the dense model continues it with are, "
-    "and with what it continues other texts with",
+    "and with what it continues other texts with.",
 }
 
 
@@ -41,29 +39,13 @@ def flocking(runs: Runs) -> Group:
 def _drawings(record: dict[str, Any], runs: Runs, model: str, task: str) -> Iterator[Drawing]:
     run_id, kept = record["run_id"], record["config"]["task"]["kept"]
     place = model if task == "flocking" else f"{model}, {task}"
-    rows = _layer_rows(runs, run_id)
-    for measure, (words, _) in COMPARED.items():
-        if any(row["measure"] == measure for row in rows):
-            title = f"{words[0].upper()}{words[1:]}, {place}"
-            draw = functools.partial(jaccard_figure, rows, measure, kept)
-            yield drawing(("flocking", measure, model, task), title, [run_id], draw, f"{_CAPTIONS[measure]}.")
     folder = runs.folders.get(run_id)
     whole = whole_samples(folder / "samples.jsonl")[0] if folder else []
     samples = sorted((sample for sample in whole if "arrays" in sample), key=lambda sample: sample["index"])
-    if not samples:
-        return
-    scores = np.stack([sample["arrays"]["natural_scores"] for sample in samples])
-    draw = functools.partial(score_figure, scores)
-    caption = f"The mean of {len(samples)} texts."
-    yield drawing(("flocking_scores", model, task), f"Scores, {place}", [run_id], draw, caption)
-    if "natural_heatmap" not in samples[0]["arrays"]:
-        return
-    for layer in shown_layers(scores.shape[1]):
-        for ordered in (False, True):
-            order = ", neurons sorted by their score in text A" if ordered else ""
-            name = ("flocking_heatmap", model, task, f"layer{layer:02d}", *(["sorted"] if ordered else []))
-            title = f"Relative activations, {place}, layer {layer}{order}"
-            yield drawing(name, title, [run_id], functools.partial(heatmap_figure, samples, layer, ordered))
+    captions = _CAPTIONS | {"scores": f"The mean of {len(samples)} texts."}
+    for (name, *more), title, draw in figures(samples, _layer_rows(runs, run_id), kept):
+        words, caption = (f"flocking_{name}", model, task, *more), captions.get(name, "")
+        yield drawing(words, title.format(place), [run_id], draw, caption)
 
 
 def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:

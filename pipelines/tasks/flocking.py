@@ -25,14 +25,15 @@ from griffin import DENSE, Row
 from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_text_file
 from pipelines.errors import UserError
+from pipelines.figure_style import LIGHT, drawn_in, save
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import sample_counts
-from pipelines.tasks.flocking_figures import TEXTS, jaccard, layer_table, overall, save_figures
+from pipelines.tasks.flocking_figures import TEXTS, figures, jaccard, layer_table, overall
 from pipelines.tasks.generation import end_tokens
 from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Prompt, need_context
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit
@@ -41,13 +42,10 @@ _HEATMAPS = 2  # sequences whose relative activations are kept
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Prompt):
     """A sequence: a row of its own, or the stretch with this number of a long text."""
 
-    index: int
-    id: str
-    text: str
-    stretch: bool
+    stretch: bool = False
 
 
 def read(config: RunConfig) -> list[Text]:
@@ -55,10 +53,10 @@ def read(config: RunConfig) -> list[Text]:
     task, count = config.task, config.limit or _SEQUENCES
     if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
         text = read_text_file(task.data_files)
-        return [Text(index, str(index), text, True) for index in range(config.offset, config.offset + count)]
+        return [Text(index, str(index), text, stretch=True) for index in range(config.offset, config.offset + count)]
     rows = read_rows(task, (task.text_field,), count, config.offset)
     return [
-        Text(index, str(row.get("id", index)), row[task.text_field], False)
+        Text(index, str(row.get("id", index)), row[task.text_field])
         for index, row in enumerate(rows, start=config.offset)
     ]
 
@@ -78,7 +76,7 @@ def evaluate(run: Evaluation, texts: Sequence[Text]) -> Batches:
         if not run.lacks(method, text):
             continue
         began = time.perf_counter()
-        sample: Sample = {"index": text.index, "id": text.id, "prompt_tokens": len(ids)}
+        sample = text.sample_part(ids)
         if len(ids) < _SHORTEST:
             yield method, [sample | {"skipped": f"shorter than {_SHORTEST} tokens"}]
             continue
@@ -105,10 +103,12 @@ def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
     lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
     try:
         (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        figures = save_figures(folder / "figures", measured, rows, config.task.kept)
+        with drawn_in(LIGHT):
+            plans = figures(measured, rows, config.task.kept)
+            images = [save(draw(), folder / "figures" / "_".join(words)) for words, _, draw in plans]
     except OSError as error:
         raise UserError(f"output_dir: cannot write {error.filename or folder}: {error.strerror}") from error
-    return Media(figures, {"layers": rows})
+    return Media(images, {"layers": rows})
 
 
 def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) -> Iterator[tuple[Text, list[int]]]:

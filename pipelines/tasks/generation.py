@@ -19,9 +19,8 @@ from pipelines.records import Sample
 from pipelines.tasks.answers import decoding_part, scored_metrics
 from pipelines.tasks.assisted import assisted
 from pipelines.tasks.grouping import BATCHES, Batches, Evaluation
-from pipelines.tasks.prompts import P, Prompt, Texts, fitting, read
-
-__all__ = ["evaluate", "metrics", "read"]
+from pipelines.tasks.prompts import P, Prompt, Texts, fitting
+from pipelines.tasks.prompts import read as read
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,27 +21,20 @@ from pipelines.errors import UserError
 from pipelines.records import Sample
 from pipelines.tasks.answers import means
 from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Prompt, need_context
 
 
-@dataclass(frozen=True)
-class Window:
-    """The number of a stretch of the text; which tokens it holds depends on the model's tokenizer."""
-
-    index: int
-    text: str
-
-
-def read(config: RunConfig) -> list[Window]:
-    """Windows of the text; without a limit, as many as whole ones fit in, at most 100."""
+def read(config: RunConfig) -> list[Prompt]:
+    """Windows of the text, by their numbers: which tokens they hold depends on the model's tokenizer. Without a limit,
+    as many as whole ones fit in, at most 100."""
     text = read_text(config.task)
     if not text.strip():
         place = f"task.data_files={config.task.data_files}" if config.task.data_files else f"task={config.task.name}"
         raise UserError(f"{place}: expected text, found none")
-    return [Window(index, text) for index in range(config.offset, config.offset + (config.limit or 100))]
+    return [Prompt(index, str(index), text) for index in range(config.offset, config.offset + (config.limit or 100))]
 
 
-def evaluate(run: Evaluation, windows: Sequence[Window]) -> Batches:
+def evaluate(run: Evaluation, windows: Sequence[Prompt]) -> Batches:
     """Negative log-likelihoods of every window under every method."""
     task, loaded = run.config.task, run.loaded
     most, longest = max(task.generation_lengths), max(task.prompt_lengths)
@@ -73,7 +65,7 @@ def evaluate(run: Evaluation, windows: Sequence[Window]) -> Batches:
                 seconds[method] += shared_seconds + own_seconds
         for method in beside:
             if run.lacks(method, window):
-                sample = {"index": window.index, "id": str(window.index), "nll": nll[method]}
+                sample = {"index": window.index, "id": window.id, "nll": nll[method]}
                 yield method, [sample | {"seconds": round(seconds[method], 4)}]
 
 

@@ -26,7 +26,7 @@ class Prompt:
     index: int
     id: str
     text: str
-    reference: str
+    reference: str = ""
     beginning: str = ""
     said: tuple[tuple[str, str], ...] = ()
 
