@@ -9,7 +9,6 @@ import pandas as pd
 
 from analysis import critical_sparsity, figures
 from analysis.drawing import Group, Styles, numbered
-from analysis.flocking_figures import flocking
 from analysis.frame import QUALITY, VERSIONS, frame, select
 from analysis.paired import differences, pairs
 from analysis.runs import Record, Runs, read_runs
@@ -128,7 +127,7 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
         ),
         ("Verified decoding", [figures.predicted_speed(table, styles)], ("verified",)),
         ("Latency", [figures.latency(table, styles)], ("latency",)),
-        ("Flocking", [flocking(runs)], ("flocking", "flocking_generation")),
+        ("Flocking", [figures.flocking(runs)], ("flocking", "flocking_generation")),
     ]
     rows = {one.name: one for one in made if one.rows}
     sections = [

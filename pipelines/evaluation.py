@@ -27,7 +27,7 @@ from pipelines.methods import Method, data_digests, described, engine_for, evalu
 from pipelines.records import Record, code_versions
 from pipelines.run_folder import RunFolder
 from pipelines.tasks.answers import learning_overhead
-from pipelines.tasks.grouping import Batches, Evaluation
+from pipelines.tasks.prompts import Batches, Evaluation
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:

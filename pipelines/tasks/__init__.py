@@ -3,7 +3,7 @@
 The module of a kind has
 
     read(config) -> items               `limit` of them after `offset`, from data alone, before a model is loaded
-    evaluate(run, items) -> batches     (method, samples) as they come, without those done; see `grouping.Evaluation`
+    evaluate(run, items) -> batches     (method, samples) as they come, without those done; see `prompts.Evaluation`
     metrics(samples) -> {name: number}  over all samples of one method
 
 and may have

@@ -11,10 +11,10 @@ from pipelines.records import Sample
 from pipelines.task_config import HarnessTask
 from pipelines.tasks.answers import answer_metrics, decoding_part, means
 from pipelines.tasks.generation import end_tokens, picking
-from pipelines.tasks.grouping import BATCHES, Batches, Evaluation
 from pipelines.tasks.lm_eval_adapter import HFLM, Document, TextRequest, around, asked, results
 from pipelines.tasks.lm_eval_adapter import read as read
 from pipelines.tasks.lm_eval_adapter import versions as versions
+from pipelines.tasks.prompts import BATCHES, Batches, Evaluation
 from pipelines.tasks.scoring import Request, Score, score
 
 # Log-likelihoods of so many documents are batched together.

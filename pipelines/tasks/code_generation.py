@@ -15,8 +15,7 @@ from pipelines.records import Sample
 from pipelines.tasks.answers import scored_metrics
 from pipelines.tasks.code_execution import run_program
 from pipelines.tasks.generation import generate
-from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import Prompt
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt
 
 FIELDS = ("prompt", "entry_point", "canonical_solution", "test")
 

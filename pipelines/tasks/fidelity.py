@@ -21,8 +21,7 @@ from griffin import DENSE
 from pipelines.records import Sample
 from pipelines.tasks.answers import decoding_part, effective_density, means, predicted, sample_counts
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import Prompt, fitting
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, fitting
 from pipelines.tasks.prompts import read as read
 
 

@@ -32,8 +32,7 @@ from pipelines.records import Sample
 from pipelines.tasks.answers import sample_counts
 from pipelines.tasks.flocking_figures import TEXTS, figures, jaccard, layer_table, overall
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import Prompt, need_context
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, need_context
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit

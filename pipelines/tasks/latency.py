@@ -29,8 +29,7 @@ from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
-from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Batches, Evaluation, need_context
 from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 
 Seconds = dict[str, float]

@@ -20,8 +20,7 @@ from pipelines.data import read_text
 from pipelines.errors import UserError
 from pipelines.records import Sample
 from pipelines.tasks.answers import means
-from pipelines.tasks.grouping import Batches, Evaluation
-from pipelines.tasks.prompts import Prompt, need_context
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, need_context
 
 
 def read(config: RunConfig) -> list[Prompt]:

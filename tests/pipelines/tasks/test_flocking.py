@@ -21,7 +21,7 @@ from pipelines.records import read_arrays
 from pipelines.tasks import flocking
 from pipelines.tasks.flocking import _controls, read
 from pipelines.tasks.flocking_figures import TEXTS, between_sequences, chance, jaccard, sets_of
-from pipelines.tasks.grouping import Evaluation
+from pipelines.tasks.prompts import Evaluation
 from pipelines.tracking import Media
 
 
