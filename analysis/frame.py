@@ -67,6 +67,8 @@ COLUMNS = (
     *("dtype", "protocol", "decoding", "limit", "offset", "seed", *ROUNDING, "mode", "device"),
     *(*VERSIONS, "command"),
 )
+# What is shown of a record's evaluation, where it stands there.
+_EVALUATION = ("model.dtype", "task.protocol", "task.decoding", "limit", "offset", "seed", "device")
 _NUMBERS = (
     *("sparsity", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
     *("limit", "offset", "seed", "batch_size"),
@@ -157,10 +159,7 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
         "seconds": record["timing"].get("seconds"),
-        "dtype": evaluation.get("model.dtype"),
-        "protocol": evaluation.get("task.protocol"),
-        "decoding": evaluation.get("task.decoding"),
-        **{name: evaluation.get(name) for name in ("limit", "offset", "seed", "device")},
+        **{place.rpartition(".")[2]: evaluation.get(place) for place in _EVALUATION},
         **rounding(record),
         "batch_size": None if batch_size == "auto" else batch_size,
         "mode": method.get("mode"),

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import key_values
 from analysis.frame import VERSIONS, frame
 from analysis.metrics import metric
 from analysis.paired import pairs
 from analysis.render import markdown, template
+from analysis.report import key_values
 from analysis.runs import read_runs
 from analysis.samples import read_scores
 from analysis.tables import Cell, Table

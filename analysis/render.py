@@ -47,9 +47,8 @@ def markdown(table: Table) -> str:
     """The table in Markdown."""
     headers = [*table.stubs, *table.columns]
     rows = [headers, ["---"] * len(headers)]
-    rows += [
-        [*(_pipes(name) for name in names), *(_markdown_cell(cell) for cell in cells)] for names, cells in table.rows
-    ]
+    for names, cells in table.rows:
+        rows.append([*(name.replace("|", "\\|") for name in names), *map(_markdown_cell, cells)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -112,10 +111,6 @@ def _latex_cell(cell: Cell | None) -> str:
         return "--"
     number = f"\\textbf{{{cell.number}}}" if cell.best else cell.number
     return number + "".join(f" {{\\scriptsize {_tex(part)}}}" for part in cell.beside)
-
-
-def _pipes(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _tex(text: str) -> str:

@@ -25,8 +25,6 @@ from pipelines.task_config import LatencyTask
 ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = {"hub": "repo", "package": "gguf_parts", "random": "architecture"}  # and the key that each needs
 

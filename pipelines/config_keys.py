@@ -111,8 +111,6 @@ def _default(item: Field[Any]) -> str:
     value = item.default if item.default_factory is NOTHING else item.default_factory()
     if value is NOTHING or value == MISSING:
         return ""
-    if isinstance(value, bool) or value is None:
-        value = json.dumps(value)
-    if isinstance(value, str) and not value.isprintable():
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and not value.isprintable()):
         value = json.dumps(value)
     return "empty" if value == "" else str(value)

@@ -32,8 +32,6 @@ from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_ov
 from pipelines.tasks.prompts import Batches, Evaluation, need_context
 from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
 
-Seconds = dict[str, float]
-
 
 @dataclass(frozen=True)
 class Repeat:
@@ -175,7 +173,7 @@ def _turn(
     method: Method,
     steps: int | None = None,
     after_another: bool = False,
-) -> tuple[Seconds, list[griffin.DraftStatistics]]:
+) -> tuple[dict[str, float], list[griffin.DraftStatistics]]:
     """Time one turn of a repeat, see `pipelines.timing`: seconds by part, and of each row what became of its drafts.
 
     It decodes `steps` tokens, else as many as the repeat says. With `after_another` another prompt runs first, so that
