@@ -38,9 +38,6 @@ def write_report(report: Report, out: Path) -> Path:
 
     Returns:
         The path of the HTML page.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
     drawings = [drawing for group in report.groups for drawing in group.drawings]
     names = [f"tables/{table.name}.{suffix}" for table in report.tables for suffix in _TEXTS]

@@ -32,11 +32,7 @@ _LOG = r"none|wandb(:([^/:\s]+/)?[A-Za-z0-9_.-]{1,128})?"  # the characters that
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command with arguments of the form KEY=VALUE.
-
-    Raises:
-        UserError: an argument is wrong, or a report cannot be made from these runs or written.
-    """
+    """Run the command with arguments of the form KEY=VALUE."""
     given = _parse(arguments)
     report = make_report(given["runs"], {key: given[key] for key in FILTERS})
     index = write_report(report, Path(given["out"]))
@@ -68,9 +64,6 @@ def key_values(
 ) -> dict[str, str]:
     """The values by their keys, of which those without a default must be given. `--help` prints the usage and what each
     key means, and ends the process.
-
-    Raises:
-        UserError: an argument has no value, or a key is unknown or missing.
     """
     given = dict(defaults)
     for argument in arguments:

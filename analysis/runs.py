@@ -62,9 +62,6 @@ def read_runs(source: str) -> Runs:
     Args:
         source: one folder, or several separated by commas, each the `output_dir` of runs or a run folder; or
             `wandb:entity/project`; or `wandb:project` for the account's default entity.
-
-    Raises:
-        UserError: the source does not exist, or holds no run.
     """
     if not source.strip():
         raise UserError("runs=: expected a folder of runs, or wandb:entity/project")
@@ -74,11 +71,7 @@ def read_runs(source: str) -> Runs:
 
 
 def read_run_folders(paths: list[Path]) -> Runs:
-    """Read all runs in some folders. Each folder holds run folders, or is one itself.
-
-    Raises:
-        UserError: a folder does not exist, or holds no run.
-    """
+    """Read all runs in some folders. Each folder holds run folders, or is one itself."""
     found: dict[str, Record] = {}
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
@@ -178,9 +171,6 @@ def read_wandb(path: str) -> Runs:
 
     Args:
         path: `entity/project`, or `project` of the account's default entity.
-
-    Raises:
-        UserError: the project cannot be read, or holds no run.
     """
     import wandb  # takes seconds
 
