@@ -13,8 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.drawing import DENSE_LINE, Drawing, Group, Styles, add_legend, drawing, name_sparsities
-from analysis.frame import headlines, nearest, select
-from analysis.labels import labels
+from analysis.frame import headlines, labels, nearest, select
 from analysis.metrics import metric
 from analysis.runs import Runs
 from pipelines.figure_style import NEUTRAL, new_figure

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from analysis.frame import VERSIONS, frame
 from analysis.metrics import metric
+from analysis.output import markdown, template
 from analysis.paired import pairs
-from analysis.render import markdown, template
 from analysis.report import key_values
 from analysis.runs import read_runs
 from analysis.samples import read_scores

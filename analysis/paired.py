@@ -2,7 +2,7 @@
 
 A difference comes with its 95% interval by the paired bootstrap, right-or-wrong scores also with McNemar's exact test,
 and with the number of samples at which a difference of one point would be seen. Runs that do not have the same samples
-are not compared, and neither are runs that were evaluated differently (`analysis.labels` gives those other names).
+are not compared, and neither are runs that were evaluated differently (`analysis.frame` gives those other names).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes tables from the DataFrame of runs. Every number comes from one record; what was not measured is missing.
 
 A row is a model, a task and a method, a cell a metric of its run. Its change is relative to the dense run of the same
-model and task. Runs with another protocol, limit or data have another task name (`analysis.labels`), so they are never
+model and task. Runs with another protocol, limit or data have another task name (`analysis.frame`), so they are never
 compared; where only the rounding differs, they are, and the row says so.
 """
 
