@@ -39,9 +39,8 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
     for (model, task), mine in headlines(runs).groupby(["model", "task"]):
         if len(_pruned(mine)) > 1:
             dense_line = dense_line or "dense" in set(mine["role"])
-            caption = (
-                "Runs with one sparsity per layer are in the tables only." if mine["sparsity"].isna().any() else ""
-            )
+            by_layer = mine["sparsity"].isna().any()
+            caption = "Runs with one sparsity per layer are in the tables only." if by_layer else ""
             draw = functools.partial(_sparsity_figure, mine, styles, select(mine, role="dense")["value"])
             drawings.append(drawing(("sparsity", model, task), f"{task}, {model}", mine["run_id"], draw, caption))
     note = "Bars: ± standard error." + (" The dashed line is the dense model." if dense_line else "")

@@ -218,10 +218,8 @@ def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
     for part in ("model", "task"):
         names = [record["config"][part]["name"] for record in records]
         of_model = part == "model"
-        told = differences(
-            names,
-            [{key: value for key, value in one.items() if key.startswith("model.") == of_model} for one in settings],
-        )
+        mine = [{key: value for key, value in one.items() if key.startswith("model.") == of_model} for one in settings]
+        told = differences(names, mine)
         named[part] = [f"{name} [{more}]" if more else name for name, more in zip(names, told, strict=True)]
     methods = [record["method"] | rounding(record) for record in records]
     # Settings that a method's label does not tell, as the mode, are told only where two runs would share a cell.
@@ -259,14 +257,11 @@ def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
             if isinstance(value, str) and value.startswith(_DIGEST) and isinstance(path, str):
                 names[value] = min(PurePath(path).name, names.get(value, "\uffff"))
     shared = Counter(names.values())
-    told = {
-        digest: name if shared[name] == 1 else f"{name} {digest.removeprefix(_DIGEST)[:6]}"
-        for digest, name in names.items()
-    }
-    return [
-        {key: told.get(value, value) if isinstance(value, str) else value for key, value in one.items()}
-        for one in settings
-    ]
+    for digest, name in names.items():
+        names[digest] = name if shared[name] == 1 else f"{name} {digest.removeprefix(_DIGEST)[:6]}"
+    for one in settings:
+        one |= {key: names[value] for key, value in one.items() if isinstance(value, str) and value in names}
+    return settings
 
 
 def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str]:

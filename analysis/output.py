@@ -27,7 +27,7 @@ from analysis.runs import watched
 from analysis.samples import Example, examples
 from analysis.tables import DASH, Cell, Table
 from pipelines.errors import UserError
-from pipelines.figure_style import DARK, LIGHT, as_svg, drawn_in, save
+from pipelines.figure_style import DARK, LIGHT, drawn_in, save
 from pipelines.tracking import Media, track
 
 _VERSIONS = (
@@ -102,9 +102,8 @@ def write_report(report: Report, out: Path) -> Path:
 def log_report(report: Report, out: Path, entity: str | None, project: str) -> None:
     """Log the tables and figures in `out` to W&B, as one run of job type `report`."""
     images = [out / "figures" / f"{drawing.name}.png" for group in report.groups for drawing in group.drawings]
-    rows: dict[str, list[dict[str, Any]]] = {
-        "runs": report.frame.astype(object).where(report.frame.notna(), None).to_dict("records")
-    }
+    runs = report.frame.astype(object).where(report.frame.notna(), None)
+    rows: dict[str, list[dict[str, Any]]] = {"runs": runs.to_dict("records")}
     for table in report.tables:
         rows[table.name] = [
             dict(zip(table.stubs, names, strict=True))
@@ -146,7 +145,10 @@ def _versions(environment: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _data_uri(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(as_svg(figure)).decode()
+    """The figure as SVG with nothing behind it, the same bytes every time."""
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 # -- tables as text ----------------------------------------------------------------------------------------------------

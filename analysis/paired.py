@@ -148,9 +148,8 @@ def compare(scores: Values, others: Values, *, largest: float, exact: bool = Fal
         low, high = map(float, np.percentile(np.concatenate(drawn), [tail, 100 - tail]))
     spread = float(each.std(ddof=1)) if count > 1 and math.isfinite(mean) else 0.0
     reach = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
-    return Difference(
-        count, mean, low, high, _mcnemar(scores, others, largest), (reach * spread) ** 2 if spread else math.nan
-    )
+    needed = (reach * spread) ** 2 if spread else math.nan
+    return Difference(count, mean, low, high, _mcnemar(scores, others, largest), needed)
 
 
 def _mcnemar(scores: Values, others: Values, largest: float) -> float | None:

@@ -161,12 +161,10 @@ def _flocking(runs: pd.DataFrame) -> list[Table]:
     found = runs.assign(**parts).dropna(subset="metric").sort_values("method", kind="stable")
     of_generation = found["metric"].str.endswith("generation")
     stubs = ("model and task", "text")
-    return [
-        _filled(Table("flocking", "Flocking: sets of neurons", note, stubs), found[~of_generation], MEASURES),
-        _filled(
-            Table("flocking_generation", "Flocking: prompt and generation", note, stubs), found[of_generation], MEASURES
-        ),
-    ]
+    sets = Table("flocking", "Flocking: sets of neurons", note, stubs)
+    generation = Table("flocking_generation", "Flocking: prompt and generation", note, stubs)
+    parts = ((sets, ~of_generation), (generation, of_generation))
+    return [_filled(table, found[part], MEASURES) for table, part in parts]
 
 
 def _filled(table: Table, runs: pd.DataFrame, metrics: Iterable[str] = (), *, compared: bool = False) -> Table:

@@ -75,9 +75,8 @@ def help_text() -> str:
     for prefix, node in _NODES:
         if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        lines += [
-            f"  {key:26} {text}{f' ({default})' if default else ''}" for key, text, default in _listed(prefix, node)
-        ]
+        for key, text, default in _listed(prefix, node):
+            lines.append(f"  {key:26} {text}{f' ({default})' if default else ''}")
     lines += ["", "Choices"]
     for group in GROUPS:
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))

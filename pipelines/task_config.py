@@ -166,11 +166,8 @@ class LatencyTask(Task):
     def settled(self, gpu: bool) -> LatencyTask:
         """With the lengths that were left open as they suit the device."""
         prompts, generations = ([2048], [128, 2048]) if gpu else ([256], [32])
-        return replace(
-            self,
-            prompt_lengths=self.prompt_lengths or prompts,
-            generation_lengths=self.generation_lengths or generations,
-        )
+        prompts, generations = self.prompt_lengths or prompts, self.generation_lengths or generations
+        return replace(self, prompt_lengths=prompts, generation_lengths=generations)
 
 
 @dataclass

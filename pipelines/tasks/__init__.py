@@ -12,7 +12,7 @@ and may have
     media(folder, samples, config) -> Media  what there is to look at, drawn into the run folder
 
 Reading raises UserError where data is missing, malformed or unreachable, or ends before the offset; evaluating, where
-the model, its context or a text does not suit the task.
+the model, its context or a text does not suit the task; drawing, where the folder cannot be written.
 """
 
 from __future__ import annotations

@@ -82,9 +82,8 @@ def _texts(run: Evaluation, lm: HFLM, documents: Sequence[Document]) -> Batches:
     for block, methods in run.groups(documents, BATCHES):
         requests = {TextRequest.of(lm, document, task.max_new_tokens): document for document in block}
         longest = max(len(request.ids) for request in requests)
-        rows = run.generated(
-            [*requests], methods, lambda request: run.prefill(request.ids), _generation(run, lm, [*requests]), longest
-        )
+        generation = _generation(run, lm, [*requests])
+        rows = run.generated([*requests], methods, lambda request: run.prefill(request.ids), generation, longest)
         for row, seconds in rows:
             sample = _sample(requests[row.label], [row.label.text(lm, row.tokens)], seconds, task)
             yield row.method, [sample | decoding_part(row, run.traffic.get(row.method))]

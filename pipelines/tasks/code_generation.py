@@ -44,7 +44,7 @@ class Problem(Prompt):
 def read(config: RunConfig) -> list[Problem]:
     """The task's problems."""
     task, problems = config.task, []
-    for index, row in enumerate(read_rows(task, FIELDS, config.limit, config.offset), start=config.offset):
+    for index, _, row in read_rows(task, FIELDS, config.limit, config.offset):
         begun, entry_point, solution, test = (row[field] for field in FIELDS)
         text = f"{task.instruction}\n\n{FENCE}python\n{begun}\n{FENCE}" if task.chat_template else begun
         name = str(row.get("task_id", index))

@@ -68,9 +68,8 @@ def _continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[_Text]
     states = {prompt: run.prefill(ids) for prompt, ids in encoded.items()}
     rows = [griffin.begin(engine, [state], DENSE, 0, [prompt])[0] for prompt, state in states.items()]
     generation = griffin.Generation(run.config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
-    texts = {
-        row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=run.config.batch_size)
-    }
+    ended = griffin.decode(engine, rows, generation, batch_size=run.config.batch_size)
+    texts = {row.label: row.tokens for row in ended}
     found = []
     for prompt, state in states.items():
         tokens = texts[prompt]

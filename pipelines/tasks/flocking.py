@@ -28,7 +28,7 @@ from pipelines.errors import UserError
 from pipelines.figure_style import LIGHT, drawn_in, save
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
-from pipelines.records import Sample
+from pipelines.records import Sample, writing
 from pipelines.tasks.answers import sample_counts
 from pipelines.tasks.flocking_figures import TEXTS, figures, jaccard, layer_table, overall
 from pipelines.tasks.generation import end_tokens
@@ -54,10 +54,7 @@ def read(config: RunConfig) -> list[Text]:
         text = read_text_file(task.data_files)
         return [Text(index, str(index), text, stretch=True) for index in range(config.offset, config.offset + count)]
     rows = read_rows(task, (task.text_field,), count, config.offset)
-    return [
-        Text(index, str(row.get("id", index)), row[task.text_field])
-        for index, row in enumerate(rows, start=config.offset)
-    ]
+    return [Text(index, name, row[task.text_field]) for index, name, row in rows]
 
 
 def evaluate(run: Evaluation, texts: Sequence[Text]) -> Batches:
@@ -90,23 +87,17 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
-    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B."""
     measured = sorted((sample for sample in samples if "skipped" not in sample), key=lambda sample: sample["index"])
     if not measured:
         return Media()
     rows = layer_table(measured)
     lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
-    try:
+    with writing(folder):
         (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         with drawn_in(LIGHT):
             plans = figures(measured, rows, config.task.kept)
             images = [save(draw(), folder / "figures" / "_".join(words)) for words, _, draw in plans]
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write {error.filename or folder}: {error.strerror}") from error
     return Media(images, {"layers": rows})
 
 

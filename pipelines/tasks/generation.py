@@ -151,11 +151,8 @@ def _sample(prompt: Prompt, ids: Sequence[int], tokens: Sequence[int], seconds: 
 
 
 def _assisted(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Sequence[int]], bool]) -> Texts[P]:
-    """The texts of prompts, one by one: greedy, until the new tokens are a whole text.
-
-    Raises:
-        UserError: the assistant cannot be loaded, or has other tokens.
-    """
+    """The texts of prompts, one by one: greedy, until the new tokens are a whole text. UserError where the assistant
+    cannot be loaded, or has other tokens."""
     (method,) = run.methods
     model: Any = griffin.view_of(run.loaded.model)
     checked, step_bytes = _counted(model), _step_bytes(model)

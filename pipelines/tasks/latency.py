@@ -26,7 +26,6 @@ from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
 from pipelines.methods import engine_for
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
 from pipelines.tasks.prompts import Batches, Evaluation, need_context
@@ -70,7 +69,7 @@ def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
         for repeat in repeats:
             if not run.lacks(method, repeat):
                 continue
-            turn = partial(_turn, run.loaded, config, repeat)
+            turn = partial(_turn, run, repeat)
             plain = turn(plain_engine, DENSE)[0] if fast is not model else None
             if engine.compiled:
                 turn(engine, DENSE, WARM_UP)  # compiles
@@ -81,14 +80,14 @@ def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
             dense, _ = turn(engine, DENSE)
             dense_peak = peak_memory(device)
             unchecked = replace(method, verification="none")
-            unverified = turn(engine, unchecked, after_another=True)[0] if method.verified else None
+            unverified = turn(engine, unchecked, another=True)[0] if method.verified else None
             with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
                 pruning = engine
                 if config.offload_dense:
                     engine.unload()
                     pruning = engine_for(fast, [method], config)
                 forget_peak(device)
-                pruned, drafts = turn(pruning, method, after_another=True)
+                pruned, drafts = turn(pruning, method, another=True)
                 peak = peak_memory(device)
             optional = {"plain": plain, "unverified": unverified}
             sample: Sample = {
@@ -166,29 +165,23 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _turn(
-    loaded: LoadedModel,
-    config: RunConfig,
-    repeat: Repeat,
-    engine: griffin.Engine,
-    method: Method,
-    steps: int | None = None,
-    after_another: bool = False,
+    run: Evaluation, repeat: Repeat, engine: griffin.Engine, method: Method, steps: int = 0, another: bool = False
 ) -> tuple[dict[str, float], list[griffin.DraftStatistics]]:
     """Time one turn of a repeat, see `pipelines.timing`: seconds by part, and of each row what became of its drafts.
 
-    It decodes `steps` tokens, else as many as the repeat says. With `after_another` another prompt runs first, so that
+    It decodes `steps` tokens, else as many as the repeat says. With `another` a different prompt runs first, so that
     buffers exist and this one finds the experts of another text.
     """
     room = repeat.generation_length
-    for shift, tokens in ((1, 2), (0, steps or room))[not after_another :]:
-        prompts = _prompt(loaded, repeat, config, shift).tolist()
-        run = timed(engine, prompts, method, tokens, room=room, seed=config.seed)
-    return run.seconds, [row.drafts for row in run.rows]
+    for shift, tokens in ((1, 2), (0, steps or room))[not another :]:
+        prompts = _prompt(run, repeat, shift).tolist()
+        took = timed(engine, prompts, method, tokens, room=room, seed=run.config.seed)
+    return took.seconds, [row.drafts for row in took.rows]
 
 
-def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int) -> Tensor:
+def _prompt(run: Evaluation, repeat: Repeat, shift: int) -> Tensor:
     """[B, P] tokens: consecutive stretches of the text, or random ones, another for every repeat."""
-    length, rows = repeat.prompt_length, config.batch_size
+    loaded, config, length, rows = run.loaded, run.config, repeat.prompt_length, run.config.batch_size
     start = (2 * repeat.index + shift) * rows * length
     if repeat.text is None:
         numbers = torch.Generator().manual_seed(config.seed + start)

@@ -60,29 +60,20 @@ def read(config: RunConfig) -> list[Prompt]:
     The reference words the instruction of its shots and of its question differently ("1 sentence", "1 sentences"),
     and leaves the line break after the question to the model.
     """
-    task = config.task
+    task, article, summary = config.task, config.task.article_field, config.task.summary_field
 
-    def asked(article: str, instruction: str) -> str:
+    def asked(text: str, instruction: str) -> str:
         if task.chat_template:
-            return "\n\n".join(part for part in (article, instruction) if part)
-        return f"###\nArticle: {article}\n\n{instruction}"
+            return "\n\n".join(part for part in (text, instruction) if part)
+        return f"###\nArticle: {text}\n\n{instruction}"
 
-    shots = [
-        (asked(row[task.article_field], task.shot_instruction), row[task.summary_field]) for row in read_shots(task)
-    ]
+    shots = [(asked(row[article], task.shot_instruction), row[summary]) for row in read_shots(task)]
     beginning = "" if task.chat_template else "".join(f"{question}\n{answer}\n\n" for question, answer in shots)
     said = tuple(shots) if task.chat_template else ()
-    rows = read_rows(task, (task.article_field, task.summary_field), config.limit, config.offset)
+    rows = read_rows(task, (article, summary), config.limit, config.offset)
     return [
-        Prompt(
-            index,
-            str(row.get("id", index)),
-            beginning + asked(row[task.article_field], task.instruction),
-            row[task.summary_field],
-            beginning,
-            said,
-        )
-        for index, row in enumerate(rows, start=config.offset)
+        Prompt(index, name, beginning + asked(row[article], task.instruction), row[summary], beginning, said)
+        for index, name, row in rows
     ]
 
 
@@ -110,10 +101,7 @@ class Evaluation:
         """What a step reads under each method that is not dense."""
         model, widths = self.engine.model, self.engine.widths
         pruning = [method for method in self.methods if not method.dense]
-        return {
-            method: griffin.traffic(model, method.kept(widths), method.scorer, method.quantization)
-            for method in pruning
-        }
+        return {one: griffin.traffic(model, one.kept(widths), one.scorer, one.quantization) for one in pruning}
 
     def lacks(self, method: Method, item: Any) -> bool:
         """Whether a method has no sample of an item."""
@@ -172,10 +160,10 @@ class Evaluation:
         methods: Sequence[Method],
         prefilled: Callable[[Item], PromptState],
         generation: griffin.Generation,
-        max_prompt_tokens: int,
+        longest: int,
     ) -> Iterator[tuple[Row, float]]:
         """The rows of a group as they end, those that lack a sample, and the seconds that each took with its share of
-        its prompt. Arguments are those of `begun` and of `griffin.decode`."""
+        its prompt. Arguments are those of `begun` and of `griffin.decode`, and the longest prompt's tokens."""
         seconds: dict[Item, float] = {}
 
         def timed(item: Item) -> PromptState:
@@ -185,9 +173,7 @@ class Evaluation:
             return state
 
         for rows, size in self.begun(items, methods, timed):
-            decoding = griffin.decode(
-                self.engine, rows, generation, batch_size=size, max_prompt_tokens=max_prompt_tokens
-            )
+            decoding = griffin.decode(self.engine, rows, generation, batch_size=size, max_prompt_tokens=longest)
             with closing(decoding) as ended:
                 for row in ended:
                     if self.lacks(row.method, row.label):
