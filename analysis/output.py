@@ -151,7 +151,7 @@ def _data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-# -- tables as text ----------------------------------------------------------------------------------------------------
+# -- templates, and tables as text -------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -35,7 +35,7 @@ BATCHES = 4
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data, ready to be continued.
+    """One row of the data, or a stretch of a text, ready to be continued.
 
     Attributes:
         beginning: the part of the text that all prompts begin with: the shots; empty without shots, and in a chat.
