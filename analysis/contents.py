@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from analysis import critical_sparsity, figures
+from analysis import figures
+from analysis.critical_sparsity import against_bytes, critical_sparsities, sentences
 from analysis.drawing import Group, Styles, numbered
-from analysis.flocking_figures import flocking
 from analysis.frame import QUALITY, VERSIONS, frame, select
 from analysis.paired import differences, pairs
 from analysis.runs import Record, Runs, read_runs
@@ -108,32 +108,24 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
     Args:
         source: as in `analysis.runs.read_runs`.
         only: by one of `FILTERS`, values with commas between; empty: all runs.
-
-    Raises:
-        UserError: the source does not exist, or holds no run, or none of those that are asked for.
     """
     runs = _filtered(read_runs(source), only or {})
     table = frame(runs.records)
     styles = Styles(table["family"])
     scores = read_scores(runs, table)
     to_dense, to_griffin = (pairs(scores, table, against) for against in ("dense", "griffin"))
-    made = [*tables(table), critical_sparsity.critical_sparsities(to_dense), differences(to_dense, to_griffin)]
+    made = [*tables(table), critical_sparsities(to_dense), differences(to_dense, to_griffin)]
     quality = [make(table, styles) for make in (figures.against_sparsity, figures.against_speed, figures.by_length)]
     parts = [
         ("Quality", quality, (*QUALITY, "perplexity_lengths")),
-        (
-            "Differences to dense",
-            [critical_sparsity.against_bytes(to_dense, styles)],
-            ("critical_sparsity", "differences"),
-        ),
+        ("Differences to dense", [against_bytes(to_dense, styles)], ("critical_sparsity", "differences")),
         ("Verified decoding", [figures.predicted_speed(table, styles)], ("verified",)),
         ("Latency", [figures.latency(table, styles)], ("latency",)),
-        ("Flocking", [flocking(runs)], ("flocking", "flocking_generation")),
+        ("Flocking", [figures.flocking(runs)], ("flocking", "flocking_generation")),
     ]
     rows = {one.name: one for one in made if one.rows}
     sections = [
         Section(title, [*map(numbered, groups)], [rows[name] for name in names if name in rows])
         for title, groups, names in parts
     ]
-    summary = critical_sparsity.sentences(to_dense, table)
-    return Report(source, runs, table, summary, sections, answers(runs, table, scores))
+    return Report(source, runs, table, sentences(to_dense, table), sections, answers(runs, table, scores))

@@ -1,25 +1,35 @@
-"""Figures of quality, against sparsity, prompt and generation length, and decode speed; and of speed, measured and
-predicted."""
+"""Figures of quality, against sparsity, prompt and generation length, and decode speed; of speed, measured and
+predicted; and of flocking."""
 
 from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.drawing import DENSE_LINE, Group, Styles, add_legend, drawing, name_sparsities
-from analysis.frame import headlines, nearest, select
+from analysis.drawing import DENSE_LINE, Drawing, Group, Styles, add_legend, drawing, name_sparsities
+from analysis.frame import headlines, labels, nearest, select
 from analysis.metrics import metric
+from analysis.runs import Runs
 from pipelines.figure_style import NEUTRAL, new_figure
+from pipelines.records import whole_samples
+from pipelines.tasks import flocking_figures
 
 _GRID = "'grid.statistic=[griffin,magnitude]' 'grid.sparsity=[0,0.25,0.5,0.75]'"
 _LENGTHS = ["prompt_length", "generation_length"]
 _LABEL = 24  # characters per line of a method's label, so that the axes keep their width
+# What the curves of flocking show, by their names.
+_FLOCKING = {
+    "jaccard_sequences": "How alike the top-k sets of different texts are, averaged over all pairs.",
+    "jaccard_halves": "How alike the top-k sets of a text's first and second half are, and those of different texts.",
+    "jaccard_generation": "How alike the top-k sets of a text and of what the dense model continues it with are, "
+    "and with what it continues other texts with.",
+}
 
 
 def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
@@ -29,9 +39,8 @@ def against_sparsity(runs: pd.DataFrame, styles: Styles) -> Group:
     for (model, task), mine in headlines(runs).groupby(["model", "task"]):
         if len(_pruned(mine)) > 1:
             dense_line = dense_line or "dense" in set(mine["role"])
-            caption = (
-                "Runs with one sparsity per layer are in the tables only." if mine["sparsity"].isna().any() else ""
-            )
+            by_layer = mine["sparsity"].isna().any()
+            caption = "Runs with one sparsity per layer are in the tables only." if by_layer else ""
             draw = functools.partial(_sparsity_figure, mine, styles, select(mine, role="dense")["value"])
             drawings.append(drawing(("sparsity", model, task), f"{task}, {model}", mine["run_id"], draw, caption))
     note = "Bars: ± standard error." + (" The dashed line is the dense model." if dense_line else "")
@@ -107,6 +116,41 @@ def latency(runs: pd.DataFrame, styles: Styles) -> Group:
         "bytes of weights read per token, dense over pruned."
     )
     return Group("Decode speed and its limit", drawings, command, note)
+
+
+def flocking(runs: Runs) -> Group:
+    """Jaccard curves, scores and heatmaps of every flocking run. Runs that were read from W&B have curves only."""
+    drawings: list[Drawing] = []
+    for record, names in zip(runs.records, labels(runs.records), strict=True):
+        if record["config"]["task"]["kind"] == "flocking":
+            drawings += _flocking_drawings(record, runs, names.model, names.task)
+    note = (
+        "Jaccard similarities compare the top-k sets of a layer; bands: ± standard error. Permuted: the same tokens in "
+        "random order. Random: tokens drawn from the vocabulary. Scores are GRIFFIN's, of all neurons of a layer in "
+        "falling order. Heatmaps show the first tokens and neurons, every token's row divided by its norm: upright "
+        "lines are flocking, a neuron that is strong for token after token."
+    )
+    return Group("Flocking", drawings, "python -m pipelines.run task=flocking", note)
+
+
+def _flocking_drawings(record: dict[str, Any], runs: Runs, model: str, task: str) -> Iterator[Drawing]:
+    run_id, kept = record["run_id"], record["config"]["task"]["kept"]
+    place = model if task == "flocking" else f"{model}, {task}"
+    folder = runs.folders.get(run_id)
+    whole = whole_samples(folder / "samples.jsonl")[0] if folder else []
+    samples = sorted((sample for sample in whole if "arrays" in sample), key=lambda sample: sample["index"])
+    captions = _FLOCKING | {"scores": f"The mean of {len(samples)} texts."}
+    for (name, *more), title, draw in flocking_figures.figures(samples, _layer_rows(runs, run_id), kept):
+        words, caption = (f"flocking_{name}", model, task, *more), captions.get(name, "")
+        yield drawing(words, title.format(place), [run_id], draw, caption)
+
+
+def _layer_rows(runs: Runs, run_id: str) -> list[dict[str, Any]]:
+    """The measures by layer, from W&B or from layers.csv in the run folder; empty if there are none."""
+    folder = runs.folders.get(run_id)
+    if folder is None or not (folder / "layers.csv").is_file():
+        return runs.layers.get(run_id, [])
+    return pd.read_csv(folder / "layers.csv").to_dict("records")
 
 
 def _sparsity_figure(runs: pd.DataFrame, styles: Styles, dense: Iterable[float]) -> Figure:

@@ -20,24 +20,31 @@
 | `griffin-pruning`, `torch`, `transformers`, `lm-eval` | versions |
 | `command` | the command that started the run |
 
+Two runs may be compared if their `evaluation` entries are equal, but for what only changes how numbers are rounded. So
+runs of one model or task whose entries differ get different names, which say where they differ: `xsum [limit=12]` and
+`xsum [limit=1000]`. Times differ by these settings too, so for latency nothing is left out.
+
 Rows may be compared, or one divided by the other, only within one `model` and one `task`. Among these, `batch_size`,
 `compile` and `cpu_onednn` may differ, which change rounding only; `analysis.frame.apart` says where they do.
 """  # noqa: E501 (a table)
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from analysis.labels import ROUNDING, Labels, labels, rounding
 from analysis.metrics import metric, order
+from analysis.runs import at
 
+Flat = dict[str, Any]
 Item = TypeVar("Item", bound=Any)
 
 # The kinds of task that measure quality, and their titles.
@@ -49,6 +56,10 @@ QUALITY = {
     "perplexity": "Perplexity",
     "fidelity": "Fidelity to the dense model",
 }
+
+_DIGEST = "sha256:"
+# Settings of an evaluation that change rounding and speed, and nothing else.
+ROUNDING = ("batch_size", "compile", "cpu_onednn")
 
 _SUFFIX = re.compile(r"(?P<name>.+)_p(?P<prompt>\d+)_g(?P<generation>\d+)")
 # These metrics say how much was run, and not how well: the DataFrame has no rows for them.
@@ -67,6 +78,8 @@ COLUMNS = (
     *("dtype", "protocol", "decoding", "limit", "offset", "seed", *ROUNDING, "mode", "device"),
     *(*VERSIONS, "command"),
 )
+# What is shown of a record's evaluation, where it stands there.
+_EVALUATION = ("model.dtype", "task.protocol", "task.decoding", "limit", "offset", "seed", "device")
 _NUMBERS = (
     *("sparsity", "prompt_length", "generation_length", "value", "stderr", "samples", "seconds"),
     *("limit", "offset", "seed", "batch_size"),
@@ -157,10 +170,7 @@ def _rows(record: dict[str, Any], names: Labels) -> list[dict[str, Any]]:
         "sparsity": float("nan") if isinstance(sparsity, list) else float(sparsity),
         "samples": metrics.get("samples"),
         "seconds": record["timing"].get("seconds"),
-        "dtype": evaluation.get("model.dtype"),
-        "protocol": evaluation.get("task.protocol"),
-        "decoding": evaluation.get("task.decoding"),
-        **{name: evaluation.get(name) for name in ("limit", "offset", "seed", "device")},
+        **{place.rpartition(".")[2]: evaluation.get(place) for place in _EVALUATION},
         **rounding(record),
         "batch_size": None if batch_size == "auto" else batch_size,
         "mode": method.get("mode"),
@@ -186,3 +196,97 @@ def _lengths(name: str, task: dict[str, Any]) -> dict[str, Any]:
     elif task["kind"] == "latency" and len(prompts) == len(generations) == 1:
         lengths = prompts[0], generations[0]
     return {"metric": name, "prompt_length": lengths[0], "generation_length": lengths[1]}
+
+
+# -- names for the model, the task and the method of each run ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of one run; its family is the method without its sparsity."""
+
+    model: str
+    task: str
+    family: str
+    method: str
+
+
+def labels(records: Sequence[dict[str, Any]]) -> list[Labels]:
+    """The names of all runs that are shown together. No two runs share a model, a task and a method."""
+    settings = _with_file_names(records)
+    named = {}
+    for part in ("model", "task"):
+        names = [record["config"][part]["name"] for record in records]
+        of_model = part == "model"
+        mine = [{key: value for key, value in one.items() if key.startswith("model.") == of_model} for one in settings]
+        told = differences(names, mine)
+        named[part] = [f"{name} [{more}]" if more else name for name, more in zip(names, told, strict=True)]
+    methods = [record["method"] | rounding(record) for record in records]
+    # Settings that a method's label does not tell, as the mode, are told only where two runs would share a cell.
+    cells = list(zip(named["model"], named["task"], [method["label"] for method in methods], strict=True))
+    told = differences(cells, methods)
+    shared = Counter(zip(cells, told, strict=True))
+    found = []
+    for record, (model, task, label), more in zip(records, cells, told, strict=True):
+        family = record["method"]["family"]
+        sparsity = label.removeprefix(family)
+        family += f" [{more}]" if more else ""
+        if shared[(model, task, label), more] > 1:  # nothing in the records tells these runs apart
+            family += f" [run {record['run_id'][-10:]}]"
+        found.append(Labels(model, task, family, family + sparsity))
+    return found
+
+
+def rounding(record: dict[str, Any]) -> Flat:
+    """The run's settings that change only how numbers are rounded; none of latency, where times are the result."""
+    if record["config"]["task"]["kind"] == "latency":
+        return {}
+    return {key: record["evaluation"].get(key, record["config"].get(key)) or False for key in ROUNDING}
+
+
+def _with_file_names(records: Sequence[dict[str, Any]]) -> list[Flat]:
+    """The evaluation entries without `rounding`, where files go by their names; those of one name have a part of their
+    digests, too."""
+    settings = []
+    names: dict[str, str] = {}
+    for record in records:
+        apart = rounding(record)
+        settings.append({key: value for key, value in record["evaluation"].items() if key not in apart})
+        for key, value in settings[-1].items():
+            path = at(record["config"], key)
+            if isinstance(value, str) and value.startswith(_DIGEST) and isinstance(path, str):
+                names[value] = min(PurePath(path).name, names.get(value, "\uffff"))
+    shared = Counter(names.values())
+    for digest, name in names.items():
+        names[digest] = name if shared[name] == 1 else f"{name} {digest.removeprefix(_DIGEST)[:6]}"
+    for one in settings:
+        one |= {key: names[value] for key, value in one.items() if isinstance(value, str) and value in names}
+    return settings
+
+
+def differences(names: Sequence[Hashable], settings: Sequence[Flat]) -> list[str]:
+    """For each name, which may be repeated, its settings that differ among all of this name, as `key=value, ...`; empty
+    where none does."""
+    texts = [{key: _text(value) for key, value in entry.items()} for entry in settings]
+    none, members = _text(None), defaultdict(list)
+    for name, entry in zip(names, texts, strict=True):
+        members[name].append(entry)
+    differing = {}
+    for name, entries in members.items():
+        keys = {key for entry in entries for key in entry}
+        differing[name] = sorted((key for key in keys if len({e.get(key, none) for e in entries}) > 1), key=_short)
+    return [
+        ", ".join(f"{_short(key)}={entry.get(key, none)}" for key in differing[name])
+        for name, entry in zip(names, texts, strict=True)
+    ]
+
+
+def _short(key: str) -> str:
+    """`task.shots` as `shots`: which of the two it belongs to is clear where it is shown."""
+    return key.removeprefix("model.").removeprefix("task.")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.removeprefix(_DIGEST)[:40]
+    return "null" if value is None else json.dumps(value)

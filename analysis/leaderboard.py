@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import key_values
 from analysis.frame import VERSIONS, frame
 from analysis.metrics import metric
+from analysis.output import markdown, template
 from analysis.paired import pairs
-from analysis.render import markdown, template
+from analysis.report import key_values
 from analysis.runs import read_runs
 from analysis.samples import read_scores
 from analysis.tables import Cell, Table
@@ -26,11 +26,7 @@ _KEYS = {"runs": "folder of runs (several with commas between)", "out": "file th
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command with arguments of the form KEY=VALUE.
-
-    Raises:
-        UserError: an argument is wrong, the runs cannot be read or compared, or the page cannot be written.
-    """
+    """Run the command with arguments of the form KEY=VALUE."""
     given = key_values(arguments, USAGE, _KEYS, {})
     text, ranked = leaderboard(given["runs"])
     out = Path(given["out"])
@@ -47,9 +43,6 @@ def leaderboard(source: str) -> tuple[str, int]:
 
     Args:
         source: as in `analysis.runs.read_runs`; samples are needed, which W&B does not have.
-
-    Raises:
-        UserError: no run can be compared with a dense one.
     """
     runs = read_runs(source)
     table = frame(runs.records)

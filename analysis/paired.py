@@ -2,7 +2,7 @@
 
 A difference comes with its 95% interval by the paired bootstrap, right-or-wrong scores also with McNemar's exact test,
 and with the number of samples at which a difference of one point would be seen. Runs that do not have the same samples
-are not compared, and neither are runs that were evaluated differently (`analysis.labels` gives those other names).
+are not compared, and neither are runs that were evaluated differently (`analysis.frame` gives those other names).
 """
 
 from __future__ import annotations
@@ -148,9 +148,8 @@ def compare(scores: Values, others: Values, *, largest: float, exact: bool = Fal
         low, high = map(float, np.percentile(np.concatenate(drawn), [tail, 100 - tail]))
     spread = float(each.std(ddof=1)) if count > 1 and math.isfinite(mean) else 0.0
     reach = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
-    return Difference(
-        count, mean, low, high, _mcnemar(scores, others, largest), (reach * spread) ** 2 if spread else math.nan
-    )
+    needed = (reach * spread) ** 2 if spread else math.nan
+    return Difference(count, mean, low, high, _mcnemar(scores, others, largest), needed)
 
 
 def _mcnemar(scores: Values, others: Values, largest: float) -> float | None:

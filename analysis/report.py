@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from analysis.command_line import key_values
 from analysis.contents import FILTERS, Report, make_report
 from analysis.output import log_report, write_report
 from analysis.runs import WANDB
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 
 _KEYS = {
     "runs": "folder of runs (several with commas between), or wandb:entity/project",
@@ -33,11 +32,7 @@ _LOG = r"none|wandb(:([^/:\s]+/)?[A-Za-z0-9_.-]{1,128})?"  # the characters that
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command with arguments of the form KEY=VALUE.
-
-    Raises:
-        UserError: an argument is wrong, or a report cannot be made from these runs or written.
-    """
+    """Run the command with arguments of the form KEY=VALUE."""
     given = _parse(arguments)
     report = make_report(given["runs"], {key: given[key] for key in FILTERS})
     index = write_report(report, Path(given["out"]))
@@ -61,6 +56,29 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
     given = key_values(arguments, "python -m analysis.report runs=outputs out=report", _KEYS, defaults)
     if not re.fullmatch(_LOG, given["log"]):
         raise UserError(f"log={given['log']}: expected none, wandb or wandb:entity/project")
+    return given
+
+
+def key_values(
+    arguments: Sequence[str], usage: str, keys: Mapping[str, str], defaults: Mapping[str, str]
+) -> dict[str, str]:
+    """The values by their keys, of which those without a default must be given. `--help` prints the usage and what each
+    key means, and ends the process.
+    """
+    given = dict(defaults)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in ("-h", "--help"):
+            print("\n".join([usage, "", *(f"  {key:8}{text}" for key, text in keys.items())]))
+            raise SystemExit(0)
+        if not equals:
+            raise UserError(f"{argument}: expected KEY=VALUE, as in {usage}")
+        if key not in keys:
+            raise UserError(f"{key}: no such key{did_you_mean(key, keys)}; expected {', '.join(keys)}")
+        given[key] = value
+    for key in keys.keys() - defaults.keys():
+        if not given.get(key, "").strip():
+            raise UserError(f"{key}=: expected a {keys[key]}, as in {usage}")
     return given
 
 

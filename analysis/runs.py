@@ -1,10 +1,11 @@
-"""Runs as the analysis reads them: records of finished runs, from run folders here and from W&B in `wandb_runs`; and
-problems with the others, which are unfinished, damaged, or contradicted by their own samples."""
+"""Runs as the analysis reads them: records of finished runs, from run folders and from W&B; and problems with
+the others, which are unfinished, damaged, or contradicted by their own samples."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from pipelines.errors import UserError
 from pipelines.records import contradiction, from_json, read_object
+from pipelines.tracking import check_server
 
 Record = dict[str, Any]
 Item = TypeVar("Item")
@@ -60,25 +62,16 @@ def read_runs(source: str) -> Runs:
     Args:
         source: one folder, or several separated by commas, each the `output_dir` of runs or a run folder; or
             `wandb:entity/project`; or `wandb:project` for the account's default entity.
-
-    Raises:
-        UserError: the source does not exist, or holds no run.
     """
     if not source.strip():
         raise UserError("runs=: expected a folder of runs, or wandb:entity/project")
     if source.startswith(WANDB):
-        from analysis.wandb_runs import read_wandb  # importing wandb takes seconds
-
         return read_wandb(source.removeprefix(WANDB))
     return read_run_folders([Path(path.strip()) for path in source.split(",")])
 
 
 def read_run_folders(paths: list[Path]) -> Runs:
-    """Read all runs in some folders. Each folder holds run folders, or is one itself.
-
-    Raises:
-        UserError: a folder does not exist, or holds no run.
-    """
+    """Read all runs in some folders. Each folder holds run folders, or is one itself."""
     found: dict[str, Record] = {}
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
@@ -166,3 +159,74 @@ def watched(items: Collection[Item], unit: str) -> Iterable[Item]:
     """The items, with a progress bar where they take more than two seconds; a log file has a line now and then."""
     interval = 0.1 if sys.stderr.isatty() else 15
     return tqdm(items, unit=f" {unit}", desc="report", delay=2, mininterval=interval, leave=False)
+
+
+# -- from W&B ----------------------------------------------------------------------------------------------------------
+
+
+def read_wandb(path: str) -> Runs:
+    """Read the runs of a W&B project, as the records that were logged.
+
+    Runs of job type `report` are skipped: `analysis.report` logs them, and they are no results.
+
+    Args:
+        path: `entity/project`, or `project` of the account's default entity.
+    """
+    import wandb  # takes seconds
+
+    entity, _, project = path.rpartition("/")
+    if not project or "/" in entity:
+        raise UserError(f"runs=wandb:{path}: expected wandb:entity/project")
+    check_server()
+    records: list[Record] = []
+    problems: list[Problem] = []
+    layers: dict[str, list[dict[str, Any]]] = {}
+    try:
+        api = wandb.Api(overrides={"base_url": wandb.setup().settings.base_url}, timeout=30)
+        found = [run for run in api.runs(path, order="+created_at", lazy=False) if run.job_type != "report"]
+        for run in found:
+            record = _logged_record(run)
+            if isinstance(record, Problem):
+                problems.append(record)
+                continue
+            twin = next((one for one in records if one["run_id"] == record["run_id"]), None)
+            if twin is not None:  # by somebody else
+                if twin["metrics"] != record["metrics"]:
+                    problems.append(Problem(run.id, "conflicting", f"another run here is {twin['run_id']} too"))
+                continue
+            records.append(record)
+            if record["config"]["task"]["kind"] == "flocking":
+                layers[record["run_id"]] = _layer_rows(run)
+    except (wandb.Error, ValueError, OSError) as error:  # its HTTP library raises OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"runs=wandb:{path}: cannot be read ({reason})") from error
+    if not found:
+        raise UserError(f"runs=wandb:{path}: no run in this project")
+    return Runs(records, problems, layers=layers)
+
+
+def _logged_record(run: Any) -> Record | Problem:
+    if run.state != "finished":
+        return Problem(run.id, "unfinished", f"its state in W&B is {run.state}")
+    logged = run.summary_metrics.get("record")
+    try:
+        parts = from_json(logged) if isinstance(logged, str) else None
+    except ValueError:
+        parts = None
+    if not isinstance(parts, dict):
+        return Problem(run.id, "damaged", "its summary holds no record")
+    try:
+        return checked({"status": "finished", "config": dict(run.config), **parts}, str(parts.get("run_id")))
+    except ValueError as error:
+        return Problem(run.id, "damaged", f"its record {error}")
+
+
+def _layer_rows(run: Any) -> list[dict[str, Any]]:
+    """The measures by layer, from the table that a flocking run logged; empty if there is no table."""
+    table = run.summary_metrics.get("layers_table")
+    if not isinstance(table, dict) or "path" not in table:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        run.file(table["path"]).download(root=folder, replace=True)
+        content = json.loads((Path(folder) / table["path"]).read_text(encoding="utf-8"))
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]

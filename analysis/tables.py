@@ -1,7 +1,7 @@
 """Makes tables from the DataFrame of runs. Every number comes from one record; what was not measured is missing.
 
 A row is a model, a task and a method, a cell a metric of its run. Its change is relative to the dense run of the same
-model and task. Runs with another protocol, limit or data have another task name (`analysis.labels`), so they are never
+model and task. Runs with another protocol, limit or data have another task name (`analysis.frame`), so they are never
 compared; where only the rounding differs, they are, and the row says so.
 """
 
@@ -161,12 +161,10 @@ def _flocking(runs: pd.DataFrame) -> list[Table]:
     found = runs.assign(**parts).dropna(subset="metric").sort_values("method", kind="stable")
     of_generation = found["metric"].str.endswith("generation")
     stubs = ("model and task", "text")
-    return [
-        _filled(Table("flocking", "Flocking: sets of neurons", note, stubs), found[~of_generation], MEASURES),
-        _filled(
-            Table("flocking_generation", "Flocking: prompt and generation", note, stubs), found[of_generation], MEASURES
-        ),
-    ]
+    sets = Table("flocking", "Flocking: sets of neurons", note, stubs)
+    generation = Table("flocking_generation", "Flocking: prompt and generation", note, stubs)
+    parts = ((sets, ~of_generation), (generation, of_generation))
+    return [_filled(table, found[part], MEASURES) for table, part in parts]
 
 
 def _filled(table: Table, runs: pd.DataFrame, metrics: Iterable[str] = (), *, compared: bool = False) -> Table:

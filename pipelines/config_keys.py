@@ -14,8 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.config import ModelConfig, RunConfig, WandbConfig
-from pipelines.config_fields import did_you_mean
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.method_keys import GridConfig
 from pipelines.task_config import TASKS, HubDataset
 
@@ -76,9 +75,8 @@ def help_text() -> str:
     for prefix, node in _NODES:
         if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
-        lines += [
-            f"  {key:26} {text}{f' ({default})' if default else ''}" for key, text, default in _listed(prefix, node)
-        ]
+        for key, text, default in _listed(prefix, node):
+            lines.append(f"  {key:26} {text}{f' ({default})' if default else ''}")
     lines += ["", "Choices"]
     for group in GROUPS:
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
@@ -112,8 +110,6 @@ def _default(item: Field[Any]) -> str:
     value = item.default if item.default_factory is NOTHING else item.default_factory()
     if value is NOTHING or value == MISSING:
         return ""
-    if isinstance(value, bool) or value is None:
-        value = json.dumps(value)
-    if isinstance(value, str) and not value.isprintable():
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and not value.isprintable()):
         value = json.dumps(value)
     return "empty" if value == "" else str(value)

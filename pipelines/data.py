@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.errors import UserError, first_line
 from pipelines.hub import NEVER_LOADED, commit_of, prepare_hub, what_to_do
-from pipelines.task_config import CodeTask, GenerationTask, HubDataset, PerplexityTask
+from pipelines.task_config import GenerationTask, HubDataset, PerplexityTask
 
 EMBEDDED = Path(__file__).parent / "data"
 
@@ -25,14 +25,13 @@ Row = dict[str, Any]
 revisions: dict[str, str | None] = {}
 
 
-def read_rows(
-    task: GenerationTask | CodeTask, needed: tuple[str, ...], limit: int | None, offset: int = 0
-) -> list[Row]:
-    """The rows to evaluate, with text in `needed` fields, in the data's order: `limit` of them after `offset`."""
+def read_rows(task: Any, needed: tuple[str, ...], limit: int | None, offset: int) -> list[tuple[int, str, Row]]:
+    """The rows to evaluate, with text in `needed` fields, in the data's order: `limit` of them after `offset`; each
+    with its index and the name that it has in the data."""
     rows = _rows(task, _DATA, needed, None if limit is None else offset + limit)
     if offset >= len(rows):
         raise UserError(f"offset={offset}: expected less than {len(rows)}, the rows there are")
-    return rows[offset:]
+    return [(index, str(row.get("id", index)), row) for index, row in enumerate(rows[offset:], start=offset)]
 
 
 def read_shots(task: GenerationTask) -> list[Row]:

@@ -22,7 +22,6 @@ from pipelines.tasks import KINDS
 PAGE = CONF.parent / "docs" / "tasks.md"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-
 Rows = Iterator[Sequence[str]]
 
 

@@ -1,4 +1,11 @@
-"""The one exception that stands for a user's mistake or a fault of their surroundings, never for a bug."""
+"""The one exception that stands for a user's mistake or a fault of their surroundings, never for a bug; and checks of
+values that raise it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -18,3 +25,26 @@ def out_of_memory(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """What went wrong, in a line; the exception's name where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like it, as a question in brackets; empty if none is."""
+    close = difflib.get_close_matches(word, [*known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def not_one_of(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """What to tell a user who set a key to none of the allowed values."""
+    return f"{key}={value}: expected one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+
+
+def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises UserError unless the value is allowed."""
+    if value not in allowed:
+        raise UserError(not_one_of(key, value, allowed))
+
+
+def at_least(key: str, value: float | None, least: int) -> None:
+    """Raises UserError if the value is smaller."""
+    if value is not None and value < least:
+        raise UserError(f"{key}={value}: expected {least} or more")

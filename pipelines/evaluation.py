@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from types import ModuleType
@@ -25,9 +24,10 @@ from pipelines.config import ModelConfig, RunConfig
 from pipelines.data import data_revision
 from pipelines.errors import UserError, out_of_memory
 from pipelines.methods import Method, data_digests, described, engine_for, evaluation, label, run_config
-from pipelines.records import Record, Sample, code_versions
+from pipelines.records import Record, code_versions
 from pipelines.run_folder import RunFolder
 from pipelines.tasks.answers import learning_overhead
+from pipelines.tasks.prompts import Batches, Evaluation
 from pipelines.tracking import Media, Tracker, track
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def evaluate(
                 refusals[method] = str(reason)
         possible = [method for method in together if method not in refusals]
         stack.enter_context(dense_in_host_memory(loaded.model) if offloaded else nullcontext())
-        batches = stack.enter_context(closing(evaluated(kind, loaded, items, config, possible, done)))
+        batches = stack.enter_context(closing(evaluated(kind, Evaluation(loaded, config, possible, done), items)))
         due = dict.fromkeys(folders, 0.0)
         for method, batch in batches if possible else ():
             folders[method].append(batch)
@@ -148,27 +148,20 @@ def evaluate(
             raise UserError(f"model={config.model.name}: {refusal}{several}")  # the first: of one model they are alike
 
 
-def evaluated(
-    kind: ModuleType,
-    loaded: LoadedModel,
-    items: Any,
-    config: RunConfig,
-    methods: Sequence[Method],
-    done: dict[Method, set[int]],
-) -> Generator[tuple[Method, list[Sample]], None, None]:
+def evaluated(kind: ModuleType, run: Evaluation, items: Any) -> Batches:
     """What `kind.evaluate` gives, with the configuration's batch size or, where it is auto, with what fits.
 
-    Samples of an automatic batch size say what it was, at most. `done` grows by what was given.
+    Samples of an automatic batch size say what it was, at most. What is done grows by what was given.
     """
-    if config.batch_size != "auto":
-        yield from kind.evaluate(loaded, items, config, methods, done)
+    if run.config.batch_size != "auto":
+        yield from kind.evaluate(run, items)
         return
-    rows = ROWS_GPU if loaded.model.device.type == "cuda" else ROWS_CPU
+    rows = ROWS_GPU if run.loaded.model.device.type == "cuda" else ROWS_CPU
     while True:
         try:
-            for method, samples in kind.evaluate(loaded, items, replace(config, batch_size=rows), methods, done):
+            for method, samples in kind.evaluate(replace(run, config=replace(run.config, batch_size=rows)), items):
                 yield method, [sample | {"batch_size": rows} for sample in samples]
-                done[method] |= {sample["index"] for sample in samples}
+                run.done[method] |= {sample["index"] for sample in samples}
             return
         except (RuntimeError, MemoryError) as error:
             if rows == 1 or not out_of_memory(error):

@@ -5,7 +5,6 @@ Colours are seaborn's palette for the colour-blind; lines differ in their marker
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,10 +92,3 @@ def save(figure: Figure, path: Path) -> Path:
     figure.set_layout_engine("none")  # finding it takes longer than drawing
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return png
-
-
-def as_svg(figure: Figure) -> bytes:
-    """The figure with nothing behind it, the same bytes every time."""
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return out.getvalue()

@@ -1,4 +1,5 @@
-"""The keys of a method, made from the fields of `griffin.Method`; and the methods that a call's keys stand for.
+"""How a key is described and checked; the keys of a method, made from the fields of `griffin.Method`; and the methods
+that a call's keys stand for.
 
 An axis is said in `griffin.Method` and nowhere else: its type, values, default and help are taken from there, and what
 goes with what is what `Method` does not refuse.
@@ -9,12 +10,38 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import Field, fields, make_dataclass
+from dataclasses import Field, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from omegaconf import MISSING
+
 from griffin import METHODS, Method
-from pipelines.config_fields import described, one_of
-from pipelines.errors import UserError
+from pipelines.errors import UserError, at_least, one_of
+
+# The keys that name a file of the user's.
+_FILES = ("data_files", "shots_file")
+
+
+def described(text: str, default: Any = MISSING, values: tuple[str, ...] = (), *, least: int | None = None) -> Any:
+    """A field with its help text, which `--help` prints; a class as the default makes a new one each time. `check` asks
+    for one of the values, and for a number, or numbers of a list, that is no less."""
+    given = "default_factory" if isinstance(default, type) else "default"
+    return field(**{given: default}, metadata={"help": text, "values": values, "least": least})
+
+
+def check(node: Any, prefix: str = "") -> None:
+    """Raises UserError where a key has a value that its field does not allow; keys of the class begin with `prefix`."""
+    for item in fields(node):
+        key, value, allowed = prefix + item.name, getattr(node, item.name), item.metadata
+        if allowed["values"]:
+            one_of(key, value, allowed["values"])
+        if allowed["least"] is not None:
+            for number in value if isinstance(value, list) else [value]:
+                at_least(key, number, allowed["least"])
+        if item.name in _FILES and value is not None and not Path(value).is_file():
+            raise UserError(f"{key}={value}: {'not a file' if Path(value).exists() else 'no such file'}")
+
 
 AXES: dict[str, Field[Any]] = {axis.name: axis for axis in fields(Method)}
 

@@ -57,10 +57,7 @@ class LoadedModel:
             self.need_chat_template()
             turns = [turn for user, model in said for turn in (("user", user), ("assistant", model))]
             chat = [{"role": role, "content": content} for role, content in (*turns, ("user", prompt))]
-            chat_ids: list[int] = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-            return chat_ids
+            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [self.tokenizer.bos_token_id, *ids] if self.add_bos_token else ids
 

@@ -46,9 +46,8 @@ def fetch(cfg: DictConfig) -> None:
     wanted = {f"model={config.model.name}": lambda: _model(config.model)}
     if config.assistant:
         wanted[f"assistant={config.assistant}"] = lambda: _model(replace(config.model, repo=config.assistant))
-    wanted[f"task={config.task.name}"] = lambda: (
-        f"data at hand, {len(tasks.module_of(config.task.kind).read(config))} items"
-    )
+    kind = config.task.kind
+    wanted[f"task={config.task.name}"] = lambda: f"data at hand, {len(tasks.module_of(kind).read(config))} items"
     for what, get in wanted.items():
         try:
             print(f"{what}: {get()}", flush=True)

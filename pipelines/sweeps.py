@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.methods import identity, run_config
+from pipelines.methods import identity, label, run_config
 from pipelines.records import Record, read_object, to_json, write_in_one_step, writing
 from pipelines.run_folder import RunFolder
 
@@ -108,7 +108,7 @@ class ManifestEntry:
     def __init__(self, config: RunConfig) -> None:
         self.output_dir = Path(config.output_dir)
         methods = config.methods()
-        self.labels = [method.label for method in methods]
+        self.labels = [label(config, method) for method in methods]
         self._planned = {
             "words": f"{config.task.name} {config.model.name}",
             "swept": "",
@@ -141,7 +141,7 @@ class ManifestEntry:
         runs = self._runs() if entry and entry["launcher"] == launcher else []
         if not runs or not all(run.record() for run in runs):
             return []
-        return [RunStatus(label, SKIPPED, run.path) for label, run in zip(self.labels, runs, strict=True)]
+        return [RunStatus(words, SKIPPED, run.path) for words, run in zip(self.labels, runs, strict=True)]
 
     def note(self, **values: Any) -> None:
         """Note the point's `runs`, or why it `failed`, if the point is part of a sweep."""
@@ -159,16 +159,13 @@ class ManifestEntry:
         runs = self._runs()
         if not runs:
             self.note(failed=reason)
-            return [RunStatus(label, FAILED, reason=reason) for label in self.labels]
+            return [RunStatus(words, FAILED, reason=reason) for words in self.labels]
         statuses = []
-        for label, run in zip(self.labels, runs, strict=True):
-            if run.record():
-                statuses.append(RunStatus(label, FINISHED, run.path))
-            elif run.held():  # by yet another process
-                statuses.append(RunStatus(label, HELD, run.path))
-            else:
+        for words, run in zip(self.labels, runs, strict=True):
+            state = FINISHED if run.record() else HELD if run.held() else FAILED  # held by yet another process
+            if state == FAILED:
                 run.fail(reason)
-                statuses.append(RunStatus(label, FAILED, run.path, reason))
+            statuses.append(RunStatus(words, state, run.path, reason if state == FAILED else None))
         return statuses
 
     def _runs(self) -> list[RunFolder]:

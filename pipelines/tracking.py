@@ -10,19 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.hub import check_reachable
 from pipelines.records import Record, Sample, to_json, write_in_one_step, writing
-
-
-class Settings(Protocol):
-    """Where runs are logged to: the configuration's `wandb`, or what the analysis makes of its command line."""
-
-    mode: str
-    project: str
-    entity: str | None
 
 
 @dataclass(frozen=True)
@@ -89,13 +81,13 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def track(settings: Settings, folder: Path, run_id: str, **described: Any) -> Iterator[Tracker]:
+def track(settings: Any, folder: Path, run_id: str, **described: Any) -> Iterator[Tracker]:
     """A run in W&B until its record is there, marked as failed if the context ends with an exception before.
 
     An unreachable or refusing server costs one warning: the run goes on offline, to be uploaded by `wandb sync`.
 
     Args:
-        settings: mode, project and entity.
+        settings: `mode`, `project` and `entity`, as the configuration's `wandb` has them.
         folder: the run folder; all of wandb's files stay in it.
         run_id: our run id. W&B's has some letters more, drawn once for the folder: two people, or one with two output
             folders, may log the same run to one project.
@@ -127,7 +119,7 @@ def track(settings: Settings, folder: Path, run_id: str, **described: Any) -> It
     tracker.close(0)
 
 
-def _init(settings: Settings, arguments: dict[str, Any]) -> Any:
+def _init(settings: Any, arguments: dict[str, Any]) -> Any:
     import wandb
 
     # The machine's name, its user and the command line are nobody's business; timeouts bound a dead server.

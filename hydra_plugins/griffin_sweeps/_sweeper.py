@@ -19,9 +19,8 @@ from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipelines.config_fields import at_least
 from pipelines.config_keys import no_such_key, typed
-from pipelines.errors import UserError
+from pipelines.errors import UserError, at_least
 from pipelines.sweeps import FAILED, HELD, ManifestEntry, RunStatus, merged, of_this_call, wait_for_held
 
 # Where and how a sweep runs, as against what it runs.

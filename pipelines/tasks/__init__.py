@@ -2,14 +2,17 @@
 
 The module of a kind has
 
-    read(config) -> items                                      from data alone, before a model is loaded
-    evaluate(loaded, items, config, methods, done) -> batches  (method, samples) as they come, without those done
-    metrics(samples) -> {name: number}                         over all samples of one method
+    read(config) -> items               `limit` of them after `offset`, from data alone, before a model is loaded
+    evaluate(run, items) -> batches     (method, samples) as they come, without those done; see `prompts.Evaluation`
+    metrics(samples) -> {name: number}  over all samples of one method
 
 and may have
 
     versions(items) -> {name: version}       what else belongs into the record's environment
     media(folder, samples, config) -> Media  what there is to look at, drawn into the run folder
+
+Reading raises UserError where data is missing, malformed or unreachable, or ends before the offset; evaluating, where
+the model, its context or a text does not suit the task; drawing, where the folder cannot be written.
 """
 
 from __future__ import annotations

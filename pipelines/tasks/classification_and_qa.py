@@ -7,32 +7,28 @@ from typing import Any
 
 import griffin
 from griffin import Method, Row
-from pipelines.config import RunConfig
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.task_config import HarnessTask
 from pipelines.tasks.answers import answer_metrics, decoding_part, means
 from pipelines.tasks.generation import end_tokens, picking
-from pipelines.tasks.grouping import BATCHES, Batches, Done, Evaluation
-from pipelines.tasks.lm_eval_adapter import HFLM, Document, TextRequest, around, asked, read, results, versions
+from pipelines.tasks.lm_eval_adapter import HFLM, Document, TextRequest, around, asked, results
+from pipelines.tasks.lm_eval_adapter import read as read
+from pipelines.tasks.lm_eval_adapter import versions as versions
+from pipelines.tasks.prompts import BATCHES, Batches, Evaluation
 from pipelines.tasks.scoring import Request, Score, score
-
-__all__ = ["evaluate", "metrics", "read", "versions"]
 
 # Log-likelihoods of so many documents are batched together.
 _BLOCK_DOCUMENTS = 64
 
 
-def evaluate(
-    loaded: LoadedModel, documents: Sequence[Document], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, documents: Sequence[Document]) -> Batches:
     """Answer the requests of every document under every method: each prompt runs once for all, and a document's sample
     is there when its last request is answered."""
-    if config.task.chat_template:
-        loaded.need_chat_template()
-    run, lm = Evaluation(loaded, config, methods, done), around(loaded, config)
-    documents = asked(lm, documents, config.task)
-    return (_texts if config.kind.generates else _likelihoods)(run, lm, documents)
+    if run.config.task.chat_template:
+        run.loaded.need_chat_template()
+    lm = around(run.loaded, run.config)
+    documents = asked(lm, documents, run.config.task)
+    return (_texts if run.config.kind.generates else _likelihoods)(run, lm, documents)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -86,9 +82,8 @@ def _texts(run: Evaluation, lm: HFLM, documents: Sequence[Document]) -> Batches:
     for block, methods in run.groups(documents, BATCHES):
         requests = {TextRequest.of(lm, document, task.max_new_tokens): document for document in block}
         longest = max(len(request.ids) for request in requests)
-        rows = run.generated(
-            [*requests], methods, lambda request: run.prefill(request.ids), _generation(run, lm, [*requests]), longest
-        )
+        generation = _generation(run, lm, [*requests])
+        rows = run.generated([*requests], methods, lambda request: run.prefill(request.ids), generation, longest)
         for row, seconds in rows:
             sample = _sample(requests[row.label], [row.label.text(lm, row.tokens)], seconds, task)
             yield row.method, [sample | decoding_part(row, run.traffic.get(row.method))]

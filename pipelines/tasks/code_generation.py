@@ -9,16 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_rows
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import scored_metrics
 from pipelines.tasks.code_execution import run_program
 from pipelines.tasks.generation import generate
-from pipelines.tasks.grouping import Batches, Done, Evaluation
-from pipelines.tasks.prompts import Prompt
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt
 
 FIELDS = ("prompt", "entry_point", "canonical_solution", "test")
 
@@ -45,13 +42,9 @@ class Problem(Prompt):
 
 
 def read(config: RunConfig) -> list[Problem]:
-    """The task's problems.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
+    """The task's problems."""
     task, problems = config.task, []
-    for index, row in enumerate(read_rows(task, FIELDS, config.limit, config.offset), start=config.offset):
+    for index, _, row in read_rows(task, FIELDS, config.limit, config.offset):
         begun, entry_point, solution, test = (row[field] for field in FIELDS)
         text = f"{task.instruction}\n\n{FENCE}python\n{begun}\n{FENCE}" if task.chat_template else begun
         name = str(row.get("task_id", index))
@@ -59,20 +52,18 @@ def read(config: RunConfig) -> list[Problem]:
     return problems
 
 
-def evaluate(
-    loaded: LoadedModel, problems: Sequence[Problem], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, problems: Sequence[Problem]) -> Batches:
     """Generate, and run what was generated against its tests."""
-    if missing := run_program("", config.task.timeout).missing:
+    task = run.config.task
+    if missing := run_program("", task.timeout).missing:
         tqdm.write(f"warning: this system cannot keep generated programs from {' and '.join(missing)}", file=sys.stderr)
 
     def scored(problem: Problem, text: str) -> Sample:
-        outcome = run_program(program(problem, text), config.task.timeout, judging(problem), problem.entry_point)
+        outcome = run_program(program(problem, text), task.timeout, judging(problem), problem.entry_point)
         scores = {"pass_at_1": float(outcome.passed), "reason": outcome.reason}
         return scores | {"text": text, "reference": problem.reference}
 
-    run = Evaluation(loaded, config, methods, done)
-    return generate(run, problems, lambda text: whole(text, config.task.chat_template), scored)
+    return generate(run, problems, lambda text: whole(text, task.chat_template), scored)
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

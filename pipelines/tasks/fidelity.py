@@ -17,23 +17,16 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, Method
-from pipelines.config import RunConfig
-from pipelines.models import LoadedModel
+from griffin import DENSE
 from pipelines.records import Sample
 from pipelines.tasks.answers import decoding_part, effective_density, means, predicted, sample_counts
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Done, Evaluation
-from pipelines.tasks.prompts import Prompt, fitting, read
-
-__all__ = ["evaluate", "metrics", "read"]
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, fitting
+from pipelines.tasks.prompts import read as read
 
 
-def evaluate(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
     """Compare every method with dense: one dense pass a prompt, then one short pass a method, as rows of batches."""
-    run = Evaluation(loaded, config, methods, done)
     encoded, skipped = fitting(run, prompts)
     yield from skipped
     for group, beside in run.groups([*encoded]):
@@ -75,9 +68,8 @@ def _continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[_Text]
     states = {prompt: run.prefill(ids) for prompt, ids in encoded.items()}
     rows = [griffin.begin(engine, [state], DENSE, 0, [prompt])[0] for prompt, state in states.items()]
     generation = griffin.Generation(run.config.task.max_new_tokens, lambda row: row.tokens[-1] in ends)
-    texts = {
-        row.label: row.tokens for row in griffin.decode(engine, rows, generation, batch_size=run.config.batch_size)
-    }
+    ended = griffin.decode(engine, rows, generation, batch_size=run.config.batch_size)
+    texts = {row.label: row.tokens for row in ended}
     found = []
     for prompt, state in states.items():
         tokens = texts[prompt]

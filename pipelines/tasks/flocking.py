@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, Method, Row
+from griffin import DENSE, Row
 from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_text_file
 from pipelines.errors import UserError
+from pipelines.figure_style import LIGHT, drawn_in, save
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
-from pipelines.records import Sample
+from pipelines.records import Sample, writing
 from pipelines.tasks.answers import sample_counts
-from pipelines.tasks.flocking_figures import TEXTS, jaccard, layer_table, overall, save_figures
+from pipelines.tasks.flocking_figures import TEXTS, figures, jaccard, layer_table, overall
 from pipelines.tasks.generation import end_tokens
-from pipelines.tasks.grouping import Batches, Done
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, need_context
 from pipelines.tracking import Media
 
 _SEQUENCES = 16  # without a limit
@@ -41,54 +41,38 @@ _HEATMAPS = 2  # sequences whose relative activations are kept
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Prompt):
     """A sequence: a row of its own, or the stretch with this number of a long text."""
 
-    index: int
-    id: str
-    text: str
-    stretch: bool
+    stretch: bool = False
 
 
 def read(config: RunConfig) -> list[Text]:
-    """`limit` sequences after the first `offset`, or 16 at most.
-
-    Raises:
-        UserError: the data is missing or malformed, or there is none after the offset.
-    """
+    """Sequences; without a limit, 16 at most."""
     task, count = config.task, config.limit or _SEQUENCES
     if task.data_files is not None and Path(task.data_files).suffix != ".jsonl":
         text = read_text_file(task.data_files)
-        return [Text(index, str(index), text, True) for index in range(config.offset, config.offset + count)]
+        return [Text(index, str(index), text, stretch=True) for index in range(config.offset, config.offset + count)]
     rows = read_rows(task, (task.text_field,), count, config.offset)
-    return [
-        Text(index, str(row.get("id", index)), row[task.text_field], False)
-        for index, row in enumerate(rows, start=config.offset)
-    ]
+    return [Text(index, name, row[task.text_field]) for index, name, row in rows]
 
 
-def evaluate(
-    loaded: LoadedModel, texts: Sequence[Text], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
-    """Measure one sequence after another.
-
-    Raises:
-        UserError: the text is too short, or the model's context is, or the model's blocks have no known layout.
-    """
-    task = config.task
-    (method,) = methods
+def evaluate(run: Evaluation, texts: Sequence[Text]) -> Batches:
+    """Measure one sequence after another."""
+    loaded, config, task = run.loaded, run.config, run.config.task
+    (method,) = run.methods
     try:
         widths = {block.width for block in griffin.find_feedforward_blocks(loaded.model)}
     except griffin.UnsupportedModelError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
     if len(widths) > 1:
         raise UserError(f"model={config.model.name}: layers of different widths {sorted(widths)}; flocking takes one")
-    need_context(loaded, config, sequence_length=task.sequence_length, max_new_tokens=task.max_new_tokens)
+    need_context(run, sequence_length=task.sequence_length, max_new_tokens=task.max_new_tokens)
     for text, ids in _tokenized(loaded, texts, config):
-        if text.index in done[method]:
+        if not run.lacks(method, text):
             continue
         began = time.perf_counter()
-        sample: Sample = {"index": text.index, "id": text.id, "prompt_tokens": len(ids)}
+        sample = text.sample_part(ids)
         if len(ids) < _SHORTEST:
             yield method, [sample | {"skipped": f"shorter than {_SHORTEST} tokens"}]
             continue
@@ -103,22 +87,18 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
-    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B."""
     measured = sorted((sample for sample in samples if "skipped" not in sample), key=lambda sample: sample["index"])
     if not measured:
         return Media()
     rows = layer_table(measured)
     lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
-    try:
+    with writing(folder):
         (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        figures = save_figures(folder / "figures", measured, rows, config.task.kept)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write {error.filename or folder}: {error.strerror}") from error
-    return Media(figures, {"layers": rows})
+        with drawn_in(LIGHT):
+            plans = figures(measured, rows, config.task.kept)
+            images = [save(draw(), folder / "figures" / "_".join(words)) for words, _, draw in plans]
+    return Media(images, {"layers": rows})
 
 
 def _tokenized(loaded: LoadedModel, texts: Sequence[Text], config: RunConfig) -> Iterator[tuple[Text, list[int]]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -17,8 +17,10 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipelines.figure_style import COLOURS, LIGHT, NEUTRAL, drawn_in, new_figure, save
+from pipelines.figure_style import COLOURS, NEUTRAL, new_figure
 from pipelines.records import Sample, mean_and_stderr
+
+Plan = tuple[tuple[str, ...], str, Callable[[], Figure]]
 
 # A text as it is; the same tokens in random order; tokens drawn at random.
 TEXTS = ("natural", "permuted", "random")
@@ -133,22 +135,24 @@ def _by_layer(samples: Sequence[Sample], text: str, measure: str) -> list[tuple[
     return [mean_and_stderr(list(column)) for column in columns]
 
 
-def save_figures(folder: Path, samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> list[Path]:
-    """Draw all figures of a run as PNG and PDF, and return the former.
+def figures(samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> Iterator[Plan]:
+    """The figures of a run: the words of each one's name, its title with a place for what it is of, how it is drawn.
 
     The samples are the measured sequences, by index, with their arrays, the rows are those of `layer_table`, and
     `kept` is the share of the neurons in a top-k set.
     """
-    with drawn_in(LIGHT):
-        measured = {row["measure"] for row in rows}
-        figures = {name: jaccard_figure(rows, name, kept) for name in COMPARED if name in measured}
-        figures["scores"] = score_figure(np.stack([sample["arrays"]["natural_scores"] for sample in samples]))
-        layers = len(samples[0]["arrays"]["natural_scores"])
-        for layer in shown_layers(layers) if panels(samples) else ():
-            for ordered in (False, True):
-                name = f"heatmap_layer{layer:02d}{'_sorted' if ordered else ''}"
-                figures[name] = heatmap_figure(samples, layer, ordered)
-        return [save(figure, folder / name) for name, figure in figures.items()]
+    for name, (words, _) in COMPARED.items():
+        if any(row["measure"] == name for row in rows):
+            yield (name,), f"{words[0].upper()}{words[1:]}, {{}}", partial(jaccard_figure, rows, name, kept)
+    if not samples:
+        return
+    scores_NLD = np.stack([sample["arrays"]["natural_scores"] for sample in samples])
+    yield ("scores",), "Scores, {}", partial(score_figure, scores_NLD)
+    for layer in shown_layers(scores_NLD.shape[1]) if panels(samples) else ():
+        place, title = ("heatmap", f"layer{layer:02d}"), f"Relative activations, {{}}, layer {layer}"
+        yield place, title, partial(heatmap_figure, samples, layer)
+        title += ", neurons sorted by their score in text A"
+        yield (*place, "sorted"), title, partial(heatmap_figure, samples, layer, ordered=True)
 
 
 def shown_layers(layers: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from typing import Any
@@ -14,8 +13,7 @@ from torch import Tensor
 
 import griffin
 from griffin import METHODS, as_method
-from pipelines.config_fields import one_of
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean, one_of
 from pipelines.method_keys import AXES, as_typed, help_of
 from pipelines.task_config import PROTOCOLS
 from pipelines.tasks.scoring import Request, score
@@ -64,9 +62,7 @@ class GriffinLM(HFLM):
         """As `create_from_arg_string`, of parsed arguments."""
         known = {*_ARGUMENTS, *AXES, *inspect.signature(HFLM.__init__).parameters}
         for key in arg_dict.keys() - known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"--model_args {key}={arg_dict[key]}: no such argument{hint}")
+            raise UserError(f"--model_args {key}={arg_dict[key]}: no such argument{did_you_mean(key, known)}")
         if not arg_dict.get("pretrained"):
             raise UserError("--model_args: expected pretrained=NAME, a model of the hub or a folder")
         return cls(**arg_dict, **{key: value for key, value in (additional_config or {}).items() if value is not None})
@@ -109,8 +105,14 @@ def arguments_help() -> str:
     return head + "".join(f"  {name:22} {text} ({default})\n" for name, (default, text) in arguments.items())
 
 
-def command_line() -> None:
-    """lm-eval's own command line, `lm_eval`, which now knows the model `griffin`."""
+def main() -> None:
+    """lm-eval's own command line, which now knows the model `griffin`; a mistake in the model's arguments ends the
+    process with one line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(arguments_help())
+    try:
+        cli_evaluate()
+    except (UserError, OSError, ValueError) as error:  # a model that is not there, a task that is none
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -26,14 +26,10 @@ from pipelines.config import RunConfig
 from pipelines.data import read_text_file
 from pipelines.errors import UserError
 from pipelines.methods import engine_for
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
-from pipelines.tasks.grouping import Batches, Done
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Batches, Evaluation, need_context
 from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
-
-Seconds = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -47,60 +43,51 @@ class Repeat:
 
 
 def read(config: RunConfig) -> list[Repeat]:
-    """The repeats of every pair of lengths.
-
-    Raises:
-        UserError: the text is missing.
-    """
+    """The repeats of every pair of lengths."""
     task = config.task
     text = None if task.data_files is None else read_text_file(task.data_files)
     turns = itertools.product(task.prompt_lengths, task.generation_lengths, range(task.repeats))
     return [Repeat(index, prompt, generation, text) for index, (prompt, generation, _) in enumerate(turns)]
 
 
-def evaluate(
-    loaded: LoadedModel, repeats: Sequence[Repeat], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
+def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
     """Time every repeat: dense, then an untimed pruned prompt that fills the buffers, then the same prompt pruned; in
     between, for a verified method, the same without verification.
 
     The very first calls of a process are slow; with three repeats or more they move no median.
-
-    Raises:
-        UserError: the text or the context is too short.
     """
     for repeat in repeats:
-        need_context(loaded, config, prompt_lengths=repeat.prompt_length, generation_lengths=repeat.generation_length)
-    model, device = loaded.model, loaded.model.device
+        need_context(run, prompt_lengths=repeat.prompt_length, generation_lengths=repeat.generation_length)
+    config, model, device = run.config, run.loaded.model, run.loaded.model.device
     fast = griffin.with_onednn(model) if config.cpu_onednn and config.compile is not True else model
     dense_settings = replace(config, offload_dense=False)
     plain_engine = engine_for(model, [DENSE], dense_settings)
-    for method in methods:
+    for method in run.methods:
         engine = engine_for(fast, [method], dense_settings)
         kept = method.kept([block.width for block in griffin.find_feedforward_blocks(model)])
         traffic = griffin.traffic(model, kept, quantization=method.quantization)
         for repeat in repeats:
-            if repeat.index in done[method]:
+            if not run.lacks(method, repeat):
                 continue
-            run = partial(_run, loaded, config, repeat)
-            plain = run(plain_engine, DENSE)[0] if fast is not model else None
+            turn = partial(_turn, run, repeat)
+            plain = turn(plain_engine, DENSE)[0] if fast is not model else None
             if engine.compiled:
-                run(engine, DENSE, WARM_UP)  # compiles
-                run(engine, method, WARM_UP)
+                turn(engine, DENSE, WARM_UP)  # compiles
+                turn(engine, method, WARM_UP)
             else:
                 engine.unload()  # what the repeat before has left
             forget_peak(device)
-            dense, _ = run(engine, DENSE)
+            dense, _ = turn(engine, DENSE)
             dense_peak = peak_memory(device)
             unchecked = replace(method, verification="none")
-            unverified = run(engine, unchecked, after_another=True)[0] if method.verified else None
+            unverified = turn(engine, unchecked, another=True)[0] if method.verified else None
             with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
                 pruning = engine
                 if config.offload_dense:
                     engine.unload()
                     pruning = engine_for(fast, [method], config)
                 forget_peak(device)
-                pruned, drafts = run(pruning, method, after_another=True)
+                pruned, drafts = turn(pruning, method, another=True)
                 peak = peak_memory(device)
             optional = {"plain": plain, "unverified": unverified}
             sample: Sample = {
@@ -177,30 +164,24 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def _run(
-    loaded: LoadedModel,
-    config: RunConfig,
-    repeat: Repeat,
-    engine: griffin.Engine,
-    method: Method,
-    steps: int | None = None,
-    after_another: bool = False,
-) -> tuple[Seconds, list[griffin.DraftStatistics]]:
+def _turn(
+    run: Evaluation, repeat: Repeat, engine: griffin.Engine, method: Method, steps: int = 0, another: bool = False
+) -> tuple[dict[str, float], list[griffin.DraftStatistics]]:
     """Time one turn of a repeat, see `pipelines.timing`: seconds by part, and of each row what became of its drafts.
 
-    It decodes `steps` tokens, else as many as the repeat says. With `after_another` another prompt runs first, so that
+    It decodes `steps` tokens, else as many as the repeat says. With `another` a different prompt runs first, so that
     buffers exist and this one finds the experts of another text.
     """
     room = repeat.generation_length
-    for shift, tokens in ((1, 2), (0, steps or room))[not after_another :]:
-        prompts = _prompt(loaded, repeat, config, shift).tolist()
-        run = timed(engine, prompts, method, tokens, room=room, seed=config.seed)
-    return run.seconds, [row.drafts for row in run.rows]
+    for shift, tokens in ((1, 2), (0, steps or room))[not another :]:
+        prompts = _prompt(run, repeat, shift).tolist()
+        took = timed(engine, prompts, method, tokens, room=room, seed=run.config.seed)
+    return took.seconds, [row.drafts for row in took.rows]
 
 
-def _prompt(loaded: LoadedModel, repeat: Repeat, config: RunConfig, shift: int) -> Tensor:
+def _prompt(run: Evaluation, repeat: Repeat, shift: int) -> Tensor:
     """[B, P] tokens: consecutive stretches of the text, or random ones, another for every repeat."""
-    length, rows = repeat.prompt_length, config.batch_size
+    loaded, config, length, rows = run.loaded, run.config, repeat.prompt_length, run.config.batch_size
     start = (2 * repeat.index + shift) * rows * length
     if repeat.text is None:
         numbers = torch.Generator().manual_seed(config.seed + start)

@@ -47,11 +47,7 @@ class Document:
 
 
 def read(config: RunConfig) -> list[Document]:
-    """The documents of the task, in the data's order.
-
-    Raises:
-        UserError: the data is missing, malformed or unreachable.
-    """
+    """The documents of the task, in the data's order."""
     task = _build(config.task)
     stop = None if config.limit is None else config.offset + config.limit
     documents = list(task.doc_iterator(rank=0, limit=stop, world_size=1))

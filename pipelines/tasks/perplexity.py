@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,51 +18,31 @@ from griffin import Method
 from pipelines.config import RunConfig
 from pipelines.data import read_text
 from pipelines.errors import UserError
-from pipelines.models import LoadedModel
 from pipelines.records import Sample
 from pipelines.tasks.answers import means
-from pipelines.tasks.grouping import Batches, Done, Evaluation
-from pipelines.tasks.prompts import need_context
+from pipelines.tasks.prompts import Batches, Evaluation, Prompt, need_context
 
 
-@dataclass(frozen=True)
-class Window:
-    """The number of a stretch of the text; which tokens it holds depends on the model's tokenizer."""
-
-    index: int
-    text: str
-
-
-def read(config: RunConfig) -> list[Window]:
-    """`limit` windows of the text after the first `offset`; without a limit, as many as whole ones fit in, at most 100.
-
-    Raises:
-        UserError: the text is missing or unreachable.
-    """
+def read(config: RunConfig) -> list[Prompt]:
+    """Windows of the text, by their numbers: which tokens they hold depends on the model's tokenizer. Without a limit,
+    as many as whole ones fit in, at most 100."""
     text = read_text(config.task)
     if not text.strip():
         place = f"task.data_files={config.task.data_files}" if config.task.data_files else f"task={config.task.name}"
         raise UserError(f"{place}: expected text, found none")
-    return [Window(index, text) for index in range(config.offset, config.offset + (config.limit or 100))]
+    return [Prompt(index, str(index), text) for index in range(config.offset, config.offset + (config.limit or 100))]
 
 
-def evaluate(
-    loaded: LoadedModel, windows: Sequence[Window], config: RunConfig, methods: Sequence[Method], done: Done
-) -> Batches:
-    """Negative log-likelihoods of every window under every method.
-
-    Raises:
-        UserError: the text has no whole window, or a window does not fit into the model's context.
-    """
-    task = config.task
+def evaluate(run: Evaluation, windows: Sequence[Prompt]) -> Batches:
+    """Negative log-likelihoods of every window under every method."""
+    task, loaded = run.config.task, run.loaded
     most, longest = max(task.generation_lengths), max(task.prompt_lengths)
-    need_context(loaded, config, prompt_lengths=longest, generation_lengths=most)
+    need_context(run, prompt_lengths=longest, generation_lengths=most)
     ids = loaded.tokenizer(windows[0].text, add_special_tokens=False)["input_ids"]
     bos = [loaded.tokenizer.bos_token_id] if loaded.add_bos_token else []
     width = longest + most
     if len(ids) < width:
         raise UserError(f"task={task.name}: the text has {len(ids)} tokens, expected at least {width} for one window")
-    run = Evaluation(loaded, config, methods, done)
     whole = [window for window in windows if window.index < len(ids) // width]
     for (window,), beside in run.groups(whole, size=1):
         tokens = ids[window.index * width : (window.index + 1) * width]
@@ -85,7 +64,7 @@ def evaluate(
                 seconds[method] += shared_seconds + own_seconds
         for method in beside:
             if run.lacks(method, window):
-                sample = {"index": window.index, "id": str(window.index), "nll": nll[method]}
+                sample = {"index": window.index, "id": window.id, "nll": nll[method]}
                 yield method, [sample | {"seconds": round(seconds[method], 4)}]
 
 

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 
 from analysis.drawing import Drawing, Group, Styles
-from analysis.figures import against_sparsity, against_speed, latency, predicted_speed
-from analysis.flocking_figures import flocking
+from analysis.figures import against_sparsity, against_speed, flocking, latency, predicted_speed
 from analysis.frame import frame
 from analysis.metrics import metric
 from analysis.runs import Runs

@@ -193,7 +193,7 @@ def test_the_analysis_imports_light_parts_of_the_pipeline_and_never_torch(tmp_pa
     assert not re.search(r"^\s*(from|import) (griffin|torch|transformers|pipelines import)\b", code, re.MULTILINE)
     # Also where a function imports a module: all that is named anywhere in analysis/ is imported here.
     modules = {*re.findall(r"from (pipelines\.[\w.]+) import", code), *(f"analysis.{path.stem}" for path in paths)}
-    assert {"pipelines.tracking", "analysis.wandb_runs"} <= modules
+    assert {"pipelines.tracking", "analysis.runs"} <= modules
     script = (
         "import sys, analysis.report; print('wandb' in sys.modules); "  # which takes seconds
         f"import {', '.join(modules)}; print({{'torch', 'transformers', 'griffin'}} & {{*sys.modules}})"

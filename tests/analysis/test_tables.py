@@ -14,7 +14,7 @@ from calling import process
 from made import Record, record, score, scores
 
 from analysis.frame import frame
-from analysis.render import comma_separated, latex, markdown
+from analysis.output import comma_separated, latex, markdown
 from analysis.tables import DASH, Cell, Table, tables
 
 

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf, open_dict
 
 import griffin
 from analysis import critical_sparsity, figures, leaderboard, report
-from analysis.command_line import key_values
 from analysis.drawing import Styles
-from analysis.flocking_figures import flocking
+from analysis.figures import flocking
 from analysis.frame import frame
+from analysis.report import key_values
 from analysis.runs import Runs
 from pipelines import composition
 from pipelines.config_keys import typed

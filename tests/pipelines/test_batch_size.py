@@ -89,7 +89,7 @@ def test_what_failed_is_gone_before_the_next_try_which_has_the_same_metrics(
         return engine
 
     monkeypatch.setattr(KVCache, "__init__", noted)
-    monkeypatch.setattr("pipelines.tasks.grouping.engine_for", engine_for)
+    monkeypatch.setattr("pipelines.tasks.prompts.engine_for", engine_for)
     short_of_memory(1)
     auto = ran(*tiny_task(task, tmp_path / "auto", "limit=2", *GRID, "batch_size=auto"))
     for one, other in zip(alone, auto, strict=True):

@@ -21,6 +21,7 @@ from pipelines.records import read_arrays
 from pipelines.tasks import flocking
 from pipelines.tasks.flocking import _controls, read
 from pipelines.tasks.flocking_figures import TEXTS, between_sequences, chance, jaccard, sets_of
+from pipelines.tasks.prompts import Evaluation
 from pipelines.tracking import Media
 
 
@@ -220,4 +221,4 @@ def test_what_the_model_makes_of_a_text_is_told(override: str, words: str, loade
     (tmp_path / "text.txt").write_text("short", encoding="utf-8")
     config = composed(*options(tmp_path / "out", override.replace("TEXT", str(tmp_path / "text.txt"))))
     with pytest.raises(UserError, match=words):
-        list(flocking.evaluate(loaded, read(config), config, config.methods(), {}))
+        list(flocking.evaluate(Evaluation(loaded, config, config.methods(), {}), read(config)))
