@@ -67,6 +67,7 @@ METRICS = {
     "dense_steps": Metric("dense steps", "of all steps", 0, 3),
     "effective_density": Metric("effective density", "bytes read / dense", -1, 3),
     "predicted_speedup": Metric("predicted speed-up", "x", 1, 2),
+    "predicted_speedup_charged": Metric("predicted speed-up, checks charged", "x", 1, 2),
     "predicted_draft_tokens": Metric("tokens to draft", "", 0, 0),
     "decode_speedup": Metric("decode speed-up", "x", 1, 2),
     "pruned_decode_speedup": Metric("decode speed-up unverified", "x", 1, 2),

@@ -21,7 +21,7 @@ from pipelines.tasks.flocking_figures import MEASURES, TEXTS
 
 _DRAFTING = (
     *("acceptance_rate", "tokens_per_check", "drafted_per_check", "dense_steps", "effective_density"),
-    *("predicted_speedup", "predicted_draft_tokens"),
+    *("predicted_speedup", "predicted_speedup_charged", "predicted_draft_tokens"),
 )
 _LATENCY = (
     *("decode_speedup", "pruned_decode_speedup", "decode_limit", "decode_fraction_of_limit", "prompt_overhead"),

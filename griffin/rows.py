@@ -72,14 +72,18 @@ def neuron_bytes(blocks: Sequence[FeedForwardBlock]) -> list[int]:
 class DraftStatistics:
     """What became of a row's draft tokens."""
 
-    checks: int = 0  # dense steps, each of which checked some draft tokens, or none
     drafted: int = 0
     looked_up: int = 0  # those of them that were looked up in the text, not drafted by the experts
     accepted: int = 0  # those of them that became part of the text
     emitted: int = 0  # new tokens but the first: accepted ones, and one of the dense model's own a check
     draft_bytes: int = 0  # of weights that the drafts have read
-    widths: list[int] = field(default_factory=list)  # of the checks, in tokens
+    widths: list[int] = field(default_factory=list)  # in tokens, of the checks: dense steps over drafts and one token
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn"), 0.0))
+
+    @property
+    def checks(self) -> int:
+        """How many there were; some of them of no draft."""
+        return len(self.widths)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -78,7 +78,6 @@ def _round(
         length.update(probabilities, accepted)
     else:
         length.update_lookup(accepted)
-    row.drafts.checks += 1
     row.drafts.widths.append(count)
     row.drafts.drafted += len(drafts)
     cache.set_window(1, 0, ran + accepted + 1)

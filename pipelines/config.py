@@ -20,6 +20,7 @@ from griffin import Method
 from pipelines import tasks
 from pipelines.errors import UserError
 from pipelines.method_keys import GridConfig, MethodKeys, check, described, planned
+from pipelines.records import check_costs
 from pipelines.task_config import LatencyTask
 
 ASSISTANCE = ("none", "prompt_lookup", "model")
@@ -92,6 +93,9 @@ class RunConfig(MethodKeys):
     batch_size: Any = described(
         "rows at once: the methods of a prompt, then further prompts; auto: what memory holds, up to 64, 8 on a CPU", 1
     )
+    check_costs: str | None = described(
+        "the run folder of task=latency whose measured checks predicted_speedup_charged counts", None
+    )
     limit: int | None = described("only the first N rows of the data", None, least=1)
     offset: int = described("rows of the data passed over before the first", 0, least=0)
     seed: int = described("of random statistics, selections and sampled decoding", 0, least=0)
@@ -103,6 +107,7 @@ class RunConfig(MethodKeys):
     def __post_init__(self) -> None:
         check(self)
         self._check_values()
+        check_costs(self.check_costs)
         methods = self.methods()
         self._settle_batch_size_and_mode(verified=any(method.verified for method in methods))
         if self.kind.timed and (self.mode == "masked" or (self._several and not self.shared_experts)):

@@ -69,7 +69,7 @@ def evaluation(config: RunConfig, method: Method, device: str) -> Plain:
     compared on one kind of machine only.
     """
     settings = _determining(config, method)
-    settings = {key: value for key, value in settings.items() if key not in (*AXES, *_HELD, *_ASSISTED)}
+    settings = {key: value for key, value in settings.items() if key not in (*AXES, *_HELD, *_ASSISTED, "check_costs")}
     if settings["task"].get("shots") == 0:  # no shots are read
         settings["task"] |= dict.fromkeys(("embedded_shots", "shots_file"))
     machine = ("device", "platform", "cpus") if config.kind.timed else ("device",)
@@ -108,6 +108,8 @@ def _used(config: RunConfig, method: Method) -> set[str]:
         idle |= {*_HELD}
     if config.assistance != "none":
         idle -= {"draft_tokens"}
+    if not method.verified and config.assistance == "none":
+        idle |= {"check_costs"}
     if not config.kind.timed:  # where the dense weights lie changes times only, and who multiplies, times and rounding
         idle |= {"offload_dense", "cpu_onednn"}
     return {key.name for key in fields(RunConfig)} - idle

@@ -41,6 +41,24 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
+def check_costs(folder: str | None) -> dict[int, float]:
+    """By their tokens, what checks cost in dense steps, which a run of `task=latency` has measured; empty for None.
+
+    Raises:
+        UserError: the folder has no record of that.
+    """
+    if folder is None:
+        return {}
+    try:
+        metrics = from_json((Path(folder) / "record.json").read_bytes())["metrics"]
+    except (OSError, ValueError, KeyError, TypeError):
+        metrics = {}
+    found = {key.removeprefix("check_cost_"): cost for key, cost in metrics.items() if key.startswith("check_cost_")}
+    if not found:
+        raise UserError(f"check_costs={folder}: expected the folder of a finished run of task=latency method=exact")
+    return {int(width): found[width] for width in sorted(found, key=int)}
+
+
 def whole_samples(path: Path) -> tuple[list[Sample], int]:
     """The samples of a `samples.jsonl`, with their arrays, up to the first line that is none, or one that was there
     before; and the bytes that they take there."""

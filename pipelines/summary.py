@@ -18,6 +18,7 @@ _DRAFTING = {
     "tokens_per_check": "tokens/check",
     "effective_density": "effective density",
     "predicted_speedup": "predicted speed-up",
+    "predicted_speedup_charged": "with checks charged",
 }
 _LATENCY = {
     "decode_speedup": "decode speed-up",

@@ -5,34 +5,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 import griffin
 from pipelines.records import Sample, mean_and_stderr
+from pipelines.tasks.prompts import Evaluation
 
 # Metrics of drafts that have a standard error.
-ERRORS = frozenset(("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup"))
+ERRORS = frozenset(
+    ("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup", "predicted_speedup_charged")
+)
 
 # In the samples' `drafting`, beside `step_bytes` and `seconds`.
-_COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes")
+_COUNTS = ("checks", "drafted", "accepted", "emitted", "draft_bytes", "charged_checks")
 
 
-def decoding_part(row: griffin.Row, traffic: griffin.Traffic | None) -> Sample:
+def decoding_part(row: griffin.Row, run: Evaluation) -> Sample:
     """What a sample says of how its answer was decoded: its tokens, and, unless it is dense and so has no traffic, the
     bytes of weights read for those behind the first, which comes with the prompt, beside what dense decoding reads."""
     part: Sample = {"generated_tokens": len(row.tokens)}
+    traffic = run.traffic.get(row.method)
     if traffic is None:
         return part
     if row.method.verified:
-        return part | drafting_part([row.drafts], traffic.dense)
+        return part | drafting_part([row.drafts], traffic.dense, run.check_costs)
     taken = row.statistics(traffic)
     return part | {"weight_bytes": {"read": taken.bytes_read, "dense": taken.dense_bytes}}
 
 
-def drafting_part(drafts: Sequence[griffin.DraftStatistics], step_bytes: int) -> Sample:
+def drafting_part(
+    drafts: Sequence[griffin.DraftStatistics], step_bytes: int, check_costs: Mapping[int, float] | None = None
+) -> Sample:
     """What a sample says of drafts that the dense model checked, in sum over its rows; a dense step reads `step_bytes`.
 
-    Another run of the same call has other seconds, and nothing else.
+    Another run of the same call has other seconds, and nothing else. `check_costs` says what checks of so many tokens
+    cost on a device, in dense steps; widths between two of them cost in proportion.
     """
-    drafting: Sample = {name: sum(getattr(row, name) for row in drafts) for name in _COUNTS}
+    drafting: Sample = {name: sum(getattr(row, name) for row in drafts) for name in _COUNTS[:-1]}
+    if check_costs:
+        widths = [width for row in drafts for width in row.widths]
+        drafting["charged_checks"] = float(np.interp(widths, [*check_costs], [*check_costs.values()]).sum())
     drafting["step_bytes"] = step_bytes
     drafting["seconds"] = {part: round(sum(row.seconds[part] for row in drafts), 6) for part in drafts[0].seconds}
     return {"drafting": drafting}
@@ -80,14 +92,16 @@ def effective_density(samples: Sequence[Sample]) -> dict[str, float]:
 def drafting_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Ratios of sums over the samples, with their standard errors over samples by the jackknife; none without drafts.
 
-    The predicted speed-up is the one of bytes of weights read, of the dense steps over those of drafts and checks.
+    The predicted speed-up is the one of bytes of weights read, of the dense steps over those of drafts and checks; the
+    charged one counts what checks cost on a device, where that was measured.
     """
     found = [sample["drafting"] for sample in samples if "drafting" in sample]
-    totals = {name: sum(sample[name] for sample in found) for name in _COUNTS}
+    names = [name for name in _COUNTS if all(name in sample for sample in found)]
+    totals = {name: sum(sample[name] for sample in found) for name in names}
     dense_bytes = found[0]["step_bytes"] if found else 0
     values = _ratios(totals, dense_bytes)
     # What the others come to without one sample is the total less its counts.
-    without = [_ratios({name: totals[name] - sample[name] for name in _COUNTS}, dense_bytes) for sample in found]
+    without = [_ratios({name: totals[name] - sample[name] for name in names}, dense_bytes) for sample in found]
     for name in sorted(values.keys() & ERRORS) if len(found) > 1 else ():
         left = [ratios[name] for ratios in without if name in ratios]
         mean = sum(left) / len(left)
@@ -95,8 +109,8 @@ def drafting_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def _ratios(counts: dict[str, int], dense_bytes: int) -> dict[str, float]:
-    checks, drafted, accepted, emitted, draft_bytes = (counts[name] for name in _COUNTS)
+def _ratios(counts: dict[str, float], dense_bytes: int) -> dict[str, float]:
+    checks, drafted, accepted, emitted, draft_bytes = (counts.get(name, 0) for name in _COUNTS[:-1])
     if not checks:
         return {}
     density = (checks * dense_bytes + draft_bytes) / (emitted * dense_bytes)
@@ -107,6 +121,8 @@ def _ratios(counts: dict[str, int], dense_bytes: int) -> dict[str, float]:
         "effective_density": density,
         "predicted_speedup": 1 / density,
     }
+    if "charged_checks" in counts:
+        values["predicted_speedup_charged"] = emitted / (counts["charged_checks"] + draft_bytes / dense_bytes)
     return values | ({"acceptance_rate": accepted / drafted} if drafted else {})
 
 

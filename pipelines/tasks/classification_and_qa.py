@@ -86,7 +86,7 @@ def _texts(run: Evaluation, lm: HFLM, documents: Sequence[Document]) -> Batches:
         rows = run.generated([*requests], methods, lambda request: run.prefill(request.ids), generation, longest)
         for row, seconds in rows:
             sample = _sample(requests[row.label], [row.label.text(lm, row.tokens)], seconds, task)
-            yield row.method, [sample | decoding_part(row, run.traffic.get(row.method))]
+            yield row.method, [sample | decoding_part(row, run)]
 
 
 def _generation(run: Evaluation, lm: HFLM, requests: Sequence[TextRequest]) -> griffin.Generation:

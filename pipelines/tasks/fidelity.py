@@ -44,7 +44,7 @@ def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
                     traffic, logprobs_CV = run.traffic[row.method], logits_CV.float().log_softmax(dim=-1)
                     cost = traffic.pruned / traffic.dense
                     sample = _sample(row.label, logprobs_CV, dense_seconds + row.seconds, cost)
-                    yield row.method, [sample | decoding_part(row, traffic)]
+                    yield row.method, [sample | decoding_part(row, run)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,7 +110,7 @@ def _continued(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Se
     longest = max(map(len, encoded.values()), default=0)
     for group, methods in run.groups(prompts, BATCHES):
         for row, seconds in run.generated(group, methods, prefilled, generation, longest):
-            yield row.label, row.method, row.tokens, seconds, decoding_part(row, run.traffic.get(row.method))
+            yield row.label, row.method, row.tokens, seconds, decoding_part(row, run)
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
@@ -182,15 +182,15 @@ def _assisted(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Seq
         # The prompt runs with the first drafts: its step is no more a check than that of an unassisted prompt, so
         # the first round counts by its drafts alone, and the first token not at all.
         rounds = [checked[0] - len(ids), *(count - 1 for count in checked[1:])]
-        checks, emitted = len(rounds) - (rounds[0] == 0), len(tokens) - 1 + (rounds[0] > 0)
+        widths, emitted = [count + 1 for count in rounds[rounds[0] == 0 :]], len(tokens) - 1 + (rounds[0] > 0)
         drafts = griffin.DraftStatistics(
-            checks=checks,
+            widths=widths,
             drafted=sum(rounds),
-            accepted=emitted - checks,
+            accepted=emitted - len(widths),
             emitted=emitted,
             draft_bytes=len(drafted) * draft_bytes,
         )
-        yield prompt, method, tokens, seconds, drafting_part([drafts], step_bytes)
+        yield prompt, method, tokens, seconds, drafting_part([drafts], step_bytes, run.check_costs)
 
 
 class _Ended(StoppingCriteria):

@@ -29,7 +29,10 @@ from pipelines.methods import engine_for
 from pipelines.records import Sample
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead
 from pipelines.tasks.prompts import Batches, Evaluation, need_context
-from pipelines.timing import WARM_UP, copy_seconds, forget_peak, peak_memory, timed
+from pipelines.timing import WARM_UP, copy_seconds, forget_peak, now, peak_memory, timed
+
+# Tokens of the checks that are timed.
+WIDTHS = (1, 2, 4, 8, 16, 1 + griffin.MOST_DRAFTED)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
             forget_peak(device)
             dense, _ = turn(engine, DENSE)
             dense_peak = peak_memory(device)
+            checks = _check_seconds(engine, repeat.prompt_length) if method.verified else None
             unchecked = replace(method, verification="none")
             unverified = turn(engine, unchecked, another=True)[0] if method.verified else None
             with dense_in_host_memory(fast) if config.offload_dense else nullcontext():
@@ -89,7 +93,7 @@ def evaluate(run: Evaluation, repeats: Sequence[Repeat]) -> Batches:
                 forget_peak(device)
                 pruned, drafts = turn(pruning, method, another=True)
                 peak = peak_memory(device)
-            optional = {"plain": plain, "unverified": unverified}
+            optional = {"plain": plain, "unverified": unverified, "checks": checks}
             sample: Sample = {
                 "index": repeat.index,
                 "id": f"p{repeat.prompt_length}_g{repeat.generation_length}",
@@ -159,9 +163,28 @@ def _ratios(samples: Sequence[Sample]) -> dict[str, float]:
         for part in ("draft", "check", "learn"):
             each = [sample["drafting"]["seconds"][part] / sample["drafting"]["emitted"] for sample in samples]
             values[f"{part}_ms"] = 1e3 * statistics.median(each)
+    if "checks" in first:
+        step = median("checks", "1")
+        values |= {f"check_cost_{width}": median("checks", str(width)) / step for width in WIDTHS}
     if dense > pruned:  # else no number of tokens pays for the preparation
         values["breakeven_tokens"] = overhead / (dense - pruned)
     return values
+
+
+def _check_seconds(engine: griffin.Engine, length: int, times: int = 3) -> dict[str, float]:
+    """Median seconds of a dense step over so many tokens, behind a prompt of a length."""
+    cache, medians = engine.decoding_cache(1, length + WIDTHS[-1], static=engine.compiled), {}
+    for width in WIDTHS:
+        ids_1T = torch.zeros(1, width, dtype=torch.int64, device=engine.device)
+        positions_1T = torch.arange(length, length + width, device=engine.device).unsqueeze(0)
+        seconds = []
+        for _ in range(times + 1):  # the first one may compile
+            cache.set_window(1, 0, length)
+            began = now(engine.device)
+            engine.dense(ids_1T, cache, positions_BS=positions_1T)
+            seconds.append(now(engine.device) - began)
+        medians[str(width)] = statistics.median(seconds[1:])
+    return medians
 
 
 def _turn(

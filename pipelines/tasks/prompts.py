@@ -20,7 +20,7 @@ from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_shots
 from pipelines.errors import UserError
 from pipelines.methods import engine_for
-from pipelines.records import Sample
+from pipelines.records import Sample, check_costs
 
 if TYPE_CHECKING:
     from pipelines.models import LoadedModel
@@ -102,6 +102,11 @@ class Evaluation:
         model, widths = self.engine.model, self.engine.widths
         pruning = [method for method in self.methods if not method.dense]
         return {one: griffin.traffic(model, one.kept(widths), one.scorer, one.quantization) for one in pruning}
+
+    @cached_property
+    def check_costs(self) -> dict[int, float]:
+        """What a check of so many tokens costs on a device, in dense steps; empty where it was not measured."""
+        return check_costs(self.config.check_costs)
 
     def lacks(self, method: Method, item: Any) -> bool:
         """Whether a method has no sample of an item."""

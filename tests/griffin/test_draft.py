@@ -189,7 +189,7 @@ def test_what_followed_is_looked_up() -> None:
 
 
 def test_lookups_pause_while_they_bring_less_than_the_experts_and_read_nothing() -> None:
-    drafts = DraftStatistics(checks=10, drafted=30, accepted=30, emitted=40)
+    drafts = DraftStatistics(widths=[4] * 10, drafted=30, accepted=30, emitted=40)
     length = DraftLength("auto", drafts)
     assert length.lookup_pays(0.3)  # tried first
     for _ in range(5):

@@ -136,7 +136,9 @@ def test_stats_say_what_each_text_of_the_last_call_took(options: dict[str, Any],
             assert len(pruner.stats) == len(pruner.chosen) == len(batch[0])
             assert len(pruner.drafts) == (len(batch[0]) if options == DRAFTED else 0)
     for place, row in enumerate(pruner.stats):
-        drafts = pruner.drafts[place] if pruner.drafts else DraftStatistics(dense, STEPS - dense, emitted=STEPS)
+        drafts = (
+            pruner.drafts[place] if pruner.drafts else DraftStatistics(STEPS - dense, emitted=STEPS, widths=[1] * dense)
+        )
         assert drafts.emitted == STEPS
         assert (row.tokens, row.dense_steps, row.dense_bytes) == (STEPS + 1, drafts.checks, STEPS * read.dense)
         assert row.acceptance == (drafts.accepted / drafts.drafted if pruner.drafts else None)

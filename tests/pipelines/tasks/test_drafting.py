@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 from calling import Outcome, composed, cut_off, ran, read_record, read_samples, texts, timeless, tiny
 
+from griffin import DraftStatistics
+from pipelines.errors import UserError
 from pipelines.models import load
-from pipelines.tasks.answers import drafting_metrics, learning_overhead, predicted, rounds
+from pipelines.records import check_costs
+from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead, predicted, rounds
+from pipelines.tasks.latency import WIDTHS
 
 SAMPLED = "task.decoding=reference_sampling"
 METRICS = ("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup")
@@ -42,6 +46,24 @@ def test_exact_texts_are_the_dense_models(override: str, tmp_path: Path) -> None
     assert record["metrics"]["predicted_speedup"] == pytest.approx(1 / record["metrics"]["effective_density"])
     for sample in samples:
         assert sample["drafting"]["emitted"] == sample["generated_tokens"] - 1  # the first one is the prompt's
+
+
+def test_checks_are_charged_what_the_device_took_for_them(tmp_path: Path) -> None:
+    lengths = ["task.prompt_lengths=[8]", "task.generation_lengths=[3]", "task.repeats=1"]
+    base = ["model=random_tiny", f"output_dir={tmp_path}", "wandb.mode=disabled"]
+    (timed,) = ran(*base, "task=latency", "method=exact", *lengths)
+    assert [*check_costs(str(timed))] == [*WIDTHS]
+    assert check_costs(str(timed))[1] == 1.0
+    exact = ["verification=exact", "sparsity=0.7", f"check_costs={timed}"]
+    record, samples = with_drafts(tmp_path, [], *exact, tokens=12)
+    charged, done = record["metrics"]["predicted_speedup_charged"], [sample["drafting"] for sample in samples]
+    drafts = sum(one["draft_bytes"] / one["step_bytes"] for one in done)
+    checks = sum(one["charged_checks"] for one in done)
+    assert charged == pytest.approx(sum(one["emitted"] for one in done) / (checks + drafts))
+    part = drafting_part([DraftStatistics(widths=[1, 3])], 1, {1: 1.0, 2: 1.2, 4: 2.0})
+    assert part["drafting"]["charged_checks"] == pytest.approx(1.0 + 1.6)
+    with pytest.raises(UserError, match=r"check_costs=\S+: expected the folder of a finished run of task=latency"):
+        composed("task=xsum", f"check_costs={tmp_path}")
 
 
 @pytest.mark.parametrize("overrides", ["sparsity=0 assistance=prompt_lookup", "verification=exact prompt_lookup=true"])
