@@ -9,7 +9,6 @@ import pytest
 from made import COMMAND, record, records, scores
 
 from analysis import frame as frame_module
-from analysis import labels
 from analysis.frame import COLUMNS, frame, select
 from analysis.runs import checked
 from analysis.tables import tables
@@ -124,7 +123,7 @@ def test_the_words_are_the_records() -> None:
 def test_names_and_tables_cost_every_run_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task has a seed and a sparsity of its own, so that each table could have a cell for every two runs."""
     counted: list[Any] = []
-    monkeypatch.setattr(labels, "_text", lambda value: counted.append(value) or str(value))
+    monkeypatch.setattr(frame_module, "_text", lambda value: counted.append(value) or str(value))
 
     def cost(count: int) -> tuple[int, int]:
         counted.clear()
