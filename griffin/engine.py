@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -57,6 +58,7 @@ class Engine:
         self.blocks: list[FeedForwardBlock] = find_feedforward_blocks(model) if pruning else []
         self.widths = [block.width for block in self.blocks]
         self.compiled = compiler is not None
+        self.lock = threading.RLock()  # for calls of several threads, which wait
         self.mode, self._compiler, self._offload = mode, compiler, offload_dense
         # Views by precision.
         self._compact: dict[str, CompactView] = {}

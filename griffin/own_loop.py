@@ -96,15 +96,26 @@ class DecodingMethod:
             ValueError: an option that our loop cannot honour.
             UnsupportedModelError: the model cannot be pruned, or its KV cache cannot be cropped.
         """
-        config, ids_BS, own = generation_config, input_ids, self.engine is None
+        engine = self.engine or _engine_of(model, self.compiled)
+        with engine.lock:
+            return self._decode(engine, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+    def _decode(
+        self,
+        engine: Engine,
+        ids_BS: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        config: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
         for name, value in model_kwargs.items():
             if name not in _UNDERSTOOD and value is not None:
                 raise ValueError(f"{name}: expected none of it, since our own decoding loop would not hand it on")
         if self.streamer is not None and len(ids_BS) > 1:
             raise ValueError(f"a streamer and {len(ids_BS)} prompts: expected one prompt")
-        if own:
+        if self.engine is None:
             refuse_decoding(config, None, {}, "verification" if self.method.verified else "decode_with")
-        engine = self.engine or _engine_of(model, self.compiled)
         cache, mask_BP = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         columns = getattr(config, "_mask_length", ids_BS.shape[1]) if mask_BP is None else mask_BP.shape[1]
         begins = [0] * len(ids_BS) if mask_BP is None else mask_BP.int().argmax(dim=1).tolist()

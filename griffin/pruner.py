@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -119,7 +118,6 @@ class Pruner:
         self._shared_experts, self._seed, self._given = shared_experts, seed, experts
         self._offload, self._auto = offload_dense, compiled == "auto"
         self._turns: WeakKeyDictionary[Any, list[PromptState]] = WeakKeyDictionary()
-        self._lock = threading.RLock()  # calls of other threads wait
         self._chosen: list[Experts | None] = []
         self.stats: list[RowStatistics] = []
         self.drafts: list[DraftStatistics] = []
@@ -134,7 +132,7 @@ class Pruner:
 
         @functools.wraps(self.model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:
+            with self._engine.lock:
                 return self._router.forward(args, kwargs)
 
         attributes, uncompiled = vars(self.model), torch.compiler.disable  # a compiled model is routed as it is
@@ -199,7 +197,7 @@ class Pruner:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, telling forward calls how long the prompt is, or on our own loop."""
-        with self._lock:
+        with self._engine.lock:
             given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
             reason = self._reason
             try:
