@@ -69,14 +69,11 @@ def accepted(drafted: Sequence[int], p_TV: Tensor, method: Method, draw: Any = N
     return int(kept), int(own)
 
 
-GREEDY = [([], 0, 0), ([0], 1, 2), ([1], 0, 0), ([0, 2], 2, 1), ([0, 1], 1, 2), ([2, 2], 0, 0)]
 LIKELY = [([], 0.1, 0, 0), ([2], 0.15, 1, 2), ([2], 0.25, 0, 0)]
 LIKELY += [([1, 0], 0.05, 2, 1), ([1, 0], 0.15, 1, 2), ([1, 0], 0.35, 0, 0)]
 
 
-def test_greedy_keeps_the_best_and_a_threshold_what_is_likely_enough() -> None:
-    for drafted, kept, own in GREEDY:
-        assert accepted(drafted, torch.tensor(P[: len(drafted) + 1]), verified()) == (kept, own)
+def test_a_threshold_keeps_what_is_likely_enough() -> None:
     for drafted, least, kept, own in LIKELY:
         method = verified(verification="threshold", verification_threshold=least)
         drawn: list[list[float]] = []
