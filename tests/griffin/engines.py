@@ -32,9 +32,9 @@ def begun(engine: Engine, ids: Sequence[int], method: Method, label: Any = None)
     return row
 
 
-def chosen(engine: Engine, states: PromptState | Sequence[PromptState], method: Method, seed: int = 0) -> Experts:
-    """The experts of a prompt, or those that several share."""
-    experts = griffin.choose(engine, [states] if isinstance(states, PromptState) else states, method, seed)
+def chosen(engine: Engine, state: PromptState, method: Method) -> Experts:
+    """The experts of a prompt."""
+    experts = griffin.choose(engine, [state], method)
     assert experts is not None
     return experts
 

@@ -20,15 +20,14 @@ _LLAMA = _COMMON | _SIZES | {"intermediate_size": 80, "num_key_value_heads": 2}
 SMALL = _LLAMA | {"head_dim": 8}  # what most model types understand
 _OPT = _COMMON | _SIZES | {"ffn_dim": 80, "word_embed_proj_dim": 32}
 
-_WINDOW = {"sliding_window": 8}  # shorter than the longest prompts here, so that it slides
-
 # family: (model type, config). The biases of qwen2, phi, opt, gpt2 and others are on by default.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, _LLAMA | {"mlp_bias": True}) for name in ("llama", "granite")},
     **{name: (name, _LLAMA) for name in ("mistral", "qwen2", "stablelm", "olmo2", "cohere")},
     **{name: (name, _LLAMA) for name in ("phi3", "phi", "gpt_neox", "starcoder2")},
     **{name: (name, SMALL) for name in ("gemma", "qwen3", "glm")},
-    **{name: (name, SMALL | _WINDOW) for name in ("gemma2", "gemma3_text")},
+    # A window that is shorter than the longest prompts here, so that it slides.
+    **{name: (name, SMALL | {"sliding_window": 8}) for name in ("gemma2", "gemma3_text")},
     "opt": ("opt", _OPT),
     # As OPT 350M: norms after the blocks, and projections around the decoder.
     "opt_350m": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),

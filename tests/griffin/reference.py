@@ -6,6 +6,7 @@ of the continuation: the same by causality, since no position sees a later one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -65,30 +66,46 @@ def output_matrix(model: PreTrainedModel, family: str, layer: int) -> Tensor:
     return weight.T if PATHS[family].transposed else weight
 
 
+# Which neurons each token keeps [S, D], of layer, z [S, D], and what the first input projection gave [S, D].
+ByToken = Callable[[int, Tensor, Tensor], Tensor]
+
+
 class Span(NamedTuple):
     """Positions start to stop (exclusive) run on these neurons, one list per layer."""
 
     start: int
     stop: int
-    experts: list[list[int]]
+    experts: list[list[int]] | ByToken
 
 
 @torch.no_grad()
 def run(model: PreTrainedModel, family: str, ids: Tensor, *spans: Span) -> tuple[Tensor, list[Tensor]]:
     """One pass without a cache: logits [S, V], and z [S, D] of each layer, as before masking, in float64."""
     seen: list[Tensor] = []
+    projected: dict[int, Tensor] = {}
+
+    def see(layer: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        projected[layer] = output.reshape(ids.shape[1], -1)
 
     def mask(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         z_SD = args[0].reshape(ids.shape[1], -1)
         seen.append(z_SD.double())
         mask_SD = torch.ones_like(z_SD)
         for span in spans:
-            mask_SD[span.start : span.stop] = 0
-            mask_SD[span.start : span.stop, span.experts[layer]] = 1
+            here = slice(span.start, span.stop)
+            if callable(span.experts):
+                mask_SD[here] = span.experts(layer, z_SD[here], projected[layer][here, : z_SD.shape[1]]).float()
+            else:
+                mask_SD[here] = 0
+                mask_SD[here, span.experts[layer]] = 1
         return ((z_SD * mask_SD).reshape(args[0].shape),)
 
-    outputs = [output_projection(model, family, layer) for layer in range(LAYERS)]
-    handles = [output.register_forward_pre_hook(partial(mask, layer)) for layer, output in enumerate(outputs)]
+    handles = []
+    for layer in range(LAYERS):
+        first = model.get_submodule(f"{PATHS[family].module.format(layer)}.{PATHS[family].inputs[0]}")
+        handles.append(first.register_forward_hook(partial(see, layer)))
+        output = output_projection(model, family, layer)
+        handles.append(output.register_forward_pre_hook(partial(mask, layer)))
     logits = model(input_ids=ids, use_cache=False).logits[0]
     for handle in handles:
         handle.remove()
@@ -132,7 +149,7 @@ def best(scores_D: Tensor, sparsity: float) -> list[int]:
 
 
 def generate(
-    model: PreTrainedModel, family: str, ids: Tensor, chosen: list[list[int]], tokens: int, *before: Span
+    model: PreTrainedModel, family: str, ids: Tensor, chosen: list[list[int]] | ByToken, tokens: int, *before: Span
 ) -> tuple[list[int], Tensor]:
     """Greedy generation: new tokens, and the logits [tokens, V] that each was chosen from, behind spans before."""
     prompt_length = ids.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from families import prompt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import griffin
@@ -63,11 +63,6 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
     """Whether all tensors are equal to the bit."""
     return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-def hooks(model: nn.Module) -> int:
-    """How many a model has."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @contextmanager

@@ -16,24 +16,26 @@ import griffin
 from griffin import activations, ridge
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-ALL = [name for name, one in griffin.STATISTICS.items() if not one.oracle]
 
 
-@pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"compensation": "ridge"}])
+DRAWN = [{"statistic": "random"}, {"selection": "sample"}]  # by the prompt, whatever padding it has
+
+
+@pytest.mark.parametrize("options", [{}, {"statistic": "magnitude"}, {"compensation": "ridge"}, *DRAWN], ids=str)
 @pytest.mark.parametrize("family", MASKS)
 def test_rows_of_a_padded_batch_are_scored_and_generate_as_they_do_alone(family: str, options: dict[str, str]) -> None:
     model, (ids_BS, mask_BS) = tiny(family), pad(ROWS)
     with griffin.prune(model, mode="masked", **options) as pruner:
-        batch, experts, scores = generate(model, ids_BS, mask_BS), pruner.experts, [pruner.scores]
+        batch, found = generate(model, ids_BS, mask_BS), [(pruner.experts, pruner.scores)]
         right_BS, right_mask_BS = pad(ROWS, "right")
         model(right_BS, attention_mask=right_mask_BS)
-        scores.append(pruner.scores)
+        found.append((pruner.experts, pruner.scores))
         for row, ids in enumerate(ROWS):
             alone = generate(model, ids)
-            assert as_lists(experts, row) == as_lists(pruner.experts)
             assert new_tokens(batch, ids_BS)[row] == new_tokens(alone, ids)[0]
             assert difference(step_logits(batch, row), step_logits(alone)) < 2e-5
-            for layers in scores:
+            for experts, layers in found:
+                assert as_lists(experts, row) == as_lists(pruner.experts)
                 for found_BD, expected_1D in zip(layers, pruner.scores, strict=True):
                     assert difference(found_BD[row], expected_1D[0]) < 1e-5
     assert {(one.dtype, *one.shape) for one in experts} == {(torch.int64, 4, WIDTHS[family] // 2)}
@@ -97,29 +99,17 @@ def test_a_shared_correction_is_that_of_all_tokens(mode: str) -> None:
     assert difference(step_logits(batches[2]), step_logits(alone)) < 2e-5
 
 
-SHARED: list[dict[str, str]] = [
-    *({"selection": name} for name in griffin.SELECTIONS),
-    *({"statistic": name} for name in ("magnitude", "random")),
-    *({"compensation": "ridge", "refresh": refresh} for refresh in griffin.REFRESHES),
-]
-
-
-@pytest.mark.parametrize("options", SHARED, ids=str)
-def test_modes_agree_on_shared_experts(options: dict[str, str], early: None) -> None:
-    model, outputs = tiny("llama"), []
-    for mode in griffin.MODES:
-        with griffin.prune(model, mode=mode, shared_experts=True, **options) as pruner:
-            outputs.append((text(model, *pad(ROWS)).tolist(), as_lists(pruner.experts)))
-            assert [experts.shape for experts in pruner.experts] == [(1, 40)] * LAYERS
-            alone = text(model, ROWS[0])
-        with griffin.prune(model, mode=mode, **options):
-            assert torch.equal(text(model, ROWS[0]), alone), "a batch of one shares with itself"
-    assert outputs[0] == outputs[1]
-
-
-@pytest.mark.parametrize("statistic", ALL)
+@pytest.mark.parametrize("statistic", [name for name, one in griffin.STATISTICS.items() if not one.oracle])
 def test_a_padded_batch_in_pieces(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all that is recorded; of the rows that ridge compensation learns from, only the last ones are kept."""
+    """Of all that is recorded; of the rows that ridge compensation learns from, only the last ones are kept. What
+    recording makes of a piece is bounded by its length."""
+    lengths, whole_chunk = [], activations.PrefillChunk
+
+    def noted(z_SD: Tensor, *more: Any) -> activations.PrefillChunk:
+        lengths.append(len(z_SD))
+        return whole_chunk(z_SD, *more)
+
+    monkeypatch.setattr(activations, "PrefillChunk", noted)
     monkeypatch.setattr(ridge, "ROWS", 4)
     # In chunks of five, the second row's first one is padding only.
     model, batch, whole_piece = tiny("llama"), pad([prompt(11, 0), prompt(3, 1)]), activations.PIECE
@@ -127,29 +117,16 @@ def test_a_padded_batch_in_pieces(statistic: str, monkeypatch: pytest.MonkeyPatc
     for more in ({"mode": "masked"}, {"shared_experts": True}):
         with griffin.prune(model, **options, **more) as pruner:
             whole, scores = generate(model, *batch), pruner.scores
-            for chunk, piece in ((5, whole_piece), (1, whole_piece), (None, 2 * 3 * WIDTHS["llama"])):
-                monkeypatch.setattr(activations, "PIECE", piece)  # of three positions
+            for chunk, piece, longest in ((5, whole_piece, 5), (1, whole_piece, 1), (None, 3 * WIDTHS["llama"], 3)):
+                monkeypatch.setattr(activations, "PIECE", piece)
+                lengths.clear()
                 found = generate(model, *batch, prefill_chunk_size=chunk)
+                assert max(lengths) == longest
                 for found_BD, expected_BD in zip(pruner.scores, scores, strict=True):
                     assert difference(found_BD, expected_BD) < 1e-5
                 for row in range(2):
                     assert difference(step_logits(found, row), step_logits(whole, row)) < 2e-5
             monkeypatch.setattr(activations, "PIECE", whole_piece)
-
-
-def test_what_recording_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "PIECE", 8 * WIDTHS["llama"])
-    shapes, nothing = [], [activations.Recorded()]
-
-    def look(chunk: activations.PrefillChunk, block: object) -> Tensor:
-        shapes.append((chunk.z_SD.shape, chunk.output_SH.shape))
-        return torch.zeros(1)
-
-    blocks = griffin.find_feedforward_blocks(tiny("llama"))
-    recorder = activations.Recorder(blocks, [griffin.ActivationStatistic(look)], nothing)
-    recorder.expect([slice(None)], [60])
-    recorder.record(0, torch.randn(60, 80), torch.randn(60, 32))
-    assert shapes == [((length, 80), (length, 32)) for length in (*7 * [8], 4)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

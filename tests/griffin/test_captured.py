@@ -1,5 +1,5 @@
 """What CUDA graphs need of decoding, proven without CUDA: one graph without breaks for all prompts, fixed addresses, a
-host that does not wait, and memory that does not grow. Each proof is shown to fail where its property is broken."""
+host that does not wait, and memory that does not grow. A host that waits is shown to be seen."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import fake_tensor
 
 import griffin
-from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, Row, begin, decode
-from griffin.projection import CompactProjection
+from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, begin, decode
 
 DRAFTED = griffin.as_method("exact", draft_tokens=3)
 METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": DRAFTED}
 each_family = pytest.mark.parametrize("family", ["llama", "gpt2"])
-LENGTHS = (5, 12, 9)
 # Of tensors without values; where CUDA is built in, no GPU is needed for them, and copies to the host are seen too.
 DEVICE = "cuda" if torch.backends.cuda.is_built() else "cpu"
 LIMIT = 21  # new tokens: two reads of the host, and two refreshes
@@ -53,16 +51,11 @@ def settings() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def continued(engine: Engine, rows: Sequence[Row], longest: int = 12, limit: int = LIMIT, **how: Any) -> dict[int, Any]:
-    """By label, the new tokens of rows that run together."""
-    ended = decode(engine, rows, Generation(limit, **how), batch_size=len(rows), max_prompt_tokens=longest)
-    return {row.label: row.tokens for row in ended}
-
-
 def texts(engine: Engine, method: Method, *lengths: int, limit: int = LIMIT) -> dict[int, Any]:
     """The new tokens of prompts of these lengths, together."""
     rows = [begun(engine, tokens(length, place), method, place) for place, length in enumerate(lengths)]
-    return continued(engine, rows, limit=limit)
+    ended = decode(engine, rows, Generation(limit), batch_size=len(rows), max_prompt_tokens=12)
+    return {row.label: row.tokens for row in ended}
 
 
 @pytest.mark.parametrize(
@@ -91,17 +84,6 @@ def test_every_sparsity_keeps_its_graph() -> None:
         assert graphs.count == 9
 
 
-def test_a_graph_break_and_a_changed_shape_would_tell() -> None:
-    model = fresh("llama")
-    engine = Engine(model, compiler=(graphs := Graphs()))
-    for length in LENGTHS[:2]:
-        continued(engine, [begun(engine, tokens(length), Method())], longest=length)  # a larger cache
-    assert graphs.count == 2
-    model.model.layers[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        texts(Engine(model, compiler=graphs), Method(), 5)
-
-
 @pytest.mark.parametrize("method", ["griffin", "recipe", "exact"])
 def test_prune_compiles(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(griffin.views, "compiled_call", graphs := Graphs())
@@ -120,7 +102,7 @@ def test_prune_compiles(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @each_family
 def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Method, compiler: Any) -> None:
     engine, found = Engine(tiny(family), compiler=compiler), []
-    for length in LENGTHS:
+    for length in (5, 12, 9):
         texts(engine, method, length)
         layers = engine._cache.layers
         cached = [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
@@ -128,19 +110,6 @@ def test_weights_biases_and_caches_stay_where_they_are(family: str, method: Meth
         found.append([tensor.data_ptr() for tensor in (*weights, *cached)])
     assert len(found[0]) > 6
     assert found[0] == found[1] == found[2]
-
-
-def test_a_new_buffer_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[nn.Parameter] = []
-
-    def fresh_buffer(self: CompactProjection, name: str, shape: list[int], like: Tensor) -> nn.Parameter:
-        self.module._parameters[name] = parameter = nn.Parameter(like.new_empty(shape), requires_grad=False)
-        kept.append(parameter)  # else the next one may have its address
-        return parameter
-
-    monkeypatch.setattr(CompactProjection, "_buffer", fresh_buffer)
-    with pytest.raises(AssertionError):
-        test_weights_biases_and_caches_stay_where_they_are("llama", Method(), uncompiled)
 
 
 def without_values(method: Method, monkeypatch: pytest.MonkeyPatch, compiler: Any, **how: Any) -> int:
@@ -161,9 +130,9 @@ def without_values(method: Method, monkeypatch: pytest.MonkeyPatch, compiler: An
         with torch.device(DEVICE):
             model = fresh("llama")
         engine = Engine(model, compiler=compiler)
-        for state in [prefilled(engine, ids, method) for ids in prompts]:
-            (text,) = continued(engine, begin(engine, [state], method), **how).values()
-            assert len(text) == LIMIT
+        for ids in prompts:
+            (row,) = decode(engine, [begun(engine, ids, method)], Generation(LIMIT, **how))
+            assert len(row.tokens) == LIMIT
     return len(reads)
 
 
@@ -173,6 +142,8 @@ def test_the_host_waits_only_to_read_tokens(method: Method, compiler: Any, monke
     # Two prompts of 21 tokens, eight at a time; the recipe's refreshes after 8 and 16 tokens come with a read each.
     assert reads == (2 * LIMIT if compiler is None else 8 if method is RECIPE else 6)
     assert without_values(method, monkeypatch, compiler, draw=lambda row, p_V: p_V.multinomial(1)) == reads
+    processed = without_values(method, monkeypatch, compiler, process_logits=lambda *given: given[-1])
+    assert processed == 2 * LIMIT, "processors may ask for every token so far"
 
 
 def test_verified_decoding_waits_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +181,7 @@ def test_neither_prompts_nor_choosing_nor_rows_of_several_methods_wait(monkeypat
     assert [len(row.tokens) for row in ended] == [LIMIT] * len(rows)
 
 
-WAITING = [lambda scores: scores.max().item(), lambda scores: float(scores.sum()), lambda scores: scores.nonzero()]
-WAITING += [lambda scores: bool(scores.any()), lambda scores: scores[scores > 0]]
-
-
-@pytest.mark.parametrize("wait", WAITING)
+@pytest.mark.parametrize("wait", [lambda scores: float(scores.sum()), lambda scores: scores[scores > 0]])
 def test_a_host_that_waits_would_tell(wait: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(*arguments: Any) -> Any:
         values = arguments[-1] if isinstance(arguments[-1], Tensor) else arguments[0].recorded

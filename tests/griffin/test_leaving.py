@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
 from families import IDS, VERIFIED, fresh, prompt, tiny
-from running import ROUTED, as_lists, difference, failing, hooks, same, text, unchanged
+from running import ROUTED, as_lists, difference, failing, same, text, unchanged
 from transformers import AutoModelForCausalLM
 
 import griffin
@@ -72,28 +73,21 @@ def test_a_generate_and_hooks_of_the_users_own_stay() -> None:
     assert vars(model).get("generate") is own
 
 
-def copied(model: Any, how: str, path: Any) -> Any:
-    if how == "save_pretrained":
-        model.save_pretrained(path)
-        return AutoModelForCausalLM.from_pretrained(path).eval()
-    if how == "torch.save":
-        torch.save(model, path / "model")
-        return torch.load(path / "model", weights_only=False)
-    if how == "state_dict":
-        (other := fresh("llama")).load_state_dict(model.state_dict())
-        return other
-    return copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+COPIES: dict[str, Callable[[Any, Path], Any]] = {
+    "deepcopy": lambda model, path: copy.deepcopy(model),
+    "torch.save": lambda model, path: torch.save(model, path / "x") or torch.load(path / "x", weights_only=False),
+    "save_pretrained": lambda model, path: model.save_pretrained(path) or AutoModelForCausalLM.from_pretrained(path),
+}
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "save_pretrained"])
-def test_copies_made_inside_are_the_dense_model(how: str, way: dict[str, Any], tmp_path: Any) -> None:
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_made_inside_are_the_dense_model(copied: Any, way: dict[str, Any], tmp_path: Any) -> None:
     model = tiny("llama")
     dense = model(IDS).logits
     with griffin.prune(model, **way):
         expected = text(model, IDS)
-        other = copied(model, how, tmp_path)
+        other = copied(model, tmp_path).eval()
         assert not {*ROUTED} & {*vars(other)}
-        assert hooks(other) == 0
         assert torch.equal(other(IDS).logits, dense)
         assert torch.equal(text(model, IDS), expected), "the model is still pruned"
         with griffin.prune(other, **way):
@@ -205,12 +199,9 @@ def test_lora_on_attention_is_pruned_and_kept() -> None:
     assert not torch.equal(dense, text(fresh("llama"), IDS, max_new_tokens=12)), "the adapter does something"
     for mode in griffin.MODES:
         with griffin.prune(model, mode=mode):
-            cache = model(IDS).past_key_values
-            by_hand = model(IDS[:, :3], past_key_values=cache).logits
-            found.append((text(model, IDS, max_new_tokens=12), by_hand))
-    assert torch.equal(found[0][0], found[1][0])
-    assert not torch.equal(found[0][0], dense)
-    assert difference(found[0][1], found[1][1]) < 1e-5
+            found.append(text(model, IDS, max_new_tokens=12))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], dense)
     with griffin.prune(model, **VERIFIED):
         assert torch.equal(text(model, IDS, max_new_tokens=12), dense)
     assert torch.equal(text(model, IDS, max_new_tokens=12), dense)

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from families import IDS, REFRESHED, ROWS, VERIFIED, VOCABULARY, fresh, pad, prompt, tiny
-from running import as_lists, generate, hooks, same, text
+from running import as_lists, generate, same, text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
@@ -62,10 +62,11 @@ def test_texts_are_those_of_transformers(loop: Any, rule: dict[str, Any], monkey
         drafts = list(pruner.drafts)
         for row, ids in enumerate(ROWS):
             text(model, ids)
-            assert as_lists(pruner.experts) == together[row] or loop.get("refresh") == "experts"
+            assert as_lists(pruner.experts) == together[row]
     for row, one in enumerate(drafts):
         length = int((expected[row, 11:] != 0).sum())
         assert (one.emitted, one.checks <= one.emitted) == (length - 1, True)
+        assert one.emitted - one.accepted in (one.checks, one.checks - 1), "a text may end before a check's own token"
 
 
 @each_loop
@@ -146,7 +147,6 @@ def test_forward_calls_by_hand_are_prompts_only(loop: dict[str, Any]) -> None:
         assert same([output.logits], [dense])
         with pytest.raises(ValueError, match=rf"{reason}='\w+' works within model\.generate"):
             model(prompt(1), past_key_values=output.past_key_values)
-    assert hooks(model) == 0
 
 
 def turns(model: Any, batch: list[Tensor], new_only: bool, **cache: Any) -> list[Tensor]:

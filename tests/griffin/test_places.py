@@ -31,13 +31,6 @@ def test_weights_in_host_memory_give_the_same_to_the_bit(family: str) -> None:
         mine += [logits for _, logits in generated(engine, shared, 10, most=2).values()]
         found.append([*mine, scored(engine, begin(engine, states[1:], BATCHED[-1])[0], tokens(10))])
     assert same(*found)
-    for method in BATCHED:
-        texts = []
-        for offload in (False, True):
-            with unchanged(model), griffin.prune(model, method, offload_dense=offload):
-                text(model, prompt(7, 1))
-                texts.append(text(model, IDS, max_new_tokens=10))
-        assert torch.equal(*texts)
 
 
 @torch.no_grad()
@@ -56,12 +49,8 @@ def test_a_block_has_weights_of_the_device_while_it_runs_and_all_others_are_away
     state = prefilled(engine, tokens(9), one)
     assert seen == [[layer != running for layer in range(LAYERS)] for running in range(LAYERS)]
     first, second = (chosen(engine, state, method) for method in (one, other))
-    found = []
     for experts in (second, first, second):  # a layer that keeps all is brought again
         engine.compact().load(experts)
-        found.append(engine.compact().module(IDS).logits)
-    assert torch.equal(found[0], found[2])
-    engine.compact().load(second)
     whole = find_feedforward_blocks(engine.compact().module)[1]
     assert not {id(weight) for weight in whole.weights} & {id(weight) for away in host for weight in away}
 

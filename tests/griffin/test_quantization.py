@@ -151,6 +151,7 @@ def test_rows_of_several_precisions_and_dense_ones_come_together() -> None:
         Method(quantization="int4"),
         Method(quantization="int8"),
         griffin.METHODS["int4"],
+        griffin.as_method("exact", draft_tokens=4),
     ]
     state = prefilled(engine, tokens(9), *methods)
     rows = [griffin.begin(engine, [state], method)[0] for method in methods]

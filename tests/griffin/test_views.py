@@ -1,38 +1,37 @@
-"""Views: the compact one computes what the masked one does; the engine has rows run on one of them; and their bytes."""
+"""Views: which of them rows run on, and the bytes that these read; and what is held in memory while texts are made.
+
+Prompt after prompt, nothing is left behind, nor after an error; and a prompt's memory goes when its text begins.
+Nothing here collects garbage: what is no longer used must go at once, since on a GPU it may be gigabytes.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import gc
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any
 from weakref import ref
 
 import pytest
 import torch
-from engines import begun, chosen, generated, prefilled, scored
-from families import LAYERS, SMALL, VOCABULARY, build, fresh, prompt, tiny, tokens
-from running import TOLERANCE, difference, unchanged
+from engines import begun, generated, prefilled, scored, verified
+from families import LAYERS, REFRESHED, SMALL, VOCABULARY, build, fresh, prompt, tiny, tokens
+from running import difference, failing, text, unchanged
 from torch import Tensor, nn
 
 import griffin
-from griffin import Correction, Engine, Experts, Method, refuse_uncroppable, traffic, view_of
+from griffin import Engine, Experts, Generation, Method, Row, begin, decode, refuse_uncroppable, traffic, view_of
 from griffin.projection import CompactProjection
 
-pytestmark = pytest.mark.usefixtures("no_gradients")
+pytestmark = pytest.mark.usefixtures("no_collector")
 IDS = prompt(5, 3)
 
 
 def experts(engine: Engine, method: Method, seed: int = 0) -> Experts:
-    return chosen(engine, prefilled(engine, tokens(11, seed), method), method)
-
-
-def logits(engine: Engine, mode: str, rows: Sequence[Experts | None]) -> Tensor:
-    """Of rows of the same ids, each with its own experts."""
-    view = engine.compact() if mode == "compact" else engine.masked()
-    view.load(rows[0] if mode == "compact" else rows)
-    found: Tensor = view.module(IDS.expand(len(rows), -1)).logits
-    return found
+    return begun(engine, tokens(11, seed), method).experts
 
 
 def test_a_view_shares_every_tensor_and_has_modules_and_hooks_of_its_own() -> None:
@@ -49,28 +48,6 @@ def test_a_view_shares_every_tensor_and_has_modules_and_hooks_of_its_own() -> No
         view.get_decoder()._forward_pre_hooks.clear()
 
 
-def learned(one: Experts, seed: int) -> Experts:
-    """Experts with further corrections."""
-    torch.manual_seed(seed)
-    parts = [[torch.randn(4, size) / 30 for size in (len(neurons_K), 32)] for neurons_K in one.neurons]
-    return one.corrected({layer: Correction(*mine) for layer, mine in enumerate(parts)})
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])  # with biases of its own, and without
-def test_corrections_fold_in_one_by_one_as_all_at_once_and_not_where_others_have_been(family: str) -> None:
-    engine = Engine(tiny(family))
-    first = experts(engine, Method(compensation="ridge"))
-    one, other = learned(first, 1), learned(first, 2)
-    steps = [first, one, learned(one, 3), other, first, learned(other, 4)]
-    found = [logits(engine, "compact", [step]) for step in steps]
-    for step, increments in zip(steps, found, strict=True):
-        assert difference(increments, logits(Engine(engine.model), "compact", [step])) < TOLERANCE
-        assert difference(increments, logits(engine, "masked", [step])) < TOLERANCE
-    assert all(difference(*pair) > 1e-4 for pair in zip(found[1:], found, strict=False)), "each teaches something"
-    plain = experts(engine, Method())
-    assert torch.equal(logits(engine, "compact", [plain]), logits(Engine(engine.model), "compact", [plain]))
-
-
 def test_a_layer_that_keeps_all_has_the_models_own_weights_and_widths_may_differ() -> None:
     engine = Engine(tiny("llama"))
     engine.compact().load(experts(engine, Method(sparsity=(0.0, 0.5, 0.0))))
@@ -82,9 +59,7 @@ def test_a_layer_that_keeps_all_has_the_models_own_weights_and_widths_may_differ
     model.model.layers[1].mlp = type(model.model.layers[1].mlp)(narrow)
     engine = Engine(model)
     for method in (Method(), Method(compensation="ridge"), Method(compensation="ridge", refresh="compensation")):
-        one = experts(engine, method)
-        assert [len(neurons_K) for neurons_K in one.neurons] == [40, 24, 40]
-        assert difference(*(logits(engine, mode, [one]) for mode in griffin.MODES)) < TOLERANCE
+        assert [len(neurons_K) for neurons_K in experts(engine, method).neurons] == [40, 24, 40]
         modes = [Engine(model, mode=mode) for mode in griffin.MODES]
         assert difference(*(scored(one, begun(one, tokens(9), method), tokens(20, 1)) for one in modes)) < 2e-5
 
@@ -92,19 +67,21 @@ def test_a_layer_that_keeps_all_has_the_models_own_weights_and_widths_may_differ
 def test_experts_that_were_gathered_half_way_are_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, load, calls = Engine(tiny("llama")), CompactProjection.load, count(1)
     first, second = (experts(engine, Method(), seed) for seed in range(2))
-    expected = logits(engine, "compact", [first])
+    view = engine.compact()
+    view.load(first)
+    expected = view.module(IDS).logits
 
     def failing(*args: Any) -> None:
         if next(calls) == 5:  # in the second of three blocks
             raise torch.OutOfMemoryError("out of memory")
         load(*args)
 
-    with unchanged(engine.model):
-        monkeypatch.setattr(CompactProjection, "load", failing)
-        with pytest.raises(torch.OutOfMemoryError):
-            logits(engine, "compact", [second])
-        monkeypatch.undo()
-        assert torch.equal(logits(engine, "compact", [first]), expected)
+    monkeypatch.setattr(CompactProjection, "load", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        view.load(second)
+    monkeypatch.undo()
+    view.load(first)
+    assert torch.equal(view.module(IDS).logits, expected)
 
 
 def test_rows_that_share_experts_run_compact_and_others_masked() -> None:
@@ -125,14 +102,14 @@ def test_a_model_that_only_runs_dense_may_have_any_blocks_but_must_be_croppable(
     with pytest.raises(griffin.UnsupportedModelError, match="mixture of experts"):
         Engine(model)
     engine = Engine(model, pruning=False)
-    ((text, found),) = generated(engine, [begun(engine, tokens(5), Method(sparsity=0.0))], 4).values()
-    assert difference(found, model(torch.tensor([[*tokens(5), *text[:-1]]])).logits[0, 4:]) < 1e-5
+    ((said, found),) = generated(engine, [begun(engine, tokens(5), Method(sparsity=0.0))], 4).values()
+    assert difference(found, model(torch.tensor([[*tokens(5), *said[:-1]]])).logits[0, 4:]) < 1e-5
     refuse_uncroppable(tiny("gemma3_text"))
     with pytest.raises(griffin.UnsupportedModelError, match="Linear is not a transformers language model"):
         refuse_uncroppable(nn.Linear(1, 1))
 
 
-def test_the_decoding_cache_is_the_same_where_it_is_large_enough_and_goes_with_unloading(no_collector: None) -> None:
+def test_the_decoding_cache_is_the_same_where_it_is_large_enough_and_goes_with_unloading() -> None:
     engine = Engine(tiny("llama"))
     first = engine.decoding_cache(2, 20)
     assert engine.decoding_cache(1, 9) is engine.decoding_cache(2, 20) is first
@@ -177,3 +154,90 @@ def test_a_neuron_is_a_row_of_each_matrix_and_saves_those_behind_its_score(famil
         saved = (pruned.dense - traffic(model, kept, one).pruned) / (pruned.dense - pruned.pruned)
         expected = 2 / 3 if name == "cats" and matrices == 3 else 1 / matrices
         assert saved == pytest.approx(expected, rel=0.02)
+
+
+METHODS = [
+    *(Method(), Method(compensation="ridge"), Method("joint", **REFRESHED)),
+    verified(("ridge", "compensation"), draft_tokens=4),
+    verified(("ridge", "compensation"), draft_tokens=4, draft_vocabulary="full"),
+]
+LIMIT = 10  # one refresh
+
+
+def held() -> tuple[int, int]:
+    """How many tensors there are, and how many bytes their storages have."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return len(tensors), sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_nothing_grows_with_the_number_of_prompts(compiler: Any) -> None:
+    engine, found = Engine(tiny("llama"), compiler=compiler), []
+    for number in range(12):
+        state = prefilled(engine, tokens(9, number), *METHODS)
+        rows = [begin(engine, [state], method, labels=[method])[0] for method in METHODS]
+        generated(engine, rows, LIMIT, most=1 + number % 2)
+        shared = begin(engine, [state, prefilled(engine, tokens(12, 1), *METHODS)], METHODS[2], labels=[0, 1])
+        generated(engine, shared, LIMIT, most=2)
+        scored(engine, begun(engine, tokens(9, number), METHODS[2]), tokens(LIMIT))
+        del state, rows, shared
+        found += [held()] if number in (3, 11) else []
+    assert found[0] == found[1]
+
+
+# Three layers; a prompt of 600 tokens. Its keys and values, and what ridge compensation records of it, in bytes:
+CACHE, RECORDED = 3 * 2 * 600 * 16 * 4, 3 * 300 * (80 + 32) * 4
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+@pytest.mark.parametrize("way", ["engine", "prune"])
+def test_while_a_text_is_generated_its_prompts_statistics_and_cache_are_gone(way: str, method: Method) -> None:
+    """But for statistics that are to be refreshed, what a fit knows, and the one cache that is decoded from. A prompt
+    runs when there is room for it."""
+    model, steps, peaks, before, engine = tiny("mistral"), Counter[int](), [], held()[1], Engine(tiny("mistral"))
+
+    def look(*arguments: Any) -> Any:
+        steps[number] += 1
+        if steps[number] == 5 and number in (1, 5, 9):
+            peaks.append(held()[1] - before)
+        return arguments[-1]
+
+    def coming() -> Iterator[Row]:
+        nonlocal number
+        for number in range(10):
+            yield begun(engine, tokens(600, number), method)
+
+    number = 0
+    if way == "engine":
+        deque(decode(engine, coming(), Generation(LIMIT, process_logits=look), max_prompt_tokens=600), 0)
+    else:
+        with griffin.prune(model, method):
+            for number in range(10):
+                text(model, prompt(600, number), max_new_tokens=LIMIT, logits_processor=[look])
+    learns = method.refresh != "none" and method.compensation == "ridge"
+    corrections = 3 * 40 * (40 + 32) * 4 if method.compensation == "ridge" and not method.verified else 0
+    least = CACHE + 3 * 3 * 40 * 32 * 4 + (3 * 40 * 40 * 4 if learns else 0) + corrections
+    assert CACHE < min(peaks) <= max(peaks) < least + min(CACHE, RECORDED) // 2
+    assert max(peaks) - min(peaks) < 3000, "and nothing grows"
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 10, 11])  # one row after the other: a step, a refresh, the second prompt
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method.label)
+def test_an_error_frees_everything_at_once(method: Method, most: int, call: int) -> None:
+    model, caches, before = tiny("llama"), [], held()
+
+    def rows(engine: Engine) -> Iterator[Row]:
+        for label in range(2):
+            row = begun(engine, tokens(9, label), method, label)
+            caches.extend([ref(row), ref(row.state), ref(row.state.cache)])
+            yield row
+
+    engine = Engine(model)
+    with failing(model, call), suppress(torch.OutOfMemoryError):
+        deque(decode(engine, rows(engine), Generation(LIMIT), batch_size=most), 0)
+        pytest.fail("it ran")
+    caches.append(ref(engine))
+    del engine, rows
+    assert not [one for one in caches if one() is not None]
+    assert held() == before

@@ -79,10 +79,8 @@ def _configuration(folder: Path, cpus: int) -> str:
         "AuthInfo": f"socket={folder / 'munge' / 'socket'},cred_expire=5",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
-        "SlurmctldPidFile": folder / "slurmctld.pid",
-        "SlurmdPidFile": folder / "slurmd.pid",
-        "SlurmctldLogFile": folder / "slurmctld.log",
-        "SlurmdLogFile": folder / "slurmd.log",
+        **{f"{daemon}PidFile": folder / f"{daemon.lower()}.pid" for daemon in ("Slurmctld", "Slurmd")},
+        **{f"{daemon}LogFile": folder / f"{daemon.lower()}.log" for daemon in ("Slurmctld", "Slurmd")},
         "ProctrackType": "proctrack/linuxproc",  # needs no cgroups
         "TaskPlugin": "task/none",
         "JobAcctGatherType": "jobacct_gather/none",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cluster
 import forked
 import pytest
 from calling import Outcome, command, environment, process, read_record, read_samples, run_folder, run_folders, tiny
@@ -17,6 +21,20 @@ from calling import Outcome, command, environment, process, read_record, read_sa
 KEY = "7261" * 10
 POINTS = ("statistic=griffin,magnitude", "sparsity=0.25,0.5", "seed=0,1")
 SMALL = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1", "hydra.launcher.partition=low")
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment variables by which commands find the cluster."""
+    if reason := cluster.missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not pytest's folders, which munge finds too private
+    folder.chmod(0o755)
+    try:
+        with cluster.cluster(folder / "cluster", cpus=2) as variables:
+            yield variables
+    finally:
+        shutil.rmtree(folder)
 
 
 def arguments(output_dir: Path, *more: str) -> list[str]:
