@@ -149,6 +149,7 @@ def test_one_method_has_one_colour_whatever_else_there_is() -> None:
     [
         (["runs=/nowhere", "out=x"], "runs=/nowhere: no such folder"),
         (["runs=.", "out=x"], "no run folder in it"),
+        (["runs=/dev/null", "out=x"], "runs=/dev/null: not a folder"),
         (["out=x"], "runs=: expected a folder"),
         (["runs=x"], "out=: expected a folder"),
         (["runs=x", "out=x", "rusn=y"], r"rusn: no such key \(did you mean runs\?\)"),
