@@ -41,8 +41,6 @@ NAMES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"mode": "masked"}, "method", "griffin [mode=compact] 50%", "griffin [mode=masked] 50%"),
     ({}, {"mode": "masked", "sparsity": 0.25}, "method", "griffin 50%", "griffin 25%"),
     ({}, {"compensation": "ridge"}, "method", "griffin 50%", "griffin+ridge 50%"),
-    ({}, {"budget": "late"}, "method", "griffin 50%", "griffin late 50%"),
-    ({}, {"selection": "sample"}, "method", "griffin 50%", "griffin sample 50%"),
     ({}, {"shared_experts": True}, "method", "griffin 50%", "griffin shared 50%"),
     (
         *({}, {"statistic": "impact", "compensation": "ridge", "refresh": "compensation"}, "method"),

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import benchmark
-import hydra
 import pytest
 import yaml
-from calling import REPOSITORY, composed
+from calling import REPOSITORY, by_hydra, composed
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
@@ -77,9 +76,7 @@ def understood(overrides: Sequence[str]) -> None:
     if not any(one.lstrip("+").startswith("hydra.") for one in overrides):
         composed(*overrides)
         return
-    composition.register()
-    with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
-        config = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    config = by_hydra(overrides, return_hydra_config=True)
     with open_dict(config):
         del config["hydra"]
     typed(config)

@@ -173,11 +173,14 @@ def unchecked(*overrides: str) -> DictConfig:
     return config
 
 
-@functools.cache
-def _composed(groups: tuple[str, ...]) -> DictConfig:
+def by_hydra(overrides: Sequence[str], **options: bool) -> DictConfig:
+    """What Hydra composes."""
     composition.register()
     with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=list(groups))
+        return hydra.compose("config", overrides=list(overrides), **options)
+
+
+_composed = functools.cache(by_hydra)
 
 
 def composed(*overrides: str) -> RunConfig:

@@ -76,7 +76,6 @@ VALUES: list[tuple[str, ...]] = [
     ("task=humaneval task.allow_code_execution=true task.timeout=0", "task.timeout=0", "1 or more"),
     ("task=piqa task.chat_template=true", "task.chat_template=true", "a task that generates"),
     ("task=gsm8k task.data_files=FILES/good.jsonl", "task.data_files without task.shots_file", "task.shots=0"),
-    ("statistic=teal compensation=ridge", "compensation=ridge with statistic=teal", "compensation=none"),
     ("grid.statistic=[griffin,teal] compensation=ridge", "compensation=ridge with grid.statistic=teal", "=none"),
     ("statistic=teal shared_experts=true", "statistic=teal with shared_experts=true", "its own experts"),
     ("refresh=drift", "refresh=drift: expected one of none, compensation"),  # of version 0.2
@@ -106,7 +105,6 @@ VALUES: list[tuple[str, ...]] = [
     ("device=cuda:99", "device=cuda:99"),
     ("sparsity=1", "sparsity=1", "< 1"),
     ("sparsity=null", "sparsity=null"),
-    ("sparsity=[]", "sparsity=[]"),
     ("compile=true task.kind=fidelity", "compile=true", "task=briefs", "generation or latency"),
     ("grid.method=[griffin,recipee]", "grid.method=recipee", "did you mean recipe?"),
     ("+task.max_tokens=3", "task.max_tokens", "task.max_new_tokens"),

@@ -160,13 +160,3 @@ def test_a_model_is_loaded_without_its_dense_weights(tmp_path: Path, monkeypatch
     assert moved == []
     load(composed(*tiny(tmp_path / "out")).model, "cpu", 0, offload_dense=True)
     assert moved == [({"cpu"}, "cpu")]
-
-
-def test_a_model_that_cannot_be_offloaded_is_told_in_one_line(
-    call: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise griffin.UnsupportedModelError("'a' and 'b' share one memory")
-
-    monkeypatch.setattr(griffin, "move_without_dense", refuse)
-    call(*tiny(tmp_path / "out", "offload_dense=true", "sparsity=0")).refused("error: model=random_tiny: ")

@@ -35,7 +35,6 @@ from analysis.runs import read_run_folders
 from pipelines import status
 from pipelines.errors import UserError
 from pipelines.methods import identity
-from pipelines.records import mean_and_stderr
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.summary import tables
 
@@ -160,12 +159,6 @@ def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     text = (folder.path / "record.json").read_text(encoding="utf-8")
     assert "caf\u00e9" in text, "for reading"
     assert json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n" == text
-
-
-def test_a_single_value_has_no_error_and_none_no_mean() -> None:
-    assert mean_and_stderr([17.25]) == (17.25, 0.0)
-    with pytest.raises(ValueError, match="no values"):
-        mean_and_stderr([])
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

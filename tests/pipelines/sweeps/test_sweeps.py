@@ -11,10 +11,9 @@ from typing import Any
 
 import forked
 import pytest
-from calling import Entry, command, composed, read_record, read_samples, run_folders, tiny
-from hydra import compose, initialize_config_dir
+from calling import Entry, by_hydra, command, composed, read_record, read_samples, run_folders, tiny
 
-from pipelines import composition, models, status
+from pipelines import models, status
 from pipelines.composition import CONF
 from pipelines.run_folder import RunFolder
 from pipelines.sweeps import FAILED, ManifestEntry
@@ -24,16 +23,9 @@ LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-def hydra_of(launcher: str) -> dict[str, Any]:
-    """What `hydra` composes to."""
-    composition.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return dict(compose("config", overrides=[f"launcher={launcher}"], return_hydra_config=True).hydra)
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_composes_requeues_and_names_no_site(launcher: str) -> None:
-    composed_hydra = hydra_of(launcher)
+    composed_hydra = by_hydra([f"launcher={launcher}"], return_hydra_config=True).hydra
     preset, mode = composed_hydra["launcher"], composed_hydra["mode"]
     # Else `launcher=slurm` without -m would load the model on the login node.
     assert (mode and mode.name) == (None if launcher == "local" else "MULTIRUN")

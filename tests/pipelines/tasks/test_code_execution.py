@@ -173,12 +173,8 @@ def f(x):
     secret = '86461' * 6
     return int(secret) if any(secret in repr(item) for item in gc.get_objects() if isinstance(item, dict)) else None
 """,
-    "looks for it in memory": """
-def f(x): return int('86461' * 6) if b'86461' * 6 in open('/proc/self/mem', 'rb').read(1) else 0
-""",
     "equals everything": "class A:\n def __eq__(self, other): return True\ndef f(x): return A()",
     "is a number that equals everything": "class A(int):\n def __eq__(self, other): return True\ndef f(x): return A()",
-    "is a list that equals everything": "class A(list):\n def __eq__(self, other): return True\ndef f(x): return A()",
     "changes what is built in": """
 import builtins
 builtins.AssertionError = Exception

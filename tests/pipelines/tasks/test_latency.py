@@ -29,12 +29,12 @@ def test_one_pair_of_lengths_has_flat_metrics(call: Entry, tmp_path: Path) -> No
     assert found["onednn_speedup"] == pytest.approx(plain / dense)
 
 
-@pytest.mark.parametrize("override", ["cpu_onednn=false", "model.dtype=bfloat16"])
+@pytest.mark.parametrize("override", ["cpu_onednn=false", "model.dtype=bfloat16 batch_size=2 shared_experts=true"])
 def test_several_pairs_have_a_suffix_each_and_without_onednn_nothing_is_compared_with_it(
     override: str, tmp_path: Path
 ) -> None:
     pairs = ["task.prompt_lengths=[8,12]", "task.repeats=1", "statistic=magnitude"]
-    (folder,) = ran(*latency(tmp_path / "out", *pairs, override))
+    (folder,) = ran(*latency(tmp_path / "out", *pairs, *override.split()))
     found = read_record(folder)["metrics"]
     assert {"decode_speedup_p8_g9", "decode_speedup_p12_g9"} <= set(found)
     assert not {"decode_speedup", "onednn_speedup_p8_g9"} & set(found)
