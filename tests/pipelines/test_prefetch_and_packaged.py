@@ -28,7 +28,7 @@ def test_only_what_is_loaded_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         return "/cache"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("pipelines.hub.prepare_hub", lambda: None)
+    monkeypatch.setattr("pipelines.prefetch.prepare_hub", lambda: None)
     assert prefetch._model(ModelConfig(name="mine", source="hub", repo="owner/name", revision="v1")) == "/cache"
     assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
     assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])  # type: ignore[call-overload]
