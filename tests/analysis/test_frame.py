@@ -1,7 +1,5 @@
 """Run folders as they come, and one DataFrame of them: what its rows say, and which may stand side by side."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import fields
 from pathlib import Path

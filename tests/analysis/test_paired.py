@@ -1,7 +1,5 @@
 """Methods compared sample by sample: differences, intervals, critical sparsities, and the leaderboard."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

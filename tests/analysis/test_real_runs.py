@@ -3,8 +3,6 @@
 All tests of real runs are in this file, because making the runs takes longer than the tests.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

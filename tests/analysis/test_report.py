@@ -1,7 +1,5 @@
 """The report: its files, its numbers, what it says to a user's mistakes, and its page in a real browser."""
 
-from __future__ import annotations
-
 import csv
 import html
 import re

@@ -1,7 +1,5 @@
 """README and docs: short enough, without broken links, and with commands that are still understood."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib

@@ -1,7 +1,5 @@
 """How the tests call the pipeline and read what a call leaves behind."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

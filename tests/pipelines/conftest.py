@@ -1,7 +1,5 @@
 """What all tests of the pipeline share: a process that looks fresh, and a call of its entry."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 

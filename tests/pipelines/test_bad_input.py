@@ -1,7 +1,5 @@
 """Mistakes in a call: one line that names the key and the value, at once, with nothing loaded and nothing written."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """compile=true and offload_dense=true: the same texts by one graph for all prompts, or from weights in host memory."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is in conf/: every choice composes into a checked configuration that can be run; and what the commands say."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import shlex

@@ -1,7 +1,5 @@
 """Kills, signals, short memory, a full disk and no hub: each ends in a clear state, and the next call mends it."""
 
-from __future__ import annotations
-
 import functools
 import random
 import re

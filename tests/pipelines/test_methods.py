@@ -1,7 +1,5 @@
 """Which methods a call compares, and which runs are the same run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

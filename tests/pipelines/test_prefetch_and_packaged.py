@@ -1,7 +1,5 @@
 """What runs need from the network, fetched beforehand; and a real model from a PyPI package, which needs none."""
 
-from __future__ import annotations
-
 import re
 import socket
 import sys

@@ -3,8 +3,6 @@ docs/development.md shows; the package as pip installs it; and which module impo
 tool in one place.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil

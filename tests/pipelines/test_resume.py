@@ -3,8 +3,6 @@
 Rows after an `offset` are those of a run over all.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

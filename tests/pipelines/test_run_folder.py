@@ -1,7 +1,5 @@
 """Run folders: their names, one writer each, samples that survive a crash; what a record says and comes from."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Weights & Biases, with its real client and no server: what it is told, where it writes, and how it fails."""
 
-from __future__ import annotations
-
 import json
 import math
 import socket

@@ -1,7 +1,5 @@
 """The status of an output folder; and its offline W&B runs, uploaded with the real client to a loopback server."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Sweeps: what is planned, grouped, skipped and told; a worker that dies takes nobody with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Programs that a model wrote: what they may do, and that hostile ones can do nothing else."""
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

@@ -1,7 +1,5 @@
 """HumanEval: which program an answer becomes, and how it is judged."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The data, and the prompts of summarisation, to the letter those of the reference implementation."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Verified runs: their texts, what their records say of drafts, and what is predicted of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Flocking: the measures by their formulas, the runs by the model's own activations."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A generation run from the call to the record: texts, scores, batches, decoding and what is too long."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Classification and question answering through lm-eval, on the embedded articles."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from types import SimpleNamespace

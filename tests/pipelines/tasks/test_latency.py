@@ -1,7 +1,5 @@
 """Latency: that what is timed is what is named. How fast it is, is for the benchmark to say."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from statistics import median

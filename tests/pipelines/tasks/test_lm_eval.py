@@ -1,7 +1,5 @@
 """Tasks of lm-eval as lm-eval runs them: answers, shots, chat templates and filters; how long GSM8K's answers are."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rows that run together: as in separate runs, each prompt once; and memory that runs out halves the batch."""
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable

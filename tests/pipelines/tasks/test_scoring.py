@@ -1,7 +1,5 @@
 """Given texts read with experts: log-likelihoods in any batch, perplexity and fidelity, against plain forward calls."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
