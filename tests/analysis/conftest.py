@@ -1,7 +1,5 @@
 """What the tests of the analysis share: runs that no model has run, and their report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Records and run folders as the pipeline writes them, with any numbers and without running a model."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Figures: what is in them is measured, and styles like itself."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable

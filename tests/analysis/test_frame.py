@@ -1,16 +1,16 @@
-"""One DataFrame with one schema: what its rows say, and which of them may stand side by side."""
+"""Run folders as they come, and one DataFrame of them: what its rows say, and which may stand side by side."""
 
-from __future__ import annotations
-
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
-from made import COMMAND, record, records, scores
+from made import COMMAND, change, record, records, score, scores, write_run
 
 from analysis import frame as frame_module
 from analysis.frame import COLUMNS, frame, select
-from analysis.runs import checked
+from analysis.runs import Problem, read_run_folders
 from analysis.tables import tables
 from griffin import Method
 
@@ -19,14 +19,9 @@ LATENCY: dict[str, Any] = {"kind": "latency"}
 NAMES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     # What differs between two runs, a column of theirs, and what it tells of each.
     ({}, {"batch_size": 8}, "method", "griffin [batch_size=1] 50%", "griffin [batch_size=8] 50%"),
-    ({}, {"compile": True}, "method", "griffin [compile=false] 50%", "griffin [compile=true] 50%"),
-    ({}, {"cpu_onednn": True}, "method", "griffin [cpu_onednn=false] 50%", "griffin [cpu_onednn=true] 50%"),
     ({}, DENSE | {"batch_size": 8, "compile": True, "cpu_onednn": True}, "task", "xsum", "xsum"),
     ({}, {"limit": 10}, "task", "xsum [limit=null]", "xsum [limit=10]"),
-    ({}, {"offset": 5}, "task", "xsum [offset=null]", "xsum [offset=5]"),
-    ({}, {"seed": 1}, "task", "xsum [seed=0]", "xsum [seed=1]"),
     ({}, {"task_decoding": "sampling"}, "task", "xsum [decoding=greedy]", "xsum [decoding=sampling]"),
-    ({}, {"task_shots": 0}, "task", "xsum [shots=1]", "xsum [shots=0]"),
     ({}, {"task_data_files": "x"}, "task", "xsum [data_files=null]", "xsum [data_files=x]"),
     ({}, {"environment_device": "NVIDIA L40"}, "task", "xsum [device=cpu]", "xsum [device=NVIDIA L40]"),
     ({}, {"task_protocol": "paper"}, "task", "xsum [protocol=null]", "xsum [protocol=paper]"),
@@ -43,8 +38,6 @@ NAMES: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     ({}, {"mode": "masked"}, "method", "griffin [mode=compact] 50%", "griffin [mode=masked] 50%"),
     ({}, {"mode": "masked", "sparsity": 0.25}, "method", "griffin 50%", "griffin 25%"),
     ({}, {"compensation": "ridge"}, "method", "griffin 50%", "griffin+ridge 50%"),
-    ({}, {"budget": "late"}, "method", "griffin 50%", "griffin late 50%"),
-    ({}, {"selection": "sample"}, "method", "griffin 50%", "griffin sample 50%"),
     ({}, {"shared_experts": True}, "method", "griffin 50%", "griffin shared 50%"),
     (
         *({}, {"statistic": "impact", "compensation": "ridge", "refresh": "compensation"}, "method"),
@@ -108,12 +101,6 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     assert list(frame(records(DENSE, DENSE | {"quantization": "int8"}))["role"]) == ["dense", "pruned"]
 
 
-@pytest.mark.parametrize("missing", ["method", "evaluation"])
-def test_a_record_of_an_unknown_version_is_refused_by_name(missing: str) -> None:
-    with pytest.raises(ValueError, match="unknown version: it has no method or no evaluation"):
-        checked({key: value for key, value in record("a").items() if key != missing}, "a")
-
-
 def test_the_words_are_the_records() -> None:
     method = record("a")["method"] | {"label": "a new method 9 bits", "family": "a new method"}
     (row,) = frame([record("a") | {"method": method}]).itertuples()
@@ -160,3 +147,78 @@ def test_an_automatic_batch_size_is_what_it_came_to() -> None:
     sizes = dict(frame(runs)[["run_id", "batch_size"]].itertuples(index=False))
     assert (sizes["a"], sizes["c"]) == (16, 4)
     assert sizes["b"] != sizes["b"], "unknown where no sample says it"
+
+
+def problem_of(folder: Path) -> Problem:
+    """What is wrong with this run, which is then no result; nothing is with those beside it."""
+    found = read_run_folders([folder.parent])
+    (problem,) = found.problems
+    assert problem.run_id == folder.name
+    assert len(found.records) == 3
+    assert folder.name not in [record["run_id"] for record in found.records]
+    return problem
+
+
+@pytest.fixture
+def folder(runs: Path) -> Path:
+    """A run folder beside others, to be damaged."""
+    return runs / "xsum-griffin-50"
+
+
+def test_a_run_folder_itself_will_do_and_so_will_several(runs: Path) -> None:
+    one, other = runs / "xsum-dense", runs / "latency-griffin-50"
+    assert len(read_run_folders([one]).records) == 1
+    assert len(read_run_folders([one, other, one]).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "failed"),
+    [('{"samples": 3, "failed": "out of memory"}', "; it failed: out of memory"), ("{", ""), ("", "")],
+)
+def test_a_missing_record_is_an_unfinished_run_that_says_why_it_failed_if_that_is_known(
+    state: str, failed: str, folder: Path
+) -> None:
+    (folder / "record.json").unlink()
+    if state:
+        (folder / "state.json").write_text(state, encoding="utf-8")
+    problem = problem_of(folder)
+    assert (problem.state, problem.reason) == ("unfinished", f"no record.json, 4 samples so far{failed}")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "running"}', "\udcff"])
+def test_a_damaged_record_is_told(text: str, folder: Path) -> None:
+    (folder / "record.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert problem_of(folder).state == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"status": "failed"}, "status 'failed'"),
+        ({"run_id": "another"}, "another"),
+        ({"metrics__rouge1": "high"}, "metrics.rouge1"),
+        ({"metrics__rouge1": None}, "metrics.rouge1"),
+        ({"config__model": {}}, "config.model.name"),
+        ({"timing": None}, "timing"),
+        ({"method": {"label": ""}}, "method.label"),
+        ({"method": ["griffin"]}, "method"),
+        ({"evaluation": ...}, "unknown version"),
+        ({"method": ...}, "unknown version"),
+    ],
+)
+def test_a_record_that_is_none_is_told(values: dict[str, Any], words: str, folder: Path) -> None:
+    change(folder, **values)
+    problem = problem_of(folder)
+    assert problem.state == "damaged"
+    assert words in problem.reason
+
+
+def test_a_run_that_is_there_twice_counts_once_unless_the_two_differ(folder: Path, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    shutil.copytree(folder, copies / folder.name)
+    assert len(read_run_folders([folder.parent, copies]).records) == 4
+    shutil.rmtree(copies)
+    write_run(copies, record(folder.name, metrics=score(1.0)))
+    found = read_run_folders([folder.parent, copies])
+    assert [problem.state for problem in found.problems] == ["conflicting"]
+    assert len(found.records) == 3  # which of the two is right, nobody knows

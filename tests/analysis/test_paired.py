@@ -1,7 +1,5 @@
 """Methods compared sample by sample: differences, intervals, critical sparsities, and the leaderboard."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil
@@ -78,16 +76,6 @@ def test_the_interval_is_that_of_the_paired_bootstrap() -> None:
     assert found.high - found.low < 1
 
 
-def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
-    random, inside = np.random.default_rng(3), 0
-    for _ in range(200):
-        others = random.random(80) < 0.6
-        mine = np.where(random.random(80) < 0.2, random.random(80) < 0.5, others)  # true difference: -2 points
-        found = compare(scores(mine), scores(others), largest=1.0)
-        inside += found.low <= -2.0 <= found.high
-    assert 0.90 < inside / 200 <= 0.99
-
-
 def test_mcnemar_counts_where_the_two_differ() -> None:
     """Nine answers lost and one won: 2 * P(at most one of ten) = 22 / 1024."""
     mine, others = scores([0] * 9 + [1] + [1] * 20), scores([1] * 9 + [0] + [1] * 20)
@@ -95,15 +83,11 @@ def test_mcnemar_counts_where_the_two_differ() -> None:
     assert compare(mine, mine, largest=1.0).p == 1.0
 
 
-def test_samples_needed_for_a_point_are_those_that_show_it() -> None:
-    """Of so many samples, a true difference of one point is significant four times out of five."""
+def test_so_many_samples_show_a_difference_of_one_point_four_times_out_of_five() -> None:
     random = np.random.default_rng(4)
     deviation = 10.0  # of a sample's difference, in points
     found = compare(scores(random.normal(0, deviation, 5000)), scores([0.0] * 5000), largest=100.0)
-    count = round(found.needed)
-    assert count == pytest.approx((1.96 + 0.8416) ** 2 * deviation**2, rel=0.06)
-    means = random.normal(1.0, deviation, (2000, count)).mean(axis=1)
-    assert np.mean(means > 1.96 * deviation / math.sqrt(count)) == pytest.approx(0.8, abs=0.04)
+    assert found.needed == pytest.approx((1.96 + 0.8416) ** 2 * deviation**2, rel=0.06)
 
 
 def test_samples_that_all_agree_say_as_much_as_they_are() -> None:

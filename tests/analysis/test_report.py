@@ -1,15 +1,15 @@
-"""The report: its files, its numbers, and what it says to a user's mistakes."""
-
-from __future__ import annotations
+"""The report: its files, its numbers, what it says to a user's mistakes, and its page in a real browser."""
 
 import csv
 import html
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from calling import process
 from made import COMMAND, FAST, change, every_kind, few, record, write_run
 from matplotlib.figure import Figure
@@ -149,6 +149,7 @@ def test_one_method_has_one_colour_whatever_else_there_is() -> None:
     [
         (["runs=/nowhere", "out=x"], "runs=/nowhere: no such folder"),
         (["runs=.", "out=x"], "no run folder in it"),
+        (["runs=/dev/null", "out=x"], "runs=/dev/null: not a folder"),
         (["out=x"], "runs=: expected a folder"),
         (["runs=x"], "out=: expected a folder"),
         (["runs=x", "out=x", "rusn=y"], r"rusn: no such key \(did you mean runs\?\)"),
@@ -217,3 +218,54 @@ def test_a_report_can_be_of_some_runs_only(tmp_path: Path) -> None:
     assert len(found(tags="")) == 4
     with pytest.raises(UserError, match="method=griffin 30%: no such run among 4; there are method: dense, griffin"):
         found(method="griffin 30%")
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian's package)")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_opens_offline_and_shows_its_figures(width: int, dark: bool, browser: Browser, report: Path) -> None:
+    page = report / "index.html"
+    seen = browser.open(page, width, dark)
+    assert seen.messages == []
+    assert [address for address in seen.requests if not address.startswith("data:")] == [page.resolve().as_uri()]
+    assert seen.page_width == width  # wide tables scroll in their own frames
+    assert len(seen.images) == 11
+    for image in seen.images:
+        assert image["shown"]
+        assert image["natural"] > 0
+        assert 0 <= image["left"] < image["right"] <= width
+        assert image["width"] >= 300  # the figures' own text is readable from there on
+        assert image["height"] > 100
+
+
+@needs_browser
+def test_dark_is_dark_with_figures_of_its_own(browser: Browser, report: Path) -> None:
+    light, dark = (browser.open(report / "index.html", 1280, dark) for dark in (False, True))
+    brightness = [sum(map(int, seen.colour.removeprefix("rgb(").rstrip(")").split(","))) for seen in (light, dark)]
+    assert brightness[0] > 600 > 150 > brightness[1]
+    assert [image["source"] for image in light.images] != [image["source"] for image in dark.images]
+
+
+@needs_browser
+def test_the_browser_would_tell(browser: Browser, tmp_path: Path) -> None:
+    # The tests above pass where nothing is seen: here is what they look for.
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<p style="width:2000px">wide</p><img src="http://127.0.0.1:9/x.png">'
+        '<script>console.error("oh"); none()</script>'
+    )
+    seen = browser.open(page, 1280)
+    assert any("oh" in message for message in seen.messages)
+    assert any("none" in message for message in seen.messages)
+    assert "http://127.0.0.1:9/x.png" in seen.requests
+    assert seen.page_width > 1280
+    assert [image["natural"] for image in seen.images] == [0]

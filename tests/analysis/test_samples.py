@@ -1,7 +1,5 @@
 """What the models wrote: the examples of the report, and the page of all answers with its search."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

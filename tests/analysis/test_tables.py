@@ -1,7 +1,5 @@
 """Tables: every number is a record's, what is better is bold, what is not there is missing; their LaTeX compiles."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

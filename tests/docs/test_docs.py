@@ -1,8 +1,5 @@
 """README and docs: short enough, without broken links, and with commands that are still understood."""
 
-from __future__ import annotations
-
-import itertools
 import re
 import shlex
 import tomllib
@@ -10,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import benchmark
-import hydra
 import pytest
 import yaml
-from calling import REPOSITORY, composed
+from calling import REPOSITORY, by_hydra, composed
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
@@ -61,21 +58,15 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
             yield module, words
 
 
-def points(words: Sequence[str]) -> Iterator[list[str]]:
+def points(words: Sequence[str]) -> list[list[str]]:
     """The overrides of every point of a call: sweeps, and experiments that sweep by themselves."""
     given = {word.partition("=")[0]: word for word in words if word != "-m"}
     if "experiment" in given:
         preset = OmegaConf.load(composition.CONF / f"{given['experiment'].replace('=', '/')}.yaml")
         swept = OmegaConf.select(preset, "hydra.sweeper.params") or {}
         given = {key: f"{key}={value}" for key, value in swept.items()} | given
-    parsed = OverridesParser.create().parse_overrides(list(given.values()))
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [one.input_line or ""]
-        for one in parsed
-    ]
-    return map(list, itertools.product(*choices))
+    (found,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(given.values())), None)
+    return found
 
 
 def understood(overrides: Sequence[str]) -> None:
@@ -83,9 +74,7 @@ def understood(overrides: Sequence[str]) -> None:
     if not any(one.lstrip("+").startswith("hydra.") for one in overrides):
         composed(*overrides)
         return
-    composition.register()
-    with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
-        config = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    config = by_hydra(overrides, return_hydra_config=True)
     with open_dict(config):
         del config["hydra"]
     typed(config)

@@ -1,7 +1,5 @@
 """How the tests call the pipeline and read what a call leaves behind."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -9,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from pipelines import composition, run
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
 from pipelines.job import attempt
+from pipelines.models import load
 
 REPOSITORY = Path(run.__file__).resolve().parents[1]
 
@@ -38,6 +37,7 @@ ARTICLES = [
     "Snow fell on the pass in June.",
     "The council votes on a second bridge, after forty years of talk about it.",
 ]
+TEXT = "The tide comes in twice a day, and the harbour fills slowly. " * 30
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Outcome:
         assert [word for word in named if word not in error] == []
         assert len(error) < 1000
         return error
+
+
+Entry = Callable[..., Outcome]  # with overrides, by the fixture `call`
 
 
 def main(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Outcome:
@@ -106,40 +109,26 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def tiny(output_dir: Path, *more: str, rows: int = 3, tokens: int = 8) -> list[str]:
-    """A run of a second: a random model, `rows` short articles, no shots, no tracking; later overrides win."""
-    data = output_dir.with_name("articles.jsonl")
-    data.parent.mkdir(parents=True, exist_ok=True)
-    articles = itertools.islice(itertools.cycle(ARTICLES), max(rows, len(ARTICLES)))
-    write_rows(data, [{"article": text, "summary": ALPHABET} for text in articles])
-    plain = {
-        "model": "random_tiny",
-        "task.data_files": str(data),
-        "task.shots": "0",
-        "task.max_new_tokens": str(tokens),
-        "limit": str(rows),
-        "output_dir": str(output_dir),
-        "wandb.mode": "disabled",
-    }
-    plain |= dict(override.split("=", 1) for override in more)
-    return [f"{key}={value}" for key, value in plain.items()]
-
-
-def tiny_task(task: str, output_dir: Path, *more: str) -> list[str]:
-    """A run of a second of whichever task, over three rows; later overrides win."""
+def tiny(output_dir: Path, *more: str, task: str = "generation", rows: int = 3, tokens: int = 8) -> list[str]:
+    """A run of a second of whichever task: a random model, `rows` short rows, no shots, no tracking; later overrides
+    win. Generation and fidelity are over the articles."""
+    folder = output_dir.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {"model": "random_tiny"}
+    lengths = {"task.prompt_lengths": "[12]", "task.generation_lengths": "[9]"}
     if task in ("generation", "fidelity"):
-        return tiny(output_dir, f"task.kind={task}", *more)
-    text = output_dir.with_name("text.txt")
-    text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text("The tide comes in twice a day, and the harbour fills slowly. " * 10)
-    lengths = {"task.prompt_lengths": "[12]", "task.generation_lengths": "[5]"}
-    own = {
-        "perplexity": lengths | {"task.data_files": str(text)},
-        "flocking": {"task.data_files": str(text), "task.sequence_length": "16", "task.max_new_tokens": "3"},
-        "latency": lengths | {"task.repeats": "2"},
-    }
-    plain = {"model": "random_tiny", "task": task, "output_dir": str(output_dir), "wandb.mode": "disabled"}
-    plain |= own.get(task, {}) | ({} if task == "latency" else {"limit": "3"})
+        articles = itertools.islice(itertools.cycle(ARTICLES), max(rows, len(ARTICLES)))
+        data = write_rows(folder / "articles.jsonl", [{"article": text, "summary": ALPHABET} for text in articles])
+        plain |= {"task.data_files": str(data), "task.shots": "0", "task.max_new_tokens": str(tokens)}
+        plain |= {"task.kind": task} if task == "fidelity" else {}
+    elif task in ("perplexity", "flocking"):
+        (folder / "text.txt").write_text(TEXT)
+        short = lengths if task == "perplexity" else {"task.sequence_length": "16", "task.max_new_tokens": "3"}
+        plain |= {"task": task, "task.data_files": str(folder / "text.txt")} | short
+    else:
+        plain |= {"task": task} | (lengths | {"task.repeats": "2"} if task == "latency" else {})
+    plain |= {} if task == "latency" else {"limit": str(rows)}
+    plain |= {"output_dir": str(output_dir), "wandb.mode": "disabled"}
     plain |= dict(override.split("=", 1) for override in more)
     return [f"{key}={value}" for key, value in plain.items()]
 
@@ -182,11 +171,14 @@ def unchecked(*overrides: str) -> DictConfig:
     return config
 
 
-@functools.cache
-def _composed(groups: tuple[str, ...]) -> DictConfig:
+def by_hydra(overrides: Sequence[str], **options: bool) -> DictConfig:
+    """What Hydra composes."""
     composition.register()
     with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=list(groups))
+        return hydra.compose("config", overrides=list(overrides), **options)
+
+
+_composed = functools.cache(by_hydra)
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -220,6 +212,14 @@ def cut_off(folder: Path, *kept: int) -> None:
     (folder / "record.json").unlink(missing_ok=True)
     lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "samples.jsonl").write_bytes(b"".join(lines[: kept[0]] if kept else lines))
+
+
+def saved_model(folder: Path) -> Path:
+    """The files of the model random_tiny."""
+    loaded = load(composed("model=random_tiny").model, "cpu", 0)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def prompts_run(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:

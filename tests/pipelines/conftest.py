@@ -1,15 +1,13 @@
 """What all tests of the pipeline share: a process that looks fresh, and a call of its entry."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import calling
 import pytest
 import torch
 from absl import logging as absl_logging
-from calling import Outcome
+from calling import Entry, Outcome
 
 from pipelines import evaluation
 
@@ -35,7 +33,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Entry:
     """The entry, called in this process with overrides."""
 
     def entry(*overrides: str) -> Outcome:

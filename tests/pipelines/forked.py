@@ -4,8 +4,6 @@ A server process imports the pipeline once, so that calls can be many; each is a
 happens to a process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,19 +1,17 @@
 """Kills, signals, short memory, a full disk and no hub: each ends in a clear state, and the next call mends it."""
 
-from __future__ import annotations
-
 import functools
 import random
 import re
 import resource
 import signal
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import forked
 import pytest
-from calling import Outcome, command, process, ran, read_samples, run_folder, run_folders, timeless, tiny
+from calling import Entry, process, ran, read_samples, run_folder, run_folders, timeless, tiny
 from test_tracking import summary_of
 
 from pipelines.run_folder import RunFolder
@@ -147,29 +145,35 @@ def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_once_it_can(tmp_pat
     assert_same(folder, run_folder(tmp_path / "undisturbed"), 6)
 
 
-def test_a_hub_out_of_reach_is_told_within_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["run", "prefetch"])
+def test_a_hub_out_of_reach_is_told_within_seconds(module: str, tmp_path: Path) -> None:
     # The hub's clients left alone would retry for a minute, and print a traceback at its end.
     out, home = tmp_path / "out", tmp_path / "huggingface"
-    sweep = ["model=random_tiny,gemma_7b", "task=briefs,xsum", "limit=1", "task.max_new_tokens=2"]
+    sweep = ["-m", "model=random_tiny,gemma_7b", "task=briefs,xsum", "limit=1", "task.max_new_tokens=2"]
     sweep += [f"output_dir={out}", "wandb.mode=disabled"]
+    prefetch = module == "prefetch"
+    launcher = ["launcher=slurm_gpu", "hydra.launcher.partition=gpu"] if prefetch else []  # as for the run
     start = time.monotonic()
-    ended = process(command("-m", *sweep), cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(home))
+    entry = [sys.executable, "-m", f"pipelines.{module}", *sweep, *launcher]
+    ended = process(entry, cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(home))
     assert time.monotonic() - start < 60
     assert ended.code == 1
     assert "Traceback" not in ended.err
+    assert ended.lines("warning: ") == ended.lines("warning: http://127.0.0.1:9 cannot be reached")
     assert len(ended.lines("warning: ")) == 1
     errors = ended.lines("error: ")
     data = [line for line in errors if "task.hub.path=EdinburghNLP/xsum" in line and "task.data_files=FILE" in line]
-    (model,) = [line for line in errors if "model=gemma_7b" in line]
-    assert "google/gemma-7b" in model
-    assert "https://huggingface.co/google/" in model
-    assert (len(errors), len(data)) == (3, 2)
-    assert len(list(out.rglob("record.json"))) == len(list(out.rglob("samples.jsonl"))) == 1, "what needs no hub"
+    gated = [line for line in errors if "model=gemma_7b" in line and "https://huggingface.co/google/gemma-7b" in line]
+    assert [len(found) for found in (errors, data, gated)] == ([4, 2, 2] if prefetch else [3, 2, 1])
+    if prefetch:
+        assert ended.out.count("model=random_tiny: random weights, nothing to fetch") == 2
+        assert ended.out.count("task=briefs: data at hand") == 2
+        assert not out.exists()
+    else:  # what needs no hub
+        assert len(list(out.rglob("record.json"))) == len(list(out.rglob("samples.jsonl"))) == 1
 
 
-def test_no_room_for_the_record_leaves_none(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_the_record_leaves_none(call: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = Path.replace
 
     def full(self: Path, target: Path) -> Path:

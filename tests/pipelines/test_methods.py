@@ -1,7 +1,5 @@
 """Which methods a call compares, and which runs are the same run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +11,9 @@ from omegaconf import OmegaConf
 
 from griffin import DENSE, METHODS, Method
 from pipelines.composition import CONF
+from pipelines.config import RunConfig
 from pipelines.method_keys import AXES
-from pipelines.methods import described, evaluation, identity, run_config
+from pipelines.methods import described, evaluation, identity, run_config, unused
 from pipelines.sweeps import ManifestEntry
 
 BASE = ["model=random_tiny", "limit=3"]
@@ -27,10 +26,11 @@ def only_identity(*overrides: str, device: str = "cpu") -> dict[str, Any]:
     return identity(config, method, device)
 
 
-def only_evaluation(*overrides: str) -> dict[str, Any]:
-    config = composed(*BASE, *overrides)
-    (method,) = config.methods()
-    return evaluation(config, method, "a device")
+def only_evaluation(config: RunConfig) -> dict[str, Any]:
+    """That of all methods of a call."""
+    found = [evaluation(config, method, "a device") for method in config.methods()]
+    assert found == found[:1] * len(found)
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,7 @@ def only_evaluation(*overrides: str) -> dict[str, Any]:
     [
         ("statistic=wanda sparsity=0.25", [Method("wanda", sparsity=0.25)]),
         ("sparsity=[0.5,0,0.25]", [Method(sparsity=(0.5, 0, 0.25))]),
-        (
-            "grid.statistic=[griffin,wanda] grid.sparsity=[0.5,0.75]",
-            [Method(name, sparsity=share) for name in ("griffin", "wanda") for share in (0.5, 0.75)],
-        ),
         ("grid.sparsity=[0.3,0.6] statistic=wanda", [Method("wanda", sparsity=share) for share in (0.3, 0.6)]),
-        (
-            "grid.selection=[topk,sample] grid.draft_tokens=[2,4] verification=exact",
-            [Method("griffin", s, verification="exact", draft_tokens=k) for s in ("topk", "sample") for k in (2, 4)],
-        ),
         (  # what cannot learn is left out
             "grid.compensation=[none,ridge] grid.refresh=[none,compensation]",
             [Method(), Method(**RIDGE), Method(**RIDGE, refresh="compensation")],
@@ -63,15 +55,10 @@ def only_evaluation(*overrides: str) -> dict[str, Any]:
             "grid.verification=[none,exact] grid.draft_tokens=[3,4] grid.sparsity=[0,0.5]",
             [DENSE, Method(), *(Method(verification="exact", draft_tokens=k) for k in (3, 4))],
         ),
-        ("method=recipe", [METHODS["recipe"]]),
         ("method=recipe verification=exact budget=uniform quantization=int4", [METHODS["exact"]]),
         (
             "method=recipe sparsity=0.7 grid.budget=[uniform]",
             [Method("joint", "topk", 0.7, "ridge", "uniform", "compensation")],
-        ),
-        (
-            "grid.method=[dense,griffin,recipe,exact]",
-            [DENSE, *(METHODS[name] for name in ("griffin", "recipe", "exact"))],
         ),
         (  # dense once
             "grid.method=[recipe,dense,magnitude] grid.sparsity=[0,0.5,0.7] selection=sample",
@@ -120,28 +107,15 @@ def test_a_record_says_its_method_in_words_and_settings() -> None:
     assert pruned == settings | {"label": "joint+ridge shared 70%", "family": "joint+ridge shared"}
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("statistic=wanda", "compensation=ridge", "mode=masked", "shared_experts=true"),
-        *("verification=exact draft_tokens=3", "verification=threshold verification_threshold=0.3"),
-    ],
-)
-def test_the_method_and_what_changes_no_result_are_no_part_of_the_evaluation(override: str) -> None:
-    assert only_evaluation(*override.split()) == only_evaluation(
-        "output_dir=elsewhere", "offload_dense=true", "sparsity=0"
-    )
-
-
 def test_an_evaluation_is_flat_and_has_the_data_by_its_content() -> None:
-    found = only_evaluation("offset=1")
+    found = only_evaluation(composed(*BASE, "offset=1"))
     assert {type(value) for value in found.values()} <= {str, int, float, bool, list, type(None)}
     assert (found["model.name"], found["task.name"], found["offset"], found["limit"]) == ("random_tiny", "briefs", 1, 3)
     assert found["device"] == "a device"
     assert found["task.embedded"].startswith("sha256:")
-    only_of_times = {*only_evaluation("task=latency")} - {*only_evaluation("task=flocking")}
-    assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= only_of_times
-    assert only_evaluation("task.shots=0")["task.embedded_shots"] is None, "no shots are read"
+    timed, other = ({*only_evaluation(composed(*BASE, f"task={task}"))} for task in ("latency", "flocking"))
+    assert {"platform", "cpus", "offload_dense", "cpu_onednn"} <= timed - other
+    assert only_evaluation(composed(*BASE, "task.shots=0"))["task.embedded_shots"] is None, "no shots are read"
 
 
 # What is called, and what more makes the same run of it.
@@ -151,45 +125,59 @@ SAME = {
         *("model.licence_gate=https://example.org", "offload_dense=true", "cpu_onednn=false", "sparsity=0.50"),
         *("device=cpu", "mode=compact"),  # what auto stands for
         *("grid.sparsity=[0.5]", "grid.statistic=[griffin]"),
-        *("draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"),  # it has no drafts
     ],
+    "sparsity=0": ["method=recipe sparsity=0", "sparsity=[0,0,0]", "sparsity=0.0"],
+}
+# What is told, too, to change nothing.
+IDLE = {
+    "": ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"],  # it has no drafts
     "sparsity=0": [  # a dense run has no method
-        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "method=recipe sparsity=0"),
-        *("mode=masked", "shared_experts=true", "sparsity=[0,0,0]", "sparsity=0.0"),
+        *("statistic=wanda", "selection=sample", "compensation=ridge", "budget=late", "draft_tokens=3"),
+        *("mode=masked", "shared_experts=true"),
     ],
+    "task=flocking": ["sparsity=0.7", "method=recipe", "grid.statistic=[wanda]"],
     "verification=exact": ["verification_threshold=0.3"],
+    "grid.statistic=[griffin]": ["statistic=wanda"],  # the grid's are taken
+}
+# What makes another run, by another method in the same evaluation; and what makes another evaluation.
+METHOD = {
+    "": [
+        *("sparsity=0.25", "sparsity=[0.5,0.5,0.5]", "statistic=wanda", "compensation=ridge", "budget=late"),
+        *("method=recipe", "selection=sample", "shared_experts=true", "mode=masked"),
+        *("verification=exact draft_tokens=3", "verification=threshold verification_threshold=0.3", "sparsity=0"),
+    ],
+    "sparsity=0 assistance=prompt_lookup": ["draft_tokens=3"],
+    "verification=exact": ["draft_tokens=3", "draft_vocabulary=full"],
+    "verification=threshold": ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"],
+    "grid.verification=[exact,none]": ["draft_tokens=3"],  # some of the call's methods draft
+    "grid.verification=[threshold,exact]": ["verification_threshold=0.3"],
+    "grid.sparsity=[0.5,0]": ["shared_experts=true"],
 }
 OTHER = {
     "": [
-        *("seed=1", "limit=4", "offset=1", "batch_size=2", "batch_size=auto", "shared_experts=true", "mode=masked"),
-        *("sparsity=0.25", "sparsity=[0.5,0.5,0.5]", "statistic=wanda", "compensation=ridge", "budget=late"),
-        *("method=recipe", "verification=exact", "selection=sample"),
+        *("seed=1", "limit=4", "offset=1", "batch_size=2", "batch_size=auto"),
         *("model.dtype=bfloat16", "model.add_bos_token=true", "model.revision=v2"),
         *("model.architecture.hidden_size=128", "task.max_new_tokens=7", "task.shots=0", "task.stop=END"),
         *("task.instruction=Shorter", "task.decoding=reference_sampling"),
     ],
     "sparsity=0": ["seed=1", "batch_size=2", "task.max_new_tokens=7", "model.dtype=bfloat16"],
-    "sparsity=0 assistance=prompt_lookup": ["draft_tokens=3"],
-    "verification=exact": ["draft_tokens=3", "draft_vocabulary=full"],
-    "verification=threshold": ["draft_tokens=3", "draft_vocabulary=full", "verification_threshold=0.3"],
+    "task=flocking": ["limit=4", "offset=3"],
     "task=latency": ["cpu_onednn=false"],
 }
+CHANGES = [(table, call, more) for table in (SAME, IDLE, METHOD, OTHER) for call in table for more in table[call]]
 
 
-@pytest.mark.parametrize(("call", "more"), [(call, more) for call in SAME for more in SAME[call]])
-def test_what_changes_no_result_changes_no_identity(call: str, more: str) -> None:
-    assert only_identity(*call.split(), *more.split()) == only_identity(*call.split())
+@pytest.mark.parametrize(("table", "call", "more"), CHANGES, ids=[f"{call} {more}" for _, call, more in CHANGES])
+def test_what_makes_another_run_and_another_evaluation(table: dict[str, list[str]], call: str, more: str) -> None:
+    before, after = (composed(*BASE, *call.split(), *added.split()) for added in ("", more))
+    runs = [[identity(config, method, "cpu") for method in config.methods()] for config in (before, after)]
+    assert (runs[0] == runs[1]) == (table in (SAME, IDLE))
+    assert (only_evaluation(before) == only_evaluation(after)) == (table is not OTHER)
+    assert unused([*more.split(), "output_dir=x"], after) == ([more] if table is IDLE else [])
 
 
-@pytest.mark.parametrize(("call", "more"), [(call, more) for call in OTHER for more in OTHER[call]])
-def test_what_changes_the_result_changes_the_identity(call: str, more: str) -> None:
-    assert only_identity(*call.split(), *more.split()) != only_identity(*call.split())
-
-
-def test_a_grids_point_is_the_same_run_as_a_call_for_it_alone() -> None:
-    grid = composed(*BASE, "grid.statistic=[griffin,wanda]", "grid.sparsity=[0,0.5]")
-    alone = [["sparsity=0"], ["statistic=griffin", "sparsity=0.5"], ["statistic=wanda", "sparsity=0.5"]]
-    assert [identity(grid, method, "cpu") for method in grid.methods()] == [only_identity(*one) for one in alone]
+def test_limits_are_told_to_change_no_times() -> None:
+    assert unused(["limit=3", "seed=1"], composed(*BASE, "task=latency")) == ["limit=3"]
 
 
 @pytest.mark.parametrize("key", ["task.data_files", "task.shots_file"])

@@ -1,8 +1,7 @@
-"""The project as a whole: a copy whose method has one axis more, by the lines that docs/development.md shows; the
-package as pip installs it; and which module imports which, without circles, each outside tool in one place.
+"""The project as a whole: presets from the command line; a copy whose method has one axis more, by the lines that
+docs/development.md shows; the package as pip installs it; and which module imports which, without circles, each outside
+tool in one place.
 """
-
-from __future__ import annotations
 
 import ast
 import re
@@ -14,7 +13,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from calling import REPOSITORY, command, process, read_record, run_folder, run_folders, tiny
+from benchmark import PAPER, SHAPES
+from calling import REPOSITORY, command, composed, process, read_record, run_folder, run_folders, tiny, write_rows
+
+from analysis.contents import make_report
 
 PACKAGES = ("griffin", "pipelines", "analysis", "conf", "hydra_plugins")
 ORDINARY = ["grid.sparsity=[0,0.5]", "limit=2"]
@@ -88,17 +90,6 @@ def test_a_wheel_runs_from_any_folder(tmp_path: Path) -> None:
     assert record["environment"]["git_commit"] is None, "it ran from the clone"
 
 
-FILES = {
-    path.relative_to(REPOSITORY): path
-    for folder in ("pipelines", "hydra_plugins/griffin_sweeps")
-    for path in (REPOSITORY / folder).rglob("*.py")
-}
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-
-
 def imported_names(path: Path) -> set[str]:
     """What a file imports: `from a import b` is both a and a.b, because b may be a module."""
     names: set[str] = set()
@@ -110,7 +101,11 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-IMPORTS = {module_name(relative): imported_names(path) for relative, path in FILES.items()}
+IMPORTS = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): imported_names(path)
+    for folder in ("pipelines", "hydra_plugins/griffin_sweeps")
+    for path in (REPOSITORY / folder).rglob("*.py")
+}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -132,3 +127,44 @@ def test_a_tool_is_imported_in_one_place_of_the_pipeline(tool: str, places: list
         if module.startswith("pipelines.") and any(name.partition(".")[0] == tool for name in names)
     ]
     assert sorted(importing) == places
+
+
+# One file serves all tasks: each reads its own fields.
+ROW = {
+    "question": "A boat carries 4 crates and 3 more are loaded. How many crates are on it?",
+    "answer": "4 + 3 = 7\n#### 7",
+    "document": "The ferry was late again on Monday.",
+    "summary": "A late ferry.",
+    "prompt": 'def half(number):\n    """Half of an even number."""\n',
+    "entry_point": "half",
+    "canonical_solution": "    return number // 2\n",
+    "test": "def check(candidate):\n    assert candidate(4) == 2\n",
+}
+METHODS = 1 + 9 * 4  # dense; six of prompts and three of tokens at four sparsities
+
+
+def test_the_preset_runs_and_its_report_says_how_far_each_method_goes(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [ROW | {"id": str(number)} for number in range(4)])
+    shared = ["experiment=critical_sparsity", "limit=4", "wandb.mode=disabled", f"output_dir={tmp_path / 'out'}"]
+    shared += [f"task.data_files={data}", "task.chat_template=true", "task.max_new_tokens=4"]
+    both = process(command(*shared, f"task.shots_file={data}"), tmp_path, timeout=280, HF_HUB_OFFLINE="1")
+    assert both.code == 0, both.err
+    code = ["task=humaneval", "grid.sparsity=[0,0.5]"]
+    refused = process(command(*shared, *code), tmp_path)
+    refused.refused("error: task.allow_code_execution=false")
+    allowed = process(command(*shared, *code, "task.allow_code_execution=true"), tmp_path, timeout=280)
+    assert allowed.code == 0, allowed.err
+
+    folders = run_folders(tmp_path / "out")
+    assert len(folders) == 2 * METHODS + 1 + 9
+    assert {read_record(folder)["metrics"]["samples"] for folder in folders} == {4}
+    report = make_report(str(tmp_path / "out"))
+    (table,) = [table for table in report.tables if table.name == "critical_sparsity"]
+    assert len(table.rows) == 3 * 9
+    (group,) = [group for group in report.groups if group.title == "Quality against bytes of weights per token"]
+    assert len(group.drawings) == 3
+
+
+@pytest.mark.parametrize("shape", PAPER)
+def test_the_benchmark_times_the_same_shapes(shape: str) -> None:
+    assert composed(f"model=random_{shape}").model.architecture == SHAPES[shape]

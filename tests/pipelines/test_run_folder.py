@@ -1,26 +1,38 @@
-"""Run folders: their names, one writer each, samples that survive a crash, and records with what they are to say."""
-
-from __future__ import annotations
+"""Run folders: their names, one writer each, samples that survive a crash; what a record says and comes from."""
 
 import errno
 import json
 import math
 import os
 import re
-import statistics
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from calling import ran, read_record, tiny, tiny_task
+from calling import (
+    REPOSITORY,
+    Entry,
+    command,
+    composed,
+    cut_off,
+    process,
+    ran,
+    read_record,
+    run_folder,
+    saved_model,
+    tiny,
+)
 
 from analysis.runs import read_run_folders
 from pipelines import status
 from pipelines.errors import UserError
-from pipelines.records import mean_and_stderr
+from pipelines.methods import identity
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.summary import tables
 
@@ -38,20 +50,9 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("other", "same"),
-    [
-        ({"c": None, "a": {"b": 1}}, True),
-        ({"a": {"b": 2}, "c": None}, False),
-        ({"a": {"b": "1"}, "c": None}, False),
-        ({"a": {"c": 1}, "c": None}, False),
-        ({"a": {"b": 1}}, False),
-    ],
-)
-def test_a_run_id_is_a_function_of_the_identity(other: dict[str, object], same: bool) -> None:
-    name = run_id("words", {"a": {"b": 1}, "c": None})
-    assert name.startswith("words-")
-    assert (run_id("words", other) == name) == same
+def test_the_order_of_an_identity_does_not_matter_to_its_run_id() -> None:
+    one, other = {"a": {"b": 1}, "c": None}, {"c": None, "a": {"b": 1}}
+    assert run_id("words", one) == run_id("words", other) != run_id("words", one | {"c": "None"})
 
 
 @pytest.mark.parametrize("name", ["owner/name", "../../up", "a b: c", "long" * 60])
@@ -82,16 +83,21 @@ def test_from_a_damaged_line_on_samples_are_cut_off(garbage: bytes, folder: RunF
     assert path.read_bytes() == lines[0]
 
 
-def test_a_folder_has_one_writer(folder: RunFolder, tmp_path: Path) -> None:
-    other = RunFolder(tmp_path, "a-run")
-    assert not other.held()
-    assert folder.claim()
-    assert other.held()
-    assert not other.claim(wait_seconds=0)
-    folder.release()
-    assert not other.held()
-    assert other.claim()
-    other.release()
+def test_of_samples_that_were_cut_off_at_any_byte_the_whole_ones_stay(folder: RunFolder) -> None:
+    path = folder.path / "samples.jsonl"
+    content = path.read_bytes()
+    for size in range(len(content), -1, -1):
+        path.write_bytes(content[:size])
+        assert folder.samples() == SAMPLES[: content[:size].count(b"\n")]
+        assert content.startswith(path.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+def test_a_sample_without_its_arrays_is_none(damage: Callable[[Path], object], folder: RunFolder) -> None:
+    folder.append([{"index": index, "arrays": {"scores": np.ones(3)}} for index in (3, 4)])
+    assert len(folder.samples()) == 5
+    damage(folder.path / "arrays" / "4.npz")
+    assert [sample["index"] for sample in folder.samples()] == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's files need root")
@@ -111,16 +117,6 @@ def test_a_folder_of_another_user_is_held_only_by_a_process() -> None:
             finally:
                 os.seteuid(0)
     assert held == [True, False]
-
-
-def test_no_lock_stays_beside_a_record(folder: RunFolder, tmp_path: Path) -> None:
-    folder.claim()
-    folder.release()
-    assert (folder.path / ".lock").exists(), "whoever waits for it must find the same file"
-    folder.claim()
-    folder.finish("cpu", config={"seed": 0})
-    folder.release()
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
 
 
 def test_a_file_system_without_locks_is_refused(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,41 +159,12 @@ def test_a_record_makes_a_run_finished(folder: RunFolder) -> None:
     assert json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n" == text
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[: len(content) // 2],
-        lambda content: content[:-3],
-        lambda content: b"\x00" * len(content),
-        lambda content: b"\xff" + content,
-        lambda content: b"[]",
-        lambda content: content.replace(b'"finished"', b'"running"'),
-    ],
-)
-def test_a_damaged_record_counts_as_unfinished(damage: Callable[[bytes], bytes], folder: RunFolder) -> None:
-    folder.finish("cpu", config={"seed": 0}, metrics={"rouge1": 1.5})
-    path = folder.path / "record.json"
-    path.write_bytes(damage(path.read_bytes()))
-    assert folder.record() is None
-
-
-@pytest.mark.parametrize("values", [[1.0, 2.0], [0.0, 0.0, 3.0], [17.25, 3.5, 9.0, 41.125, 0.0]])
-def test_mean_and_standard_error_are_the_textbooks(values: list[float]) -> None:
-    mean, stderr = mean_and_stderr(values)
-    assert mean == pytest.approx(np.mean(values))
-    assert mean_and_stderr(values[:1]) == (values[0], 0.0)
-    with pytest.raises(ValueError, match="no values"):
-        mean_and_stderr([])
-    assert stderr == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_is_no_finite_number_is_a_result(broken: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda *_, **__: torch.tensor([1.0, broken]))
-    (folder,) = ran(*tiny_task("perplexity", tmp_path / "out", "limit=2"))
+    (folder,) = ran(*tiny(tmp_path / "out", "limit=2", task="perplexity"))
     for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        assert json.loads(line, parse_constant=pytest.fail)["nll"] == {"p12_g5": {"float": str(broken)}}
+        assert json.loads(line, parse_constant=pytest.fail)["nll"] == {"p12_g9": {"float": str(broken)}}
     json.loads((folder / "record.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     (record,) = read_run_folders([tmp_path / "out"]).records
     assert str(record["metrics"]["perplexity"]) == str(broken)
@@ -205,3 +172,88 @@ def test_what_is_no_finite_number_is_a_result(broken: float, tmp_path: Path, mon
     assert f"{broken:.2f}" in "".join(tables([("dense", record)]))
     (row,) = status.read(tmp_path / "out")
     assert row.state == status.DONE
+
+
+def test_a_record_says_when_it_ran_on_what_and_by_which_code(tmp_path: Path) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    (folder,) = ran(*tiny(tmp_path / "out"))
+    record = read_record(folder)
+    for values in (record["metrics"], record["timing"]):
+        assert values
+        assert all(type(value) in (int, float) and math.isfinite(value) for value in values.values())
+    assert {"rouge1", "rouge2", "rougeL", "samples", "skipped_prompts"} < set(record["metrics"])
+    found = record["environment"]
+    assert all(found[name] for name in ("python", "torch", "transformers", "rouge-score", "griffin-pruning", "device"))
+    started, finished = (
+        datetime.strptime(found[key], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) for key in ("started", "finished")
+    )
+    assert before <= started <= finished <= datetime.now(UTC)
+    assert record["timing"]["duration_seconds"] >= record["timing"]["seconds"] > 0
+    assert found["processor"]
+    assert found["cpus"] == os.cpu_count()
+    assert found["memory_bytes"] > 2**28
+    checkout = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if checkout.returncode == 0:
+        assert found["git_commit"] == checkout.stdout.strip()
+        assert found["git_clean"] in (True, False)
+
+
+def test_a_resumed_run_tells_what_else_it_comes_from(tmp_path: Path) -> None:
+    # The hub's own cache, without the hub.
+    cache = tmp_path / "hub" / "models--owner--name"
+    first, second = cache / "snapshots" / ("a" * 40), cache / "snapshots" / ("b" * 40)
+    shutil.copytree(saved_model(first), second)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first.name)
+    overrides = tiny(tmp_path / "out", "model=llama3_8b", "model.dtype=float32", "model.repo=owner/name")
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ended = process(command(*overrides), tmp_path, **offline)
+    assert (ended.code, ended.lines("warning: ")) == (0, [])
+    folder = run_folder(tmp_path / "out")
+    assert read_record(folder)["environment"]["model_revision"] == first.name
+    cut_off(folder, 1)
+    earlier = {"git_commit": "an earlier one", "model_revision": first.name}
+    (folder / "state.json").write_text(json.dumps({"versions": [earlier], "started": "2026-01-01T00:00:00Z"}))
+    (cache / "refs" / "main").write_text(second.name)
+    ended = process(command(*overrides), tmp_path, **offline)
+    (warning,) = ended.lines("warning: ")
+    assert "instead of an earlier one" in warning
+    assert f"model_revision {second.name} instead of {first.name}" in warning
+    found = read_record(folder)["environment"]
+    assert found["model_revision"] == second.name
+    assert found["earlier_versions"] == [earlier]
+    assert found["started"] == "2026-01-01T00:00:00Z", "when it first began"
+    record = (folder / "record.json").read_text()  # contradicted by its samples, from which it is made again
+    changed = record.replace(found["torch"], "0.0").replace('"rouge1": ', '"rouge1": 1')
+    (folder / "record.json").write_text(changed)
+    ended = process(command(*overrides), tmp_path, **offline)
+    assert "torch " + found["torch"] + " instead of 0.0" in ended.lines("warning: ")[0]
+
+
+def test_a_models_folder_counts_by_its_content(tmp_path: Path) -> None:
+    def named(folder: Path) -> str:
+        config = composed("model=llama3_8b", f"model.repo={folder}")
+        return run_id("", identity(config, config.methods()[0], "cpu"))
+
+    one = saved_model(tmp_path / "one")
+    (one / "README.md").touch()  # which loading passes over
+    other = shutil.copytree(one, tmp_path / "other")
+    (other / "README.md").write_text("A model.")
+    assert named(one) == named(other)
+    content = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert named(one) != named(other)
+
+
+def test_idle_keys_are_told_and_tags_can_be_added_later(call: Entry, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = call(*tiny(out, "tags=[first]", "sparsity=0", "statistic=wanda"))
+    assert first.lines("note: ") == ["note: statistic=wanda changes nothing in this call"]
+    record = read_record(run_folder(out))
+    ended = call(*tiny(out, "tags=[first,paper]", "sparsity=0"))
+    assert "finished before, skipped; tags added: paper" in ended.err
+    changed = read_record(run_folder(out))
+    assert changed["config"]["tags"] == ["first", "paper"]
+    assert changed["metrics"] == record["metrics"]
+    again = call(*tiny(out, "tags=[paper]", "sparsity=0"))
+    assert "tags added" not in again.err

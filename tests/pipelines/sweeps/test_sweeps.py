@@ -1,21 +1,17 @@
 """Sweeps: what is planned, grouped, skipped and told; a worker that dies takes nobody with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
-from calling import Outcome, command, composed, read_record, read_samples, run_folders, tiny, tiny_task
-from hydra import compose, initialize_config_dir
+from calling import Entry, by_hydra, command, composed, read_record, read_samples, run_folders, tiny
 
-from pipelines import composition, models, status
+from pipelines import models, status
 from pipelines.composition import CONF
 from pipelines.run_folder import RunFolder
 from pipelines.sweeps import FAILED, ManifestEntry
@@ -25,16 +21,9 @@ LAUNCHERS = sorted(path.stem for path in (CONF / "launcher").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-def hydra_of(launcher: str) -> dict[str, Any]:
-    """What `hydra` composes to."""
-    composition.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return dict(compose("config", overrides=[f"launcher={launcher}"], return_hydra_config=True).hydra)
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_composes_requeues_and_names_no_site(launcher: str) -> None:
-    composed_hydra = hydra_of(launcher)
+    composed_hydra = by_hydra([f"launcher={launcher}"], return_hydra_config=True).hydra
     preset, mode = composed_hydra["launcher"], composed_hydra["mode"]
     # Else `launcher=slurm` without -m would load the model on the login node.
     assert (mode and mode.name) == (None if launcher == "local" else "MULTIRUN")
@@ -50,7 +39,7 @@ def test_every_launcher_composes_requeues_and_names_no_site(launcher: str) -> No
     assert [text for text in texts if "override /launcher" in text or "launcher:" in text] == []
 
 
-def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_sweep_tells_what_became_of_each_point(call: Entry, tmp_path: Path) -> None:
     swept = call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5,1", "batch_size=1,0"))
     assert swept.code == 1
     table = swept.out.split("\n\n")[-2]
@@ -66,7 +55,7 @@ def test_a_sweep_tells_what_became_of_each_point(call: Callable[..., Outcome], t
     assert (again.code, again.out.splitlines()[-1]) == (1, "2 skipped, 4 failed")
 
 
-def test_nothing_is_planned_where_a_point_cannot_be_composed(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_nothing_is_planned_where_a_point_cannot_be_composed(call: Entry, tmp_path: Path) -> None:
     call("-m", *tiny(tmp_path / "out", "model=random_tiny,foo")).refused("model=foo")
     assert not (tmp_path / "out").exists()
 
@@ -75,7 +64,7 @@ def group_of(output_dir: Path) -> set[str]:
     return {read_record(folder)["config"]["wandb"]["group"] for folder in run_folders(output_dir)}
 
 
-def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_the_runs_of_a_sweep_are_one_group(call: Entry, tmp_path: Path) -> None:
     call("-m", *tiny(tmp_path / "first", "sparsity=0,0.5", "seed=0,1", rows=1, tokens=1))
     call("-m", *tiny(tmp_path / "second", "seed=0,1", "sparsity=0,0.5", "launcher=local", rows=1, tokens=1))
     call("-m", *tiny(tmp_path / "third", "sparsity=0,0.25", "seed=0,1", rows=1, tokens=1))
@@ -86,7 +75,7 @@ def test_the_runs_of_a_sweep_are_one_group(call: Callable[..., Outcome], tmp_pat
     assert third != first
     assert group_of(tmp_path / "named") == {"mine"}
     options = ["experiment=paper_lengths", "limit=1", "grid.sparsity=[0]", "seed=0,1"]
-    assert call("-m", *tiny_task("perplexity", tmp_path / "preset", *options)).code == 0
+    assert call("-m", *tiny(tmp_path / "preset", *options, task="perplexity")).code == 0
     assert group_of(tmp_path / "preset") == {"paper_lengths"}
 
 
@@ -105,25 +94,8 @@ def test_another_launcher_may_mean_another_device(tmp_path: Path) -> None:
     assert (status.state, status.folder) == (FAILED, None), "what another device made is not this point's"
 
 
-def test_nothing_that_a_sweep_leaves_names_secrets_or_the_host(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = "7261" * 10
-    variables = {"WANDB_API_KEY": key, "HF_TOKEN": "hf_secret7261", "HOSTNAME": "machine7261"}
-    variables |= dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), "person7261")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("platform.node", lambda: "machine7261")
-    monkeypatch.setattr("socket.gethostname", lambda: "machine7261")
-    assert call("-m", *tiny(tmp_path / "out", "sparsity=0,0.5")).code == 0
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {"multirun.yaml", "record.json"} <= {path.name for path in files}
-    for word in (key, "hf_secret7261", "person7261", "machine7261"):
-        assert [path for path in files if word.encode() in path.read_bytes()] == []
-
-
 def test_points_are_written_down_for_reading_before_the_first_one_runs(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     read = generation.read
@@ -143,7 +115,7 @@ def test_points_are_written_down_for_reading_before_the_first_one_runs(
 
 
 def test_a_model_is_gone_before_the_next_one_is_loaded(
-    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
     alive: list[int] = []

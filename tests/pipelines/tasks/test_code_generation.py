@@ -1,13 +1,11 @@
 """HumanEval: which program an answer becomes, and how it is judged."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from calling import composed, ran, read_record, read_samples, write_rows
+from calling import composed, ran, read_record, read_samples, tiny, write_rows
 
 from pipelines.data import read_jsonl
 from pipelines.tasks.code_execution import run_program
@@ -31,7 +29,6 @@ ROW = {
     "canonical_solution": "    return number // 2\n",
     "test": TEST,
 }
-ALLOWED = "task.allow_code_execution=true"
 
 
 def problem(row: dict[str, str] = ROW, chat: bool = False) -> Problem:
@@ -97,8 +94,8 @@ def test_canonical_solutions_pass_and_broken_ones_are_judged_as_by_hand(tmp_path
 
 def options(folder: Path, *more: str) -> list[str]:
     data = write_rows(folder / "problems.jsonl", [ROW, ROW | {"task_id": "own/1"}])
-    plain = ["model=random_tiny", "task=humaneval", f"task.data_files={data}", "task.max_new_tokens=8", ALLOWED]
-    return [*plain, f"output_dir={folder / 'out'}", "wandb.mode=disabled", *more]
+    own = [f"task.data_files={data}", "task.max_new_tokens=8", "task.allow_code_execution=true"]
+    return tiny(folder / "out", *own, *more, task="humaneval")
 
 
 def test_a_run_judges_every_problem_under_every_method(tmp_path: Path) -> None:

@@ -1,22 +1,17 @@
 """Verified runs: their texts, what their records say of drafts, and what is predicted of them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Outcome, composed, cut_off, ran, read_record, read_samples, texts, timeless, tiny
+from calling import Entry, composed, ran, read_record, read_samples, saved_model, texts, tiny
 
 from griffin import DraftStatistics
 from pipelines.errors import UserError
-from pipelines.models import load
 from pipelines.records import check_costs
 from pipelines.tasks.answers import drafting_metrics, drafting_part, learning_overhead, predicted, rounds
 from pipelines.tasks.latency import WIDTHS
 
-SAMPLED = "task.decoding=reference_sampling"
 METRICS = ("acceptance_rate", "tokens_per_check", "effective_density", "predicted_speedup")
 
 
@@ -76,10 +71,7 @@ def test_drafts_that_are_looked_up(overrides: str, tmp_path: Path) -> None:
 
 def test_a_small_model_as_the_draft(tmp_path: Path) -> None:
     """A model assisted by itself has all of its drafts accepted, at the price of two models."""
-    folder = tmp_path / "model"
-    loaded = load(composed("model=random_tiny").model, "cpu", 0)
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    folder = saved_model(tmp_path / "model")
     local = ["model=qwen3_8b", f"model.repo={folder}", "model.dtype=float32"]
     assistance = ["sparsity=0", "assistance=model", f"assistant={folder}", "draft_tokens=4"]
     record, _ = with_drafts(tmp_path, local, *assistance, tokens=16)
@@ -88,40 +80,9 @@ def test_a_small_model_as_the_draft(tmp_path: Path) -> None:
     assert record["metrics"]["effective_density"] == pytest.approx(1.0, abs=0.3)  # a draft costs what a check does
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        [SAMPLED],
-        ["grid.verification=[threshold]", "draft_tokens=2", SAMPLED],
-        ["compensation=ridge", "grid.refresh=[none,compensation]"],
-    ],
-)
-def test_a_verified_run_that_was_cut_off_ends_as_undisturbed(overrides: list[str], tmp_path: Path) -> None:
-    grid = ["grid.verification=[none,exact]", "grid.sparsity=[0,0.5]", *overrides]  # the later one wins
-    options = tiny(tmp_path / "out", *grid, rows=4, tokens=14)
-    folders = ran(*options)
-    whole = [timeless(folder) for folder in folders]
-    for kept in ((0, 1, 2, 3, 1), (3, 2, 1, 0, 2)):
-        for folder, count in zip(folders, kept, strict=False):
-            cut_off(folder, count)
-        ran(*options)
-        assert [timeless(folder) for folder in folders] == whole
-
-
-def test_sampled_texts_of_verified_rows_depend_on_seed_and_prompt_only(tmp_path: Path) -> None:
-    def sampled(name: str, *overrides: str, rows: int = 4) -> list[str]:
-        (folder,) = ran(*tiny(tmp_path / name, SAMPLED, "verification=exact", *overrides, rows=rows))
-        return texts(folder)
-
-    alone = sampled("alone")
-    assert sampled("two", rows=2) == alone[:2]
-    assert sampled("other", "seed=1") != alone
-
-
 def test_questions_are_answered_as_by_the_dense_model(tmp_path: Path) -> None:
-    plain = ["model=random_tiny", "task=briefs_qa", "limit=2", f"output_dir={tmp_path}", "wandb.mode=disabled"]
-    dense, pruned, verified = ran(*plain, "grid.sparsity=[0,0.5]", "grid.verification=[none,exact]")
+    grid = ["grid.sparsity=[0,0.5]", "grid.verification=[none,exact]"]
+    dense, pruned, verified = ran(*tiny(tmp_path / "out", *grid, task="briefs_qa", rows=2))
     answers = [[sample["answers"] for sample in read_samples(folder)] for folder in (dense, verified)]
     assert answers[0] == answers[1]
     assert {*METRICS} & {*read_record(pruned)["metrics"]} == {"effective_density"}
@@ -129,7 +90,7 @@ def test_questions_are_answered_as_by_the_dense_model(tmp_path: Path) -> None:
     assert all(sample["drafting"]["checks"] > 0 for sample in read_samples(verified))
 
 
-def test_the_table_has_drafts_where_there_are_some(call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_the_table_has_drafts_where_there_are_some(call: Entry, tmp_path: Path) -> None:
     assert "tokens/check" not in call(*tiny(tmp_path / "out")).out
     assert "tokens/check" in call(*tiny(tmp_path / "out", "verification=exact")).out
 

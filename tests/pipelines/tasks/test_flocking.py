@@ -1,27 +1,20 @@
 """Flocking: the measures by their formulas, the runs by the model's own activations."""
 
-from __future__ import annotations
-
 import itertools
 import math
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from calling import ARTICLES, Outcome, composed, ran, read_record, read_samples, write_rows
+from calling import ARTICLES, Entry, composed, ran, read_record, read_samples, write_rows
 
 import griffin
-from pipelines.errors import UserError
 from pipelines.models import LoadedModel, load
 from pipelines.records import read_arrays
-from pipelines.tasks import flocking
 from pipelines.tasks.flocking import _controls, read
 from pipelines.tasks.flocking_figures import TEXTS, between_sequences, chance, jaccard, sets_of
-from pipelines.tasks.prompts import Evaluation
 from pipelines.tracking import Media
 
 
@@ -166,23 +159,6 @@ def test_controls_have_the_same_tokens_or_none_of_the_special_ones(bos: bool, lo
     assert (permuted, drawn) != _controls(model, ids, 1, 3)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.tasks.flocking.media", lambda *_: Media())  # figures take most of the time
-
-    damages = {"samples.jsonl": lambda content: content[: len(content) // 2], "arrays/0.npz": lambda _: b"PK"}
-    for name in ("samples.jsonl", "arrays/1.npz", "arrays/0.npz"):
-        folder = tmp_path / Path(name).stem / whole.name
-        shutil.copytree(whole, folder)
-        (folder / "record.json").unlink()
-        content = (folder / name).read_bytes()
-        (folder / name).unlink()
-        if name in damages:
-            (folder / name).write_bytes(damages[name](content))
-        assert ran(*options(folder.parent)) == [folder]
-        assert read_record(folder)["metrics"] == read_record(whole)["metrics"]
-        assert [sample["index"] for sample in read_samples(folder)] == [0, 1, 2]
-
-
 def test_a_text_file_is_cut_into_sequences_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.tasks.flocking.media", lambda *_: Media())
     path = tmp_path / "text.txt"
@@ -203,22 +179,8 @@ def test_json_lines_give_a_sequence_a_row_and_short_ones_are_skipped(tmp_path: P
     assert "jaccard_sequences_natural" not in metrics  # takes two
 
 
-def test_the_method_counts_for_nothing(whole: Path, call: Callable[..., Outcome]) -> None:
+def test_the_method_counts_for_nothing(whole: Path, call: Entry) -> None:
     ended = call(*options(whole.parent, "grid.statistic=[magnitude,random]", "grid.sparsity=[0.5,0.75]"))
     assert ended.code == 0
     assert len(ended.lines(str(whole))) == 1  # finished before, skipped
     assert "others' halves" in ended.out
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("task.sequence_length=5000", "the context of random_tiny"),
-        ("task.data_files=TEXT", "the text has 5 tokens, expected at least 48"),
-    ],
-)
-def test_what_the_model_makes_of_a_text_is_told(override: str, words: str, loaded: LoadedModel, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("short", encoding="utf-8")
-    config = composed(*options(tmp_path / "out", override.replace("TEXT", str(tmp_path / "text.txt"))))
-    with pytest.raises(UserError, match=words):
-        list(flocking.evaluate(Evaluation(loaded, config, config.methods(), {}), read(config)))

@@ -1,9 +1,6 @@
 """Classification and question answering through lm-eval, on the embedded articles."""
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from calling import Outcome, composed, cut_off, ran, read_samples
+from calling import composed, cut_off, ran, read_samples, saved_model, tiny
 from lm_eval.models.huggingface import HFLM
 
 import griffin
@@ -29,8 +26,7 @@ DOCUMENTS = 4  # of a run
 
 
 def arguments(out: Path, task: str, *more: str) -> list[str]:
-    plain = ["model=random_tiny", f"task={task}", f"limit={DOCUMENTS}", f"output_dir={out}", "wandb.mode=disabled"]
-    return [*plain, *more]
+    return tiny(out, *more, task=task, rows=DOCUMENTS)
 
 
 # What the YAML file of a task may ask for: stops, here letters that random weights write, and a temperature.
@@ -117,12 +113,9 @@ def test_what_is_neither_greedy_nor_a_temperature_is_refused(
 
 def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
     config, generating = (composed(*arguments(tmp_path, task)) for task in ("briefs_choice", "briefs_qa"))
-    loaded = load(config.model, "cpu", 0)
-    loaded.model.save_pretrained(tmp_path / "model")
-    loaded.tokenizer.save_pretrained(tmp_path / "model")
     results = lm_eval.simple_evaluate(
         model="griffin",
-        model_args=f"pretrained={tmp_path / 'model'},sparsity=0.5,statistic=griffin,dtype=float32",
+        model_args=f"pretrained={saved_model(tmp_path / 'model')},sparsity=0.5,statistic=griffin,dtype=float32",
         tasks=[lm_eval_adapter._build(config.task), lm_eval_adapter._build(generating.task)],
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # an index of thousands of files
         device="cpu",
@@ -139,7 +132,6 @@ def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mistake", "told"),
     [
-        ({"statistic": "grifin"}, "statistic=grifin: expected one of griffin"),
         ({"statistic": "oracle"}, "statistic=oracle: knows the continuation"),
         ({"sparsity": 50}, "sparsity=50: expected 0 <="),
         ({"protocol": "foo"}, "protocol=foo: expected one of paper, continuation"),
@@ -161,17 +153,6 @@ def test_lm_eval_verifies_texts_and_refuses_to_verify_log_likelihoods(tmp_path: 
     assert texts(lm, config) == plain_answers(config)
     with pytest.raises(UserError, match="verification=exact: log-likelihoods cannot be verified"):
         lm._loglikelihood_tokens([])
-
-
-def test_data_of_another_layout_is_told_in_one_line(call: Callable[..., Outcome], tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"goal": "Boil an egg."}\n')
-    ended = call(*arguments(tmp_path / "out", "piqa", f"task.data_files={data}"))
-    assert ended.code == 1
-    (line,) = ended.lines("error: ")
-    assert f"task.data_files={data}" in line
-    assert "Traceback" not in ended.err
-    assert not list((tmp_path / "out").rglob("record.json"))
 
 
 def test_answers_of_every_shape_fit_into_the_table_of_w_and_b(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Tasks of lm-eval as lm-eval runs them: answers, shots, chat templates and filters; how long GSM8K's answers are."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from calling import composed, ran, read_record, read_samples, write_rows
 from lm_eval.models.huggingface import HFLM
 
 import griffin
-from pipelines.composition import Call
-from pipelines.job import attempt
 from pipelines.models import load
 from pipelines.tasks import lm_eval_adapter
 
@@ -128,16 +124,3 @@ def test_a_refreshed_answer_counts_its_dense_steps(tmp_path: Path) -> None:
     assert refreshed["answer_tokens"] == 18
     density, steps, dense = plain["effective_density"], 17, 2  # after 8 and 16 tokens
     assert refreshed["effective_density"] == pytest.approx((dense + (steps - dense) * density) / steps)
-
-
-@pytest.mark.parametrize(
-    ("task", "override", "words"),
-    [
-        ("gsm8k_cot_zeroshot", "task.chat_template=true", "task.chat_template=true: the model has no chat template"),
-        ("gsm8k", "task.shots=8", "task.shots=8"),  # more than there are
-    ],
-)
-def test_what_cannot_be_asked_is_refused(task: str, override: str, words: str, tmp_path: Path) -> None:
-    config = composed(*options(tmp_path, task, "model=random_tiny", override))
-    (status,) = attempt(config, Call((), None, single=True))
-    assert words in str(status.reason)

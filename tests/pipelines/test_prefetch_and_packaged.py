@@ -1,22 +1,54 @@
-"""A real model from a PyPI package: converted once, loaded without a network, pruned end to end."""
-
-from __future__ import annotations
+"""What runs need from the network, fetched beforehand; and a real model from a PyPI package, which needs none."""
 
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calling import REPOSITORY, composed, ran, read_record, read_samples
+from calling import REPOSITORY, composed, tiny, unchecked
 
-import griffin
-from pipelines import models, packaged_models
+from pipelines import models, packaged_models, prefetch
+from pipelines.config import ModelConfig
 from pipelines.errors import UserError
 from pipelines.models import LoadedModel
 from pipelines.packaged_models import cache_dir, converted
+
+
+def test_only_what_is_loaded_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        return "/cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("pipelines.prefetch.prepare_hub", lambda: None)
+    assert prefetch._model(ModelConfig(name="mine", source="hub", repo="owner/name", revision="v1")) == "/cache"
+    assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")
+    assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])  # type: ignore[call-overload]
+
+
+def test_the_assistant_is_fetched_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    models = [f"model.repo={tmp_path / 'large'}", "assistance=model", f"assistant={tmp_path / 'small'}"]
+    prefetch.fetch(unchecked(*tiny(tmp_path / "out", "model=llama3_8b"), "sparsity=0", *models))
+    told = capsys.readouterr().out
+    assert f"model=llama3_8b: {tmp_path / 'large'}, a folder" in told
+    assert f"assistant={tmp_path / 'small'}: {tmp_path / 'small'}, a folder" in told
+
+
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefetch", *tiny(tmp_path / "out", "model=foo")])
+    with pytest.raises(SystemExit, match=r"^error: .*model=foo") as ended:
+        prefetch.main()
+    assert "\n" not in str(ended.value.code)
+    assert not (tmp_path / "out").exists()
+
 
 MODEL = "model=smollm2_135m"
 
@@ -65,28 +97,6 @@ def test_the_model_is_loaded_without_a_network_and_knows_english(smollm2: Loaded
     with torch.no_grad():  # weights read in a wrong order or with a wrong scale still load
         best = smollm2.model(torch.tensor([ids])).logits[0, -1].topk(5).indices
     assert any("Paris" in smollm2.tokenizer.decode(token) for token in best)
-
-
-@pytest.mark.parametrize("mode", griffin.MODES)
-def test_sparsity_zero_is_bit_identical_to_dense(mode: str, smollm2: LoadedModel) -> None:
-    ids = torch.tensor([smollm2.encode("The Suez Canal links the Mediterranean and the Red Sea.")])
-    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    dense = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    with griffin.prune(smollm2.model, sparsity=0.0, mode=mode):
-        pruned = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert torch.equal(pruned.sequences, dense.sequences)
-    assert all(torch.equal(*steps) for steps in zip(pruned.logits, dense.logits, strict=True))
-
-
-def test_half_of_the_neurons_end_to_end(smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.evaluation.kept_model", lambda *_: smollm2)
-    out = tmp_path / "out"
-    options = ["limit=2", "task.max_new_tokens=16", "task.shots=0", f"output_dir={out}", "wandb.mode=disabled"]
-    (folder,) = ran(MODEL, *options)
-    record, samples = read_record(folder), read_samples(folder)
-    assert record["metrics"]["samples"] == 2
-    assert record["metrics"]["rouge1"] > 1, "a real model's summaries share words with the reference"
-    assert [sample["index"] for sample in samples if not 0 < sample["generated_tokens"] <= 16] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
