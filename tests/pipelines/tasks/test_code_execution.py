@@ -77,6 +77,7 @@ def victim() -> Iterator[Path]:
 LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 ATTACKS = [
     "open('{victim}', 'w').write('gone')",
+    "open('{victim}', 'a').write('gone')",
     "open('{victim}').read()",
     "import os; os.remove('{victim}')",
     "import os; os.truncate('{victim}', 0)",
@@ -85,19 +86,24 @@ ATTACKS = [
     "import os; os.rename('{victim}', 'mine')",
     "import os; os.link('{victim}', 'mine'); open('mine', 'w')",
     "import os; os.symlink('{victim}', 'mine'); open('mine', 'w')",
+    "import os; os.chdir('/'); open('{victim}', 'w')",
     "import shutil; shutil.rmtree('{folder}')",
     "import os; open('{folder}/new', 'w')",
     "import os; os.mkdir('{folder}/new')",
     "import pathlib; list(pathlib.Path('{home}').iterdir())",
+    "import os; os.listdir('/')",
     "open('/etc/passwd').read()",
     "open('/proc/self/environ').read()",
     "import os\nwhile True: os.fork()",
+    "import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)",
     "import subprocess; subprocess.Popen(['sleep', '61.25'], start_new_session=True)",
     "import os; os.execv('/bin/sleep', ['sleep', '61.25'])",
+    "import multiprocessing; multiprocessing.Process(target=print).start()",
     "import threading; threading.Thread(target=print).start()",
     "import os; os.kill(os.getppid(), 9)",
     "import os, signal; os.killpg(0, signal.SIGTERM)",
     "import os; os.kill(-1, 9)",
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/')",
     "import socket; socket.create_connection(('127.0.0.1', {port}))",
     "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
     "import socket; socket.socket(socket.AF_UNIX).connect('/run/any')",
@@ -138,7 +144,7 @@ def test_the_system_is_out_of_reach(attack: str, victim: Path) -> None:
         outcome = run_program(attack.format(port=server.getsockname()[1], **places), SECONDS)
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert outcome.reason in ("PermissionError", "OSError", "RuntimeError", "ValueError"), outcome
+    assert outcome.reason in ("PermissionError", "OSError", "RuntimeError", "URLError", "ValueError"), outcome
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert "61.25" not in listed
     after = victim.stat()
@@ -171,8 +177,12 @@ def f(x):
     secret = '86461' * 6
     return int(secret) if any(secret in repr(item) for item in gc.get_objects() if isinstance(item, dict)) else None
 """,
+    "looks for it in memory": """
+def f(x): return int('86461' * 6) if b'86461' * 6 in open('/proc/self/mem', 'rb').read(1) else 0
+""",
     "equals everything": "class A:\n def __eq__(self, other): return True\ndef f(x): return A()",
     "is a number that equals everything": "class A(int):\n def __eq__(self, other): return True\ndef f(x): return A()",
+    "is a list that equals everything": "class A(list):\n def __eq__(self, other): return True\ndef f(x): return A()",
     "changes what is built in": """
 import builtins
 builtins.AssertionError = Exception
