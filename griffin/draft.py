@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from griffin.draft_vocabulary import BEST
 from griffin.engine import Engine
@@ -23,13 +22,6 @@ from griffin.rows import DraftStatistics, Generation, Row, Traffic, traffic
 # Tokens that a fit learns from at a time, at least: their number hardly costs anything (docs/verified-decoding.md).
 LEARN_EVERY = 4
 
-# Of prompt lookup: how many last tokens must have stood before, and how many are drafted where `draft_tokens` is auto.
-_NGRAMS = (3, 2)
-LOOKED_UP = 8
-
-# Tokens and rounds of looked-up drafts that a row starts from.
-_LOOKUP_PRIOR = (6.0, 2.0)
-
 # Of `draft_tokens=auto`: the sums that a row starts from, of the probabilities that the draft gave its tokens, of those
 # accepted, and of all; and what is left of them after a round.
 _PRIOR = (4.0, 3.5, 5.0)
@@ -41,7 +33,7 @@ class DraftTokens:
     """Tokens that were drafted in a round. They stay on the device."""
 
     tokens: list[Tensor] = field(default_factory=list)  # [1] each, int64
-    probabilities: list[Tensor] = field(default_factory=list)  # [1] each; none where they were looked up
+    probabilities: list[Tensor] = field(default_factory=list)  # [1] each
     distributions: list[Tensor] = field(default_factory=list)  # [V] that they were drawn from; none in greedy decoding
 
     def __len__(self) -> int:
@@ -84,15 +76,6 @@ class DraftModel:
         row, drafts = self._row, DraftTokens()
         most = min(length.most, generation.max_new_tokens - len(row.tokens) - 1)
         cost = self.bytes / self._traffic.dense
-        if row.method.prompt_lookup and length.lookup_pays(cost):
-            tokens = look_up([*row.state.ids, *row.tokens], min(most, length.looked_up))
-            if tokens:
-                row.drafts.looked_up += len(tokens)
-                tokens_k = torch.tensor(tokens).to(self._engine.device)
-                drafts.tokens += torch.split(tokens_k, 1)
-                if generation.draw is not None:  # as if each were drawn from a distribution that has no other token
-                    drafts.distributions += one_hot(tokens_k, row.state.logits_TV.shape[-1]).float()
-                return drafts
         # Where calls are compiled, the host does not wait for the draft's probabilities.
         planned = length.planned(most, cost) if self._engine.compiled else None
         probabilities: list[float] = []
@@ -156,17 +139,6 @@ class DraftModel:
                     unlearned.clear()
 
 
-def look_up(tokens: Sequence[int], most: int) -> list[int]:
-    """Up to `most` tokens that followed where the last ones stood before, the latest time, if they did (prompt lookup
-    decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding)."""
-    for size in _NGRAMS:
-        last = list(tokens[-size:])
-        for end in range(len(tokens) - 1, size - 1, -1):
-            if tokens[end - 1] == last[-1] and list(tokens[end - size : end]) == last:
-                return list(tokens[end : end + most])
-    return []
-
-
 class DraftLength:
     """A fixed number, or as many as are worth their cost.
 
@@ -177,10 +149,9 @@ class DraftLength:
 
     def __init__(self, draft_tokens: int | str, drafts: DraftStatistics) -> None:
         self.fixed = isinstance(draft_tokens, int)
-        self.most, self.looked_up = [draft_tokens] * 2 if isinstance(draft_tokens, int) else [MOST_DRAFTED, LOOKED_UP]
+        self.most = draft_tokens if isinstance(draft_tokens, int) else MOST_DRAFTED
         self._drafts = drafts
         self._believed, self._accepted, self._checked = _PRIOR
-        self._lookup = _LOOKUP_PRIOR
 
     def more(self, probabilities: Sequence[float], most: int, cost: float) -> bool:
         """Whether to draft one more token."""
@@ -201,17 +172,7 @@ class DraftLength:
     def _rate(self, cost: float) -> float:
         """Tokens that the row gets for a dense step's cost."""
         done = self._drafts
-        drafted = done.drafted - done.looked_up
-        return (done.emitted + 2.0) / (done.checks + cost * drafted + 1.0 + cost)
-
-    def lookup_pays(self, cost: float) -> bool:
-        """Whether a check of what is looked up has lately brought more tokens than the row gets for its cost."""
-        tokens, rounds = self._lookup
-        return tokens > rounds * self._rate(cost)
-
-    def update_lookup(self, accepted: int) -> None:
-        """Take in what became of a round whose drafts were looked up."""
-        self._lookup = (_MEMORY * self._lookup[0] + accepted + 1, _MEMORY * self._lookup[1] + 1)
+        return (done.emitted + 2.0) / (done.checks + cost * done.drafted + 1.0 + cost)
 
     def update(self, probabilities: Sequence[float], accepted: int) -> None:
         """Take in what became of a round: the drafts behind a rejected one were not checked."""

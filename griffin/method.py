@@ -70,9 +70,6 @@ class Method:
     draft_vocabulary: str = axis(
         "prompt", tuple(DRAFT_VOCABULARIES), "of which tokens drafts are made", "{} vocabulary"
     )
-    prompt_lookup: bool = axis(
-        False, (), "draft what followed the last tokens where they stood before, if they did", "prompt lookup"
-    )
     verification_threshold: float = axis(
         0.1, (), "least dense probability of a drafted token that is kept, of verification=threshold only", ""
     )
@@ -115,8 +112,6 @@ class Method:
             raise ValueError(
                 f"verification_threshold={self.verification_threshold}: expected a probability, 0 < threshold < 1"
             )
-        if not isinstance(self.prompt_lookup, bool):
-            raise ValueError(f"prompt_lookup={self.prompt_lookup!r}: expected True or False")
         if self.verification != "none" and self.dense:
             raise ValueError(
                 f"verification={self.verification!r} with sparsity=0: a dense draft is the model itself; "
@@ -216,7 +211,7 @@ class Method:
 CHOOSING = ("statistic", "selection", "compensation", "budget", "refresh")
 
 # Fields that mean nothing without verification.
-DRAFTING = ("draft_tokens", "draft_vocabulary", "prompt_lookup", "verification_threshold")
+DRAFTING = ("draft_tokens", "draft_vocabulary", "verification_threshold")
 
 DENSE = Method(sparsity=0.0)
 RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")

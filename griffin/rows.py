@@ -73,7 +73,6 @@ class DraftStatistics:
     """What became of a row's draft tokens."""
 
     drafted: int = 0
-    looked_up: int = 0  # those of them that were looked up in the text, not drafted by the experts
     accepted: int = 0  # those of them that became part of the text
     emitted: int = 0  # new tokens but the first: accepted ones, and one of the dense model's own a check
     draft_bytes: int = 0  # of weights that the drafts have read

@@ -74,10 +74,7 @@ def _round(
             torch.cat([kept, own, known, *drafts.tokens]), drafts.probabilities
         )
     tokens = [*drafted[:accepted], token]
-    if len(probabilities) == len(drafts):
-        length.update(probabilities, accepted)
-    else:
-        length.update_lookup(accepted)
+    length.update(probabilities, accepted)
     row.drafts.widths.append(count)
     row.drafts.drafted += len(drafts)
     cache.set_window(1, 0, ran + accepted + 1)

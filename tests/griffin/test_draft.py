@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 import griffin
-from griffin import DraftStatistics, Engine, Generation, Method, Row, draft, draft_vocabulary
-from griffin.draft import DraftLength, look_up
+from griffin import DraftStatistics, Engine, Method, Row, draft, draft_vocabulary
+from griffin.draft import DraftLength
 from griffin.draft_vocabulary import find_likely
 from griffin.kv_cache import KVCache
 
@@ -175,34 +175,3 @@ def test_auto_drafts_while_it_is_worth_its_cost_and_learns_from_what_became_of_i
         bad.update([0.9] * 4, 0)
     assert good.more([0.9] * 3, 16, 0.3)
     assert not bad.more([0.9] * 3, 16, 0.3)
-
-
-def test_what_followed_is_looked_up() -> None:
-    for text, most, expected in (
-        ([1, 2, 3, 4, 9, 1, 2, 3], 8, [4, 9, 1, 2, 3]),  # to the end of the text
-        ([7, 2, 3, 5, 1, 2, 3, 4, 8, 2, 3], 1, [4]),  # the latest of two
-        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1, [4]),  # more tokens before fewer
-        *(([3, 4, 4], 8, []), ([1], 8, []), ([1, 2, 3, 4], 8, [])),  # one token is too few
-        *(([5, 5, 5, 5], 2, [5]), ([1, 2, 3, 1, 2], 0, []), ([1, 2, 3, 4, 9, 1, 2, 3], 2, [4, 9])),
-    ):
-        assert look_up(text, most) == expected
-
-
-def test_lookups_pause_while_they_bring_less_than_the_experts_and_read_nothing() -> None:
-    drafts = DraftStatistics(widths=[4] * 10, drafted=30, accepted=30, emitted=40)
-    length = DraftLength("auto", drafts)
-    assert length.lookup_pays(0.3)  # tried first
-    for _ in range(5):
-        length.update_lookup(0)
-    assert not length.lookup_pays(0.3)
-    drafts.emitted = 11  # now the experts bring next to nothing
-    assert length.lookup_pays(0.3)
-    engine, ids = Engine(tiny("llama")), tokens(6) * 3
-    row = begun(engine, ids, verified(prompt_lookup=True, draft_tokens=4))
-    row.tokens.append(ids[0])  # as if the dense model repeated its prompt
-    model = draft.DraftModel(engine, row)
-    for draw in (None, lambda row, p_N: torch.multinomial(p_N, 1)):
-        found = model.draft(DraftLength(4, row.drafts), KVCache(1, 40), Generation(LIMIT, draw=draw))
-        assert (torch.cat(found.tokens).tolist(), found.probabilities) == (ids[1:5], [])
-        assert [int(one.argmax()) for one in found.distributions] == ([] if draw is None else ids[1:5])
-    assert row.drafts.draft_bytes == 0

@@ -35,7 +35,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *((VERIFIED | {"draft_tokens": one}, "expected auto, or 1 to 32") for one in (0, 33, 4.0, "4", None, True)),
     *(({"verification_threshold": one}, f"={one}: expected a probability") for one in (0, 1, 1.5, math.nan)),
     *((VERIFIED | {"sparsity": share}, r"sparsity=0: .* sparsity > 0") for share in (0.0, (0.0, 0.0, 0.0))),
-    ({"prompt_lookup": 1}, "prompt_lookup=1: expected True or False"),
 ]
 
 
@@ -68,9 +67,9 @@ def test_it_has_a_name() -> None:
 
 def test_verified_methods_have_different_labels_and_say_what_is_not_exact() -> None:
     learning = ({}, {"compensation": "ridge"}, REFRESHED)
-    axes = (("exact", "threshold"), (1, 4, "auto"), griffin.DRAFT_VOCABULARIES, (True, False), learning)
-    keys = ("verification", "draft_tokens", "draft_vocabulary", "prompt_lookup")
-    methods = [Method(**dict(zip(keys, one[:4], strict=True)), **one[4]) for one in itertools.product(*axes)]
+    axes = (("exact", "threshold"), (1, 4, "auto"), griffin.DRAFT_VOCABULARIES, learning)
+    keys = ("verification", "draft_tokens", "draft_vocabulary")
+    methods = [Method(**dict(zip(keys, one[:3], strict=True)), **one[3]) for one in itertools.product(*axes)]
     methods += [Method(verification="threshold", verification_threshold=threshold) for threshold in (0.05, 0.3)]
     assert len({method.label for method in methods}) == len({method.family for method in methods}) == len(methods)
     assert all(("not exact" in method.label) == (method.verification == "threshold") for method in methods)
