@@ -36,7 +36,7 @@ SCALE_BITS = 16
 
 VNNI = torch.cpu._is_vnni_supported()
 
-_PIECE = 2**24  # weights that are rounded at a time
+_PIECE = 2**17  # weights that are rounded at a time: a core's cache holds what is made of them
 
 
 def stored_bits(quantization: str, columns: float) -> float:

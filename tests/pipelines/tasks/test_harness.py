@@ -111,22 +111,39 @@ def test_what_is_neither_greedy_nor_a_temperature_is_refused(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
-    config, generating = (composed(*arguments(tmp_path, task)) for task in ("briefs_choice", "briefs_qa"))
-    results = lm_eval.simple_evaluate(
-        model="griffin",
-        model_args=f"pretrained={saved_model(tmp_path / 'model')},sparsity=0.5,statistic=griffin,dtype=float32",
-        tasks=[lm_eval_adapter._build(config.task), lm_eval_adapter._build(generating.task)],
+def evaluated(task: Any, tmp_path: Path, model: str, model_args: str = "", **options: Any) -> Any:
+    """What lm-eval itself makes of a task on the tiny model."""
+    return lm_eval.simple_evaluate(
+        model=model,
+        model_args=f"pretrained={saved_model(tmp_path / 'model')},dtype=float32{model_args}",
+        tasks=[lm_eval_adapter._build(task)],
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # an index of thousands of files
         device="cpu",
         limit=DOCUMENTS,
         bootstrap_iters=0,
+        **options,
     )
+
+
+def test_lm_eval_scores_log_likelihoods_by_the_name_of_our_model(tmp_path: Path) -> None:
+    config = composed(*arguments(tmp_path, "briefs_choice"))
+    results = evaluated(config.task, tmp_path, "griffin", ",sparsity=0.5,statistic=griffin")
     assert results["config"]["model"] == "griffin"
     assert 0 <= results["results"]["briefs_choice"]["acc,none"] <= 1
-    (folder,) = ran(*arguments(tmp_path / "out", "briefs_qa", "mode=masked"))
+    with pytest.raises(UserError, match="scores log-likelihoods only; for texts: --model hf"):
+        evaluated(composed(*arguments(tmp_path, "briefs_qa")).task, tmp_path, "griffin", ",sparsity=0.5")
+
+
+@pytest.mark.parametrize("method", ["griffin", "exact", "dense"])
+def test_lm_evals_own_model_generates_by_a_method(method: str, tmp_path: Path) -> None:
+    """Without anything of ours but a folder, and with the answers of our own pipeline."""
+    griffin.save_custom_generate(tmp_path / "folder")
+    folder = {"custom_generate": str(tmp_path / "folder"), "trust_remote_code": True, "method": method}
+    task = composed(*arguments(tmp_path, "briefs_qa")).task
+    results = evaluated(task, tmp_path, "hf", gen_kwargs=folder)
     found = {sample["doc_id"]: sample["resps"][0] for sample in results["samples"]["briefs_qa"]}
-    assert [found[index] for index in range(DOCUMENTS)] == answers(folder)
+    (ours,) = ran(*arguments(tmp_path / "out", "briefs_qa", f"method={method}"))
+    assert [found[index] for index in range(DOCUMENTS)] == answers(ours)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +155,12 @@ def test_lm_eval_can_use_the_model_by_name(tmp_path: Path) -> None:
         ({"compensation": "foo"}, "compensation=foo: expected one of none"),
         ({"method": "recipee"}, "method=recipee: expected one of dense"),
         ({"statistic": "teal", "verification": "exact"}, "verification=exact with statistic=teal"),
+        ({"method": "exact"}, "verification=exact: log-likelihoods cannot be verified; for texts: --model hf"),
     ],
 )
 def test_lm_eval_is_told_mistakes_before_it_loads_a_model(mistake: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         GriffinLM(pretrained="no-such-model", **mistake)
-
-
-def test_lm_eval_verifies_texts_and_refuses_to_verify_log_likelihoods(tmp_path: Path) -> None:
-    config = composed(*arguments(tmp_path, "briefs_qa", *asking(tmp_path, STOPS), "sparsity=0", "limit=2"))
-    loaded = load(config.model, "cpu", 0)
-    options = {"add_bos_token": False, "max_length": loaded.context_length}
-    lm = GriffinLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, method="exact", draft_tokens=2, **options)
-    assert texts(lm, config) == plain_answers(config)
-    with pytest.raises(UserError, match="verification=exact: log-likelihoods cannot be verified"):
-        lm._loglikelihood_tokens([])
 
 
 def test_answers_of_every_shape_fit_into_the_table_of_w_and_b(tmp_path: Path) -> None:
