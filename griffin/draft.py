@@ -20,7 +20,7 @@ from griffin.ridge import RidgeFit
 from griffin.rows import DraftStatistics, Generation, Row, Traffic, traffic
 
 # Tokens that a fit learns from at a time, at least: their number hardly costs anything (docs/verified-decoding.md).
-LEARN_EVERY = 4
+LEARN_EVERY = 8
 
 # Of `draft_tokens=auto`: the sums that a row starts from, of the probabilities that the draft gave its tokens, of those
 # accepted, and of all; and what is left of them after a round.

@@ -23,7 +23,7 @@ from griffin.ridge import Correction
 from griffin.views import view_of
 
 # Tokens that are learned before quantised output weights are made anew.
-BESIDE = 64
+BESIDE = 128
 
 
 class CompactProjection:
@@ -137,10 +137,11 @@ class QuantizedProjection(CompactProjection):
             self._stale = False
 
     def learn(self, correction: Correction) -> None:
-        """Correct the weights in the model's precision, and stand beside the quantised ones meanwhile."""
-        self.correct(correction)
-        self._stale = not self._beside.append(correction)
-        self.finish()
+        """Stand beside the quantised weights; once there is no more room, become part of them."""
+        if not self._beside.append(correction):
+            self.correct(self._beside.held)  # all of it at once: weights in the model's precision are slow to change
+            self.correct(correction)
+            self.finish()
 
     @property
     def learned_bytes(self) -> int:
@@ -161,6 +162,11 @@ class _Beside:
     def __init__(self, static: bool) -> None:
         self._static, self.used = static, 0
         self.basis_RK = self.weights_RH = torch.empty(0, 0)
+
+    @property
+    def held(self) -> Correction:
+        """All that it holds."""
+        return Correction(self.basis_RK[: self.used], self.weights_RH[: self.used])
 
     def clear(self, module: nn.Module) -> None:
         """Hold nothing, for weights of this shape."""

@@ -23,6 +23,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts learn after four tokens: the tests' texts have few more."""
+    monkeypatch.setattr(griffin.draft, "LEARN_EVERY", 4)
+
+
 @pytest.fixture(params=griffin.MODES)
 def mode(request: pytest.FixtureRequest) -> str:
     """Of computing with experts."""

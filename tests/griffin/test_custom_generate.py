@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import IDS, ROWS, fresh, pad, tiny
-from running import hooks, text
+from running import text, unchanged
 from transformers import PreTrainedModel, StaticCache
 
 import griffin
@@ -67,14 +67,12 @@ def with_argument(model: PreTrainedModel, name: str, **options: Any) -> Any:
 
 def test_views_are_made_once_and_go_with_the_model() -> None:
     model, decoding = fresh("llama"), griffin.decode_with("exact")
-    for _ in range(2):
+    with unchanged(model):
         text(model, IDS, custom_generate=decoding)
+        kept = own_loop._ENGINES[model][1]
         text(model, IDS, custom_generate=griffin.decode_with("griffin"))
-        engine = weakref.ref(own_loop._ENGINES[model][1])
-    kept = engine()
-    text(model, IDS, custom_generate=decoding)
-    assert engine() is kept
-    assert hooks(model) == 0
+        text(model, IDS, custom_generate=decoding)
+        assert own_loop._ENGINES[model][1] is kept
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * -1.0)  # views share tensors: these are others
     expected = text(model, IDS)
     assert torch.equal(text(model, IDS, custom_generate=decoding), expected)
