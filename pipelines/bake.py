@@ -74,9 +74,8 @@ def bake(config: BakeConfig, command: str) -> None:
         used, others = ({one: ids for one, ids in fitting(run, part)[0].items() if ids} for part in (choosing, held))
         if not used or len(others) < 2:
             room = loaded.context_length - config.max_new_tokens
-            raise UserError(
-                f"data_files={config.data_files}: too few rows of 1 to {room} tokens, which the model takes"
-            )
+            setting = f"data_files={config.data_files} with max_new_tokens={config.max_new_tokens}"
+            raise UserError(f"{setting}: too few rows have 1 to {room} tokens, for which the model has room")
         experts = shared_experts(run, tqdm(used.values(), "choosing", unit="prompt"))
         griffin.compact_model(loaded.model, experts).save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
@@ -120,7 +119,7 @@ def shared_experts(run: Evaluation, prompts: Any) -> griffin.Experts:
         state = run.prefill(ids)
         share = (number + 1) * ROWS // len(prompts) - number * ROWS // len(prompts)
         recorded = replace(state.recorded, totals=thinned(state.recorded.totals, share))
-        states.append(replace(state, cache=None, logits_TV=state.logits_TV[:0], recorded=recorded))
+        states.append(replace(state, cache=None, logits_TV=torch.empty(0), recorded=recorded))
     experts = griffin.choose(run.engine, states, method, run.config.seed)
     assert experts is not None
     return experts

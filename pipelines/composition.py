@@ -142,6 +142,8 @@ def _readable(error: Exception, nodes: Nodes) -> str:
     ambiguous = _AMBIGUOUS.search(str(error))
     if ambiguous:
         key, values = ambiguous["key"], ambiguous["values"]
+        if nodes != RUN:
+            return f"{key}={values}: several values; expected one"
         if key.startswith("grid."):
             return f"{key}={values}: expected a list, '{key}=[{values}]'"
         of_grid = key in (item.name for item in fields(GridConfig))

@@ -128,6 +128,7 @@ def test_rows_of_many_prompts_are_thinned_evenly() -> None:
         (("draft_tokens=4",), ["draft_tokens=4: expected auto"]),
         (("method=teal",), ["statistic=teal"]),
         (("statistic=oracle",), ["statistic=oracle"]),
+        (("sparsity=0.3,0.5",), ["sparsity=0.3,0.5: several values; expected one"]),
         (("statistic=grifin",), ["statistic=grifin", "did you mean griffin?"]),
         (("method=dense",), ["sparsity=0"]),
         (("sparsity=[0.5,0.5,0.5]",), ["sparsity=[0.5, 0.5, 0.5]: expected one number"]),
