@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 # Rows that the compensation of a layer is fitted to, of all prompts together.
 ROWS = 2048
 
-_CHOICES = {"baked": "once for all (this model)", "own": "per prompt", "difference": "difference"}
+_CHOICES = {
+    "model": "this model, the prompt included",
+    "shared": "its experts, behind a dense prompt",
+    "own": "per prompt, behind a dense prompt",
+    "model - own": "this model less per prompt",
+    "shared - own": "its experts less per prompt",
+}
 _MEASURES = {"kl": "KL from dense, nats a token", "top1_agreement": "top-1 agreement"}
 
 
@@ -77,9 +83,11 @@ def bake(config: BakeConfig, command: str) -> None:
             setting = f"data_files={config.data_files} with max_new_tokens={config.max_new_tokens}"
             raise UserError(f"{setting}: too few rows have 1 to {room} tokens, for which the model has room")
         experts = shared_experts(run, tqdm(used.values(), "choosing", unit="prompt"))
-        griffin.compact_model(loaded.model, experts).save_pretrained(out)
+        pruned = griffin.compact_model(loaded.model, experts)
+        pruned.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
-        samples = [*compared(run, experts, tqdm(others.items(), "comparing", unit="prompt"))]
+        comparing = tqdm(others.items(), "comparing", unit="prompt")
+        samples = [*compared(run, experts, griffin.Engine(pruned, pruning=False), comparing)]
         facts = _facts(run, len(used), samples) | {"command": command}
         (out / "README.md").write_text(_card(facts, quality(samples), loaded.revision and config.model.repo), "utf-8")
     except OSError as error:
@@ -137,21 +145,28 @@ def thinned(totals: Mapping[Any, tuple[Tensor, ...]], share: int) -> dict[Any, t
 
 
 def compared(
-    run: Evaluation, experts: griffin.Experts, held: Iterable[tuple[Prompt, list[int]]]
+    run: Evaluation, experts: griffin.Experts, pruned: griffin.Engine, held: Iterable[tuple[Prompt, list[int]]]
 ) -> Iterator[dict[str, float]]:
-    """Of each held prompt, how far these experts and its own are from dense on the dense model's continuation."""
+    """Of each held prompt, how far the pruned model, its experts and the prompt's own are from dense along the dense
+    model's continuation. The experts go on from the dense prompt's KV cache; the model has read the prompt itself."""
     from pipelines.tasks.fidelity import compare, continued
 
     (method,) = run.methods
     for prompt, ids in held:
         (text,) = continued(run, {prompt: ids})
         sample: dict[str, float] = {"tokens": len(text.tokens)}
-        for choice, given in (("baked", experts), ("own", None)):
+        (whole,) = griffin.prefill(pruned, [[*ids, *text.tokens]], [], keep_logits=len(text.tokens))
+        logits = {"model": whole.logits_TV}
+        for choice, given in (("shared", experts), ("own", None)):
             row = griffin.begin(run.engine, [text.state], method, run.config.seed, experts=given)[0]
-            ((_, logits_CV),) = griffin.score(run.engine, [(row, text.tokens)])
+            ((_, logits[choice]),) = griffin.score(run.engine, [(row, text.tokens)])
+        for choice, logits_CV in logits.items():
             values = compare(text.logprobs_CV, logits_CV.float().log_softmax(dim=-1))
             sample |= {f"{choice} {name}": float(one_C.mean()) for name, one_C in zip(_MEASURES, values, strict=True)}
-        yield sample | {f"difference {name}": sample[f"baked {name}"] - sample[f"own {name}"] for name in _MEASURES}
+        for name in _MEASURES:
+            for choice in ("model", "shared"):
+                sample[f"{choice} - own {name}"] = sample[f"{choice} {name}"] - sample[f"own {name}"]
+        yield sample
 
 
 def quality(samples: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
@@ -160,7 +175,7 @@ def quality(samples: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
 
     values, lines = means(samples, [*samples[0]]), []
     for choice, words in _CHOICES.items():
-        sign, names = "+" if choice == "difference" else "", [f"{choice} {name}" for name in _MEASURES]
+        sign, names = "+" if " - " in choice else "", [f"{choice} {name}" for name in _MEASURES]
         cells = [f"{values[name]:{sign}.4f} ± {values[f'{name}_stderr']:.4f}" for name in names]
         lines.append({"experts": words} | dict(zip(_MEASURES.values(), cells, strict=True)))
     return lines
@@ -197,8 +212,9 @@ aggregation (arXiv 2404.01365). It loads with `from_pretrained`.
 
 {made}
 
-On prompts that did not choose: KL(dense || model), and how often the most likely token is the same; below it, the same
-method with each prompt's own experts. Means with standard errors over prompts, of the difference over their pairs.
+On prompts that did not choose: KL(dense || pruned), and how often the most likely token is the same, of this model,
+which reads the prompt too; of its experts behind a prompt that ran dense; and of each prompt's own experts there, which
+is the same method per prompt. Means with standard errors over prompts, of differences over their pairs.
 
 {tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)}
 """

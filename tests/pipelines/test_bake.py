@@ -46,6 +46,7 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}", text)
 
 
+@torch.no_grad()
 def test_the_checkpoint_is_the_compact_model_and_its_card_says_what_was_measured(
     baked: Bake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,21 +67,21 @@ def test_the_checkpoint_is_the_compact_model_and_its_card_says_what_was_measured
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(ARTICLES[5])["input_ids"] == prompts[5]
 
+    model_kl: list[float] = []
     kl: dict[bool, list[float]] = {True: [], False: []}
     for state in states[4:]:
         text_1S = model.generate(torch.tensor([state.ids]), max_new_tokens=4, do_sample=False)
         dense_CV = model(text_1S).logits[0, state.length :].log_softmax(dim=-1)
+        logprobs_CV = checkpoint(text_1S).logits[0, state.length :].log_softmax(dim=-1)
+        model_kl.append(float((dense_CV.exp() * (dense_CV - logprobs_CV)).sum(dim=-1).mean()))
         for shared, row_KL in kl.items():
             (row,) = griffin.begin(engine, [state], METHOD, experts=experts if shared else None)
             ((_, logits_CV),) = griffin.score(engine, [(row, text_1S[0, state.length :].tolist())])
             row_KL.append(float((dense_CV.exp() * (dense_CV - logits_CV.log_softmax(dim=-1))).sum(dim=-1).mean()))
     told = numbers(ended.out)
-    for place, row_KL in (
-        (0, kl[True]),
-        (2, kl[False]),
-        (4, [one - own for one, own in zip(*kl.values(), strict=True)]),
-    ):
-        mean, error = map(float, told[place].split(" ± "))
+    differences = [[one - own for one, own in zip(other, kl[False], strict=True)] for other in (model_kl, kl[True])]
+    for place, row_KL in enumerate([model_kl, kl[True], kl[False], *differences]):
+        mean, error = map(float, told[2 * place].split(" ± "))
         assert mean == pytest.approx(sum(row_KL) / 2, abs=6e-5)
         assert error == pytest.approx(abs(row_KL[0] - row_KL[1]) / 2, abs=6e-5)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
