@@ -23,8 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from pipelines.bake_config import BakeConfig
 from pipelines.config import ModelConfig, RunConfig
-from pipelines.config_keys import CONF, help_text, unknown_key
+from pipelines.config_keys import BAKE, CONF, RUN, Nodes, help_text, unknown_key
 from pipelines.errors import UserError, not_one_of
 from pipelines.method_keys import GridConfig
 from pipelines.task_config import TASKS
@@ -70,14 +71,22 @@ def register() -> None:
     plugins.register(GriffinSlurmLauncher)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
+    store.store(name="bake_schema", node=BakeConfig)
     store.store(group="schema", name="model", node=ModelConfig)
     for name, node in TASKS.items():
         store.store(group="schema", name=name, node=node)
     store.store(group="hydra/help", name="griffin", node={"app_name": "pipelines.run", "template": help_text()})
+    store.store(group="hydra/help", name="bake", node={"app_name": "pipelines.bake", "template": help_text(BAKE)})
 
 
-def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
-    """Call the task with what the command line composes to, by Hydra; a mistake ends the process with one line."""
+def compose_and_call(task: Callable[[DictConfig], Any], name: str = "config", nodes: Nodes = RUN) -> None:
+    """Call the task with what the command line composes to, by Hydra; a mistake ends the process with one line.
+
+    Args:
+        task: what is called.
+        name: the file of `conf/` that says what the configuration is made of.
+        nodes: the classes of its keys.
+    """
     register()
     # Hydra then raises what goes wrong instead of printing it over several lines; we print one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -86,7 +95,7 @@ def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
     sys.argv[1:] = [*sweep[:1], *(word for word in sys.argv[1:] if word not in sweep)]
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except KeyboardInterrupt as end:
         word, number = ("terminated", signal.SIGTERM) if isinstance(end, Terminated) else ("interrupted", signal.SIGINT)
         print(f"{word}; the same command continues after the last whole sample", file=sys.stderr)
@@ -94,7 +103,7 @@ def compose_and_call(task: Callable[[DictConfig], Any]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {UserError(_readable(error))}")
+        sys.exit(f"error: {UserError(_readable(error, nodes))}")
     except BrokenPipeError:  # of `--help | head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -115,7 +124,7 @@ def _terminated(*_: Any) -> None:
     raise Terminated
 
 
-def _readable(error: Exception) -> str:
+def _readable(error: Exception, nodes: Nodes) -> str:
     """What a composition error says to the user: the key, the value and what is allowed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
@@ -129,10 +138,12 @@ def _readable(error: Exception) -> str:
             from hydra_plugins.griffin_sweeps._sweeper import unknown_launcher_key
 
             return unknown_launcher_key(key)
-        return unknown_key(key)
+        return unknown_key(key, nodes)
     ambiguous = _AMBIGUOUS.search(str(error))
     if ambiguous:
         key, values = ambiguous["key"], ambiguous["values"]
+        if nodes != RUN:
+            return f"{key}={values}: several values; expected one"
         if key.startswith("grid."):
             return f"{key}={values}: expected a list, '{key}=[{values}]'"
         of_grid = key in (item.name for item in fields(GridConfig))

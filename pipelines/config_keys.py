@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipelines.bake_config import BakeConfig
 from pipelines.config import ModelConfig, RunConfig, WandbConfig
 from pipelines.errors import UserError, did_you_mean
 from pipelines.method_keys import GridConfig
@@ -20,8 +21,10 @@ from pipelines.task_config import TASKS, HubDataset
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-# What the keys of each class begin with.
-_NODES: tuple[tuple[str, Any], ...] = (
+Nodes = tuple[tuple[str, Any], ...]
+
+# Of each command that is composed from a file of conf/, its classes, and what the keys of each begin with.
+RUN: Nodes = (
     ("", RunConfig),
     ("grid.", GridConfig),
     ("wandb.", WandbConfig),
@@ -29,26 +32,32 @@ _NODES: tuple[tuple[str, Any], ...] = (
     *(("task.", node) for node in TASKS.values()),
     ("task.hub.", HubDataset),
 )
+BAKE: Nodes = (("", BakeConfig), ("model.", ModelConfig))
 
 
 def typed(cfg: DictConfig) -> RunConfig:
     """The composed configuration as checked objects; UserError where a value is wrong, or at odds with another."""
-    for prefix in dict.fromkeys(prefix for prefix, _ in _NODES):
-        group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
-        known = {item.name for place, node in _NODES if place == prefix for item in fields(node)}
-        for key in set(group or ()) - known:
-            raise UserError(unknown_key(f"{prefix}{key}"))  # +KEY=VALUE adds what no class has
-    try:
-        config = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+    config = checked(cfg, RUN)
     assert isinstance(config, RunConfig)
     return config
 
 
-def unknown_key(key: str) -> str:
+def checked(cfg: DictConfig, nodes: Nodes) -> Any:
+    """The same of a command with these classes."""
+    for prefix in dict.fromkeys(prefix for prefix, _ in nodes):
+        group = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
+        known = {item.name for place, node in nodes if place == prefix for item in fields(node)}
+        for key in set(group or ()) - known:
+            raise UserError(unknown_key(f"{prefix}{key}", nodes))  # +KEY=VALUE adds what no class has
+    try:
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def unknown_key(key: str, nodes: Nodes = RUN) -> str:
     """What to tell a user who set a key that does not exist."""
-    keys = [prefix + item.name for prefix, node in _NODES for item in fields(node)]
+    keys = [prefix + item.name for prefix, node in nodes for item in fields(node)]
     if key in keys:
         return f"{key}: this task has no such key; --help lists the keys of each kind"
     return no_such_key(key, keys)
@@ -59,26 +68,36 @@ def no_such_key(key: str, keys: Iterable[str]) -> str:
     return f"{key}: no such key{did_you_mean(key, keys)}; --help lists them all"
 
 
-def help_text() -> str:
-    """What `python -m pipelines.run --help` prints: every key with its help text, and the choices of each group."""
-    lines = [
-        "GRIFFIN: prune the feedforward neurons of a language model per prompt, and measure what it costs.",
-        "",
-        "  python -m pipelines.run model=gemma_7b task=xsum sparsity=0.5",
-        "",
-        "Set keys with KEY=VALUE, lists with KEY=[A,B]. Several values make a sweep: -m KEY=A,B. The whole composed",
-        "configuration: --cfg job. In brackets: the default; a model or a task may have its own.",
-        "",
-        "A run",
-        *(f"  {key:26} {text}" for key, text in GROUPS.items()),
-    ]
-    for prefix, node in _NODES:
+_RUN_HELP = """\
+GRIFFIN: prune the feedforward neurons of a language model per prompt, and measure what it costs.
+
+  python -m pipelines.run model=gemma_7b task=xsum sparsity=0.5
+
+Set keys with KEY=VALUE, lists with KEY=[A,B]. Several values make a sweep: -m KEY=A,B. The whole composed
+configuration: --cfg job. In brackets: the default; a model or a task may have its own.
+
+A run"""
+_BAKE_HELP = """\
+Prune a model once for all prompts of a file, and write it as an ordinary checkpoint.
+
+  python -m pipelines.bake model=gemma_7b data_files=prompts.jsonl sparsity=0.5 out=FOLDER
+
+Set keys with KEY=VALUE. In brackets: the default; a model or a method may have its own.
+
+A model"""
+
+
+def help_text(nodes: Nodes = RUN) -> str:
+    """What `--help` of a command prints: every key with its help text, and the choices of each group."""
+    groups = {key: text for key, text in GROUPS.items() if nodes == RUN or key in ("model", "method")}
+    lines = [_RUN_HELP if nodes == RUN else _BAKE_HELP, *(f"  {key:26} {text}" for key, text in groups.items())]
+    for prefix, node in nodes:
         if prefix:
             lines += ["", (node.__doc__ or "").replace("\n    ", " ")]
         for key, text, default in _listed(prefix, node):
             lines.append(f"  {key:26} {text}{f' ({default})' if default else ''}")
     lines += ["", "Choices"]
-    for group in GROUPS:
+    for group in groups:
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
         lines.append(fill(names, 118, initial_indent=f"  {group:26} ", subsequent_indent=" " * 29))
     return "\n".join([*lines, ""])
@@ -86,7 +105,7 @@ def help_text() -> str:
 
 def shown_keys() -> list[tuple[str, str, str]]:
     """Every key of a run but those of the task and the model: its name, what it means, and its default."""
-    return [key for prefix, node in _NODES[:3] for key in _listed(prefix, node)]
+    return [key for prefix, node in RUN[:3] for key in _listed(prefix, node)]
 
 
 def _listed(prefix: str, node: Any) -> Iterator[tuple[str, str, str]]:

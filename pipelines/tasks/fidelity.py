@@ -31,7 +31,7 @@ def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
     yield from skipped
     for group, beside in run.groups([*encoded]):
         began = time.perf_counter()
-        texts = _continued(run, {prompt: encoded[prompt] for prompt in group})
+        texts = continued(run, {prompt: encoded[prompt] for prompt in group})
         dense_seconds = (time.perf_counter() - began) / len(group) / len(beside)
         for method in beside:
             for text in texts if method.dense else ():
@@ -48,7 +48,7 @@ def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
+class Text:
     """A prompt as the dense model continues it, and the log-probabilities [C, V] after each token that it wrote."""
 
     prompt: Prompt
@@ -57,7 +57,7 @@ class _Text:
     logprobs_CV: Tensor
 
 
-def _continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[_Text]:
+def continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[Text]:
     """The dense model's greedy continuations: up to `max_new_tokens` tokens, ending with an end token if it comes.
 
     Statistics that are oracles record the activations of these tokens.
@@ -81,11 +81,11 @@ def _continued(run: Evaluation, encoded: dict[Prompt, list[int]]) -> list[_Text]
         recorder.expect([slice(None)], [len(tokens)])
         (logits_CV,), _ = engine.dense.recording(torch.tensor([tokens], device=engine.device), cache, recorder)
         logprobs_CV = logits_CV.float().log_softmax(dim=-1)
-        found.append(_Text(prompt, replace(state, continuation=recorder.recorded_B[0]), tokens, logprobs_CV))
+        found.append(Text(prompt, replace(state, continuation=recorder.recorded_B[0]), tokens, logprobs_CV))
     return found
 
 
-def _sample(text: _Text, logprobs_CV: Tensor, seconds: float, draft_cost: float | None = None) -> Sample:
+def _sample(text: Text, logprobs_CV: Tensor, seconds: float, draft_cost: float | None = None) -> Sample:
     """A method's log-probabilities along a text; where it is pruned, by what a draft costs, also as drafts."""
     kl_C, agreement_C = compare(text.logprobs_CV, logprobs_CV)
     sample = text.prompt.sample_part(text.state.ids) | {

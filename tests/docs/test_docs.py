@@ -22,14 +22,16 @@ from analysis.frame import frame
 from analysis.report import key_values
 from analysis.runs import Runs
 from pipelines import composition
-from pipelines.config_keys import typed
+from pipelines.config_keys import BAKE, checked, typed
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 # To the end of the line; lines that a backslash continues, and inline code, are one line by then.
-COMMAND = re.compile(r"python -m (pipelines\.run|pipelines\.prefetch|analysis\.report|analysis\.leaderboard) (.*)")
-FILES = ("task.data_files", "task.shots_file")
+COMMAND = re.compile(
+    r"python -m (pipelines\.run|pipelines\.bake|pipelines\.prefetch|analysis\.report|analysis\.leaderboard) (.*)"
+)
+FILES = ("task.data_files", "task.shots_file", "data_files")
 
 
 def prose(page: Path) -> str:
@@ -127,6 +129,11 @@ def test_commands_are_understood(call: str, tmp_path: Path) -> None:
         rows = tmp_path / "rows"  # the data files of the examples are the reader's own
         rows.touch()
         there = [re.sub(rf"^({'|'.join(FILES)})=.*", rf"\1={rows}", word) for word in words]
+        if module == "pipelines.bake":
+            composition.register()
+            with hydra.initialize_config_dir(str(composition.CONF), version_base="1.3"):
+                checked(hydra.compose("bake", overrides=there), BAKE)
+            return
         for overrides in points(there):
             understood(overrides)
 
