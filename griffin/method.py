@@ -215,8 +215,8 @@ DRAFTING = ("draft_tokens", "draft_vocabulary", "verification_threshold")
 
 DENSE = Method(sparsity=0.0)
 RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")
-# Layers that keep less by the recipe's budget draft worse (docs/verified-decoding.md).
-EXACT = replace(RECIPE, budget="uniform", quantization="int4", verification="exact")
+# What helps a text that nothing checks, compensation and its refresh, does not pay in drafts (docs/verified-decoding.md).
+EXACT = Method("impact", quantization="int4", verification="exact")
 
 # Methods that have a name.
 METHODS: Mapping[str, Method] = {

@@ -80,7 +80,7 @@ def test_a_method_may_be_a_name_a_sparsity_or_a_method_with_some_fields_said_ane
     assert as_method([0.5, 0.0, 0.25]) == as_method(sparsity=[0.5, 0.0, 0.25]) == Method(sparsity=(0.5, 0.0, 0.25))
     assert as_method(0.25, statistic="wanda") == as_method(Method("wanda"), sparsity=0.25)
     assert griffin.prune(tiny("llama")).method == Method()
-    assert as_method("recipe", budget="uniform", quantization="int4", verification="exact") == METHODS["exact"]
+    assert as_method("griffin", statistic="impact", quantization="int4", verification="exact") == METHODS["exact"]
     assert as_method("dense").dense
 
 

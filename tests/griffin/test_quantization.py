@@ -188,7 +188,7 @@ def test_labels_say_the_precision() -> None:
     assert [method.label for method in found] == [
         "int8",
         "griffin int4 50%",
-        "joint+ridge refresh=compensation int4 verified 50%",
+        "impact int4 verified 50%",
         "int8 verified",
     ]
 

@@ -55,7 +55,7 @@ def only_evaluation(config: RunConfig) -> dict[str, Any]:
             "grid.verification=[none,exact] grid.draft_tokens=[3,4] grid.sparsity=[0,0.5]",
             [DENSE, Method(), *(Method(verification="exact", draft_tokens=k) for k in (3, 4))],
         ),
-        ("method=recipe verification=exact budget=uniform quantization=int4", [METHODS["exact"]]),
+        ("statistic=impact verification=exact quantization=int4", [METHODS["exact"]]),
         (
             "method=recipe sparsity=0.7 grid.budget=[uniform]",
             [Method("joint", "topk", 0.7, "ridge", "uniform", "compensation")],
