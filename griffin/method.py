@@ -215,7 +215,8 @@ DRAFTING = ("draft_tokens", "draft_vocabulary", "verification_threshold")
 
 DENSE = Method(sparsity=0.0)
 RECIPE = Method("joint", compensation="ridge", budget="late", refresh="compensation")
-# What helps a text that nothing checks, compensation and its refresh, does not pay in drafts (docs/verified-decoding.md).
+# What helps a text that nothing checks does not pay in drafts: neither compensation nor what it learns
+# (docs/verified-decoding.md).
 EXACT = Method("impact", quantization="int4", verification="exact")
 
 # Methods that have a name.

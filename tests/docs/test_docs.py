@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import benchmark
+import hydra
 import pytest
 import yaml
 from calling import REPOSITORY, by_hydra, composed

@@ -40,7 +40,7 @@ def main() -> None:
         setattr(owner, name, record_function(label)(getattr(owner, name)))
     ids = torch.tensor([prompt(200)])
     # A small sparsity, so that a model of random weights accepts some drafts and there is something to learn.
-    with griffin.prune(whole, "exact", sparsity=0.1, draft_tokens=4) as pruner:
+    with griffin.prune(whole, "recipe", verification="exact", sparsity=0.1, draft_tokens=4) as pruner:
         whole.generate(ids, max_new_tokens=8, do_sample=False)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             whole.generate(ids, max_new_tokens=60, do_sample=False)

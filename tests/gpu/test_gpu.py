@@ -19,12 +19,12 @@ from small import model, prompt
 from torch import Tensor
 
 import griffin
-from griffin import DENSE, EXACT, RECIPE, Engine, Generation, Method, Row, begin, compiled_call, decode, prefill, wanted
+from griffin import DENSE, RECIPE, Engine, Generation, Method, Row, begin, compiled_call, decode, prefill, wanted
 from griffin.offloading import dense_in_host_memory
 from griffin.views import Compiler
 
 GRIFFIN = Method()
-VERIFIED = replace(EXACT, budget="uniform", draft_tokens=4, draft_vocabulary="full")
+VERIFIED = replace(RECIPE, budget="uniform", verification="exact", draft_tokens=4, draft_vocabulary="full")
 METHODS = {"dense": DENSE, "griffin": GRIFFIN, "recipe": RECIPE}
 # Relative to the largest logit: of sums in another order.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}

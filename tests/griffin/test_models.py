@@ -75,7 +75,7 @@ def test_a_refresh_is_dense_and_compact_is_masked(family: str, early: None) -> N
 
 @each_family
 def test_verified_texts_are_the_dense_models(family: str, early: None) -> None:
-    with griffin.prune(tiny(family), EXACT, draft_tokens=4) as pruner:
+    with griffin.prune(tiny(family), EXACT, draft_tokens=4, **REFRESHED) as pruner:
         found = text(tiny(family), IDS, max_new_tokens=14)[0, 11:].tolist()
     assert len(found) == 14
     assert pruner.drafts[0].drafted > 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import begun, chosen, prefilled, scored
-from families import FAMILIES, LAYERS, fresh, prompt, tiny, tokens
+from families import FAMILIES, LAYERS, REFRESHED, fresh, prompt, tiny, tokens
 from running import difference, generate, text
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def test_without_pruning_all_linear_layers_are_rounded_and_nothing_else(family: 
 def test_verified_text_is_the_dense_models(precision: str, sparsity: float) -> None:
     model = tiny("llama")
     dense = text(model, IDS, max_new_tokens=40)
-    with griffin.prune(model, griffin.EXACT, sparsity=sparsity, quantization=precision) as pruner:
+    with griffin.prune(model, griffin.EXACT, sparsity=sparsity, quantization=precision, **REFRESHED) as pruner:
         assert torch.equal(text(model, IDS, max_new_tokens=40), dense)
         assert pruner.stats[0].acceptance is not None
         assert pruner.stats[0].acceptance > 0
