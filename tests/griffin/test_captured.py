@@ -18,7 +18,7 @@ from torch._subclasses import fake_tensor
 import griffin
 from griffin import DENSE, RECIPE, STATISTICS, Engine, Generation, Method, begin, decode
 
-DRAFTED = griffin.as_method("exact", draft_tokens=3, **REFRESHED)
+DRAFTED = griffin.as_method("recipe", budget="uniform", verification="exact", draft_tokens=3)
 METHODS = {"dense": DENSE, "griffin": Method(), "recipe": RECIPE, "verified": DRAFTED}
 each_family = pytest.mark.parametrize("family", ["llama", "gpt2"])
 # Of tensors without values; where CUDA is built in, no GPU is needed for them, and copies to the host are seen too.
