@@ -79,7 +79,7 @@ VALUES: list[tuple[str, ...]] = [
     ("refresh=drift", "refresh=drift: expected one of none, compensation"),  # of version 0.2
     ("refresh=compensation", "refresh=compensation with compensation=none", "ridge"),
     ("compile=maybe", "compile=maybe", "true, false or auto"),
-    *((f"draft_tokens={value}", f"draft_tokens={value}", "auto, or 1 to 16") for value in ("0", "17", "few", "null")),
+    *((f"draft_tokens={value}", f"draft_tokens={value}", "auto, or 1 to 32") for value in ("0", "33", "few", "null")),
     ("verification=exact sparsity=0", "verification=exact with sparsity=0", "sparsity > 0"),
     ("grid.verification=[none,exact] sparsity=[0,0,0]", "grid.verification=exact", "sparsity > 0"),
     ("task=perplexity verification=exact", "verification=exact", "task=perplexity", "generates"),
