@@ -26,11 +26,12 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import griffin
 from griffin import DENSE, MOST_DRAFTED, RECIPE, Engine, Method, as_method, compiled_call, traffic, with_onednn
 from griffin.kv_cache import KVCache
-from griffin.quantization import linear_layers
+from griffin.quantization import Int8Linear
 from pipelines.timing import PARTS, WARM_UP, Timed, copy_bandwidth, forget_peak, now, peak_memory, timed
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -172,7 +173,8 @@ def _products(engine: Engine, case: Case, times: int = 5) -> tuple[float, float]
     for view, tokens in ((draft, 1), (engine.dense, int(method.draft_tokens) + 1)):
         inputs: list[tuple[nn.Module, torch.Tensor]] = []
         keep = partial(_keep, inputs)
-        hooks = [layer.register_forward_pre_hook(keep) for layer in linear_layers(view.module)]
+        layers = [layer for layer in view.module.modules() if isinstance(layer, nn.Linear | Conv1D | Int8Linear)]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         view(torch.zeros(1, tokens, dtype=torch.int64, device=engine.device), KVCache(1, tokens))
         for hook in hooks:
             hook.remove()
