@@ -45,7 +45,7 @@ def _shape(model_type: str, *sizes: int, context: int, **more: int) -> dict[str,
 
 SHAPES = {
     "gemma_7b": _shape("gemma", 256000, 3072, 24576, 28, 16, context=8192, head_dim=256),
-    "llama2_13b": _shape("llama", 32000, 5120, 13824, 40, 40, context=4096),
+    "llama2_13b": _shape("llama", 32000, 5120, 13824, 40, 40, context=4160),  # with room for drafts
     "qwen2_5_coder_1_5b": _shape(
         *("qwen2", 151936, 1536, 8960, 28, 12), context=4096, num_key_value_heads=2, tie_word_embeddings=True
     ),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import pytest
 from benchmark import main
 
@@ -51,6 +52,10 @@ def test_verified_decoding_is_worth_what_is_accepted(capsys: pytest.CaptureFixtu
     # Of two drafts and a check come one token, or three.
     assert limits[1] == pytest.approx(3 * limits[0], abs=0.03)  # of two printed digits
     assert limits[0] < 1
+
+
+def test_the_default_is_possible() -> None:
+    benchmark._parse(["--device", "cpu"])
 
 
 @pytest.mark.parametrize(
