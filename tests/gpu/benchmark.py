@@ -45,7 +45,7 @@ def _shape(model_type: str, *sizes: int, context: int, **more: int) -> dict[str,
 
 SHAPES = {
     "gemma_7b": _shape("gemma", 256000, 3072, 24576, 28, 16, context=8192, head_dim=256),
-    "llama2_13b": _shape("llama", 32000, 5120, 13824, 40, 40, context=4160),  # with room for drafts
+    "llama2_13b": _shape("llama", 32000, 5120, 13824, 40, 40, context=4096),
     "qwen2_5_coder_1_5b": _shape(
         *("qwen2", 151936, 1536, 8960, 28, 12), context=4096, num_key_value_heads=2, tie_word_embeddings=True
     ),
@@ -266,7 +266,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --device: {options.device}: no GPU on this machine")
     longest = max(options.prompt) + max(options.new)
     for shape in options.shapes:
-        if longest + options.draft_tokens > SHAPES[shape]["max_position_embeddings"]:
+        if longest > SHAPES[shape]["max_position_embeddings"]:
             parser.error(f"argument --new: {longest} tokens with the prompt are more than the context of {shape}")
     return options
 
