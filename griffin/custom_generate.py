@@ -39,7 +39,14 @@ def decode_with(method: Method | str | float | Sequence[float] = "exact", **opti
 
 
 def generate(model: Any, method: Method | str | float | Sequence[float] = "exact", **options: Any) -> Any:
-    """`model.generate` under a method, with the options of `decode_with` and of `model.generate` side by side."""
+    """`model.generate` under a method, with the options of `decode_with` and of `model.generate` side by side.
+
+    Returns what `model.generate` does: token ids [B, S + N], or its output class.
+
+    Raises:
+        ValueError: as `decode_with`; or an option of `model.generate` that our loop cannot honour.
+        UnsupportedModelError: the model cannot be pruned, or its KV cache cannot be cropped.
+    """
     own = {*OPTIONS, *(field.name for field in fields(Method))} & options.keys()
     decoding = decode_with(method, **{name: options.pop(name) for name in own})
     return decoding.run(model.generate, (), options)
@@ -47,7 +54,7 @@ def generate(model: Any, method: Method | str | float | Sequence[float] = "exact
 
 def save_custom_generate(folder: str | Path) -> None:
     """Write a folder that `generate(custom_generate=folder, trust_remote_code=True)` loads, and that can be published
-    as such a repository. Its code is one import of this package."""
+    as such a repository. Its code is one import of this package. OSError: it cannot be written."""
     folder = Path(folder)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
     for name, text in _FILES.items():

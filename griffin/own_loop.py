@@ -37,17 +37,22 @@ _ALLOWED = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.
 _UNDERSTOOD = {"attention_mask", "past_key_values", "use_cache", "cache_position", "position_ids", "logits_to_keep"}
 
 
-# By model: which tensors it had, and what runs it. An engine refers to them and not to the model, so it goes with it.
+# By model: its tensors as they were, and what runs it. An engine refers to them and not to the model, so it goes with
+# the model.
 _ENGINES: WeakKeyDictionary[nn.Module, tuple[Any, Engine]] = WeakKeyDictionary()
 
 
 def _engine_of(model: nn.Module, compiled: bool | str) -> Engine:
-    key = compiled, [*map(id, model.parameters())]
-    if model not in _ENGINES or _ENGINES[model][0] != key:
+    """Made anew where the model has other tensors, or they were moved, converted or trained: quantised weights are
+    copies."""
+    weights = [
+        (id(one), one.device, one.dtype, 0 if one.is_inference() else one._version) for one in model.parameters()
+    ]
+    if model not in _ENGINES or _ENGINES[model][0] != (compiled, weights):
         _ENGINES.pop(model, None)  # its memory is free before another one is made
-        compiler = compiler_for(compiled, next(model.parameters()).device)
-        _ENGINES[model] = key, Engine(view_of(model), compiler=compiler)
         refuse_uncroppable(model)
+        compiler = compiler_for(compiled, next(model.parameters()).device)
+        _ENGINES[model] = (compiled, weights), Engine(view_of(model), compiler=compiler)
     return _ENGINES[model][1]
 
 

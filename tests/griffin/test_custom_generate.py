@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "recipe": {"sparsity": 0.25},
     "exact": {"draft_tokens": 3},
     "int8": {},
+    "int4": {},
 }
 each_method = pytest.mark.parametrize("name", METHODS)
 
@@ -77,6 +78,11 @@ def test_views_are_made_once_and_go_with_the_model() -> None:
     expected = text(model, IDS)
     assert torch.equal(text(model, IDS, custom_generate=decoding), expected)
     assert own_loop._ENGINES[model][1] is not kept
+    text(model, IDS, custom_generate=griffin.decode_with("int4"))  # attention is quantised once for all prompts
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3.0)  # as training does
+    found = text(model, IDS, custom_generate=griffin.decode_with("int4"))
+    assert torch.equal(found, pruned(model, "int4", IDS))
     gone = weakref.ref(model)
     del model, kept
     gc.collect()
