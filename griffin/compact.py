@@ -94,7 +94,7 @@ class CompactView(View):
             for correction in parts[max(1, len(loaded[layer])) :]:
                 projections[-1].correct(correction)
             for projection in projections:
-                projection.finish()
+                projection.finish(learns=bool(experts.fits))
         self._experts, self._loaded = ref(experts), [[ref(part) for part in parts] for parts in by_layer]
 
     def _forget(self) -> None:

@@ -72,8 +72,8 @@ class CompactProjection:
         """As `correct`, for what is learned while the projection is in use."""
         self.correct(correction)
 
-    def finish(self) -> None:
-        """Be ready: all is loaded and corrected."""
+    def finish(self, *, learns: bool) -> None:
+        """Be ready: all is loaded and corrected; `learns`: whether more may be learned while it is in use."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -129,11 +129,11 @@ class QuantizedProjection(CompactProjection):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self, *, learns: bool) -> None:
         """Quantise what was loaded and corrected, if anything was."""
         if self._stale:
             quantize(self.quantized, self._quantization, self.module, packed=not self._static)
-            self._beside.clear(self.module)
+            self._beside.clear(self.module, BESIDE if learns else 0)
             self._stale = False
 
     def learn(self, correction: Correction) -> None:
@@ -141,7 +141,7 @@ class QuantizedProjection(CompactProjection):
         if not self._beside.append(correction):
             self.correct(self._beside.held)  # all of it at once: weights in the model's precision are slow to change
             self.correct(correction)
-            self.finish()
+            self.finish(learns=True)
 
     @property
     def learned_bytes(self) -> int:
@@ -168,13 +168,13 @@ class _Beside:
         """All that it holds."""
         return Correction(self.basis_RK[: self.used], self.weights_RH[: self.used])
 
-    def clear(self, module: nn.Module) -> None:
-        """Hold nothing, for weights of this shape."""
+    def clear(self, module: nn.Module, room: int) -> None:
+        """Hold nothing, and have room for so many rows, for weights of this shape."""
         weight = module.get_parameter("weight")
         hidden, kept = weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
         self.used = 0
-        if self.basis_RK.shape[1] != kept:
-            self.basis_RK, self.weights_RH = weight.new_zeros(BESIDE, kept), weight.new_zeros(BESIDE, hidden)
+        if self.basis_RK.shape != (room, kept):
+            self.basis_RK, self.weights_RH = weight.new_zeros(room, kept), weight.new_zeros(room, hidden)
         self.weights_RH.zero_()
 
     @torch.inference_mode(False)
@@ -182,7 +182,7 @@ class _Beside:
     def append(self, correction: Correction) -> bool:
         """Hold one more; False where there is no room for it."""
         end = self.used + len(correction.basis_NK)
-        if end > BESIDE:
+        if end > len(self.basis_RK):
             return False
         self.basis_RK[self.used : end] = correction.basis_NK
         self.weights_RH[self.used : end] = correction.weights_NH
@@ -191,7 +191,7 @@ class _Beside:
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Behind the projection."""
-        rows = BESIDE if self._static else self.used
+        rows = len(self.basis_RK) if self._static else self.used
         if not rows:
             return output
         return output + (args[0] @ self.basis_RK[:rows].T) @ self.weights_RH[:rows]
