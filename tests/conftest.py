@@ -6,6 +6,9 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from transformers.utils import logging
+
+logging.get_logger()  # writes to the stderr of its first call: one that a test captures would be closed after that test
 
 
 @pytest.fixture
