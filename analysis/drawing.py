@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
 
 # These families have the same colour in every report. Every other family gets the next free colour, by name.
-_KNOWN = ("griffin", "magnitude", "wanda", "random", "impact", "griffin+ridge", "impact+ridge", "griffin+mean")
+_KNOWN = ("griffin", "magnitude", "wanda", "random", "recipe", "exact", "int8", "int4")
 _COLOURS = [colour for number, colour in enumerate(COLOURS) if number != 7]  # number 7 is a grey, like dense
 MOST_SHOWN = 12  # figures of a kind, and tasks with examples, in a report: nobody looks at hundreds
 DENSE_LINE = {"color": NEUTRAL, "linestyle": "--", "linewidth": 1.2, "label": "dense"}

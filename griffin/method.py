@@ -170,28 +170,38 @@ class Method:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in idle}
 
     @property
+    def name(self) -> str:
+        """That of the named method which it is but for its sparsity; empty without one."""
+        mine = self.settings | {"sparsity": 0.0}
+        return next((name for name, named in METHODS.items() if named.settings | {"sparsity": 0.0} == mine), "")
+
+    @property
     def family(self) -> str:
-        """The method without its sparsity, in words."""
-        if self.dense:
-            return "dense"
-        name = self.scorer.name if self.compensation == "none" else f"{self.scorer.name}+{self.compensation}"
-        words = [name] * self.prunes + ["(by token, masked)"] * (self.by_token and self.prunes)
+        """The method without its sparsity, in words: its name, or the settings that make it."""
+        marks = ["(by token, masked)"] * (self.by_token and self.prunes) + ["(not exact)"] * (
+            self.verification == "threshold"
+        )
+        return " ".join([self.name or self.made_of, *marks])
+
+    @property
+    def made_of(self) -> str:
+        """What makes it, but for its sparsity, in words: its statistic, and what else is no default."""
+        words = []
+        if self.prunes:
+            words += [self.scorer.name if self.compensation == "none" else f"{self.scorer.name}+{self.compensation}"]
         axes = {one.name: one for one in fields(self)}
         for name, value in self.settings.items():
             if name in ("statistic", "compensation", "sparsity") or value == axes[name].default:
                 continue
             if name == "verification":
-                exact = value == "exact"
-                words.append("verified" if exact else f"p>={self.verification_threshold:g} (not exact)")
+                words += ["verified" if value == "exact" else f"p>={self.verification_threshold:g}"]
             else:
-                words.append(axes[name].metadata["word"].format(value))
-        return " ".join(filter(None, words))
+                words += [axes[name].metadata["word"].format(value)]
+        return " ".join(filter(None, words)) or "dense"
 
     @property
     def label(self) -> str:
         """The method in words, for tables and run names."""
-        if self.dense:
-            return "dense"
         share = "per layer" if isinstance(self.sparsity, tuple) else f"{100 * self.sparsity:g}%"
         return f"{self.family} {share}" if self.prunes else self.family
 

@@ -63,7 +63,11 @@ def tasks() -> Rows:
 def methods() -> Rows:
     """Every method that has a name."""
     for name, method in METHODS.items():
-        yield f"`{name}`", method.label, _comment(CONF / "method" / f"{name}.yaml")
+        yield (
+            f"`{name}`",
+            f"{method.made_of} {100 * method.sparsity:g}%" if method.prunes else method.made_of,
+            _comment(CONF / "method" / f"{name}.yaml"),
+        )
 
 
 def statistics() -> Rows:
@@ -84,7 +88,7 @@ def models() -> Rows:
 HEADS = {
     keys: "| key | default | what it is |",
     tasks: "| task | kind | headline | what it is |",
-    methods: "| method | in tables | what it is |",
+    methods: "| method | settings | what it is |",
     statistics: "| statistic | whose neurons |",
     models: "| model | source | where | dtype | |",
 }

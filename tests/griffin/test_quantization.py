@@ -182,13 +182,15 @@ def test_labels_say_the_precision() -> None:
     found = [
         griffin.METHODS["int8"],
         Method(quantization="int4"),
-        replace(griffin.EXACT, quantization="int4"),
+        replace(griffin.EXACT, draft_tokens=4),
+        griffin.EXACT,
         Method(sparsity=0.0, quantization="int8", verification="exact"),
     ]
     assert [method.label for method in found] == [
         "int8",
         "griffin int4 50%",
-        "impact int4 verified 50%",
+        "impact int4 verified k=4 50%",
+        "exact 50%",
         "int8 verified",
     ]
 
