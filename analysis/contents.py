@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis import figures
-from analysis.critical_sparsity import against_bytes, critical_sparsities, sentences
+from analysis.critical_sparsity import against_bytes, critical_sparsities
 from analysis.drawing import Group, Styles, numbered
 from analysis.frame import QUALITY, VERSIONS, frame, select
 from analysis.paired import differences, pairs
 from analysis.runs import Record, Runs, read_runs
 from analysis.samples import Answers, answers, read_scores
+from analysis.sentences import sentences
 from analysis.tables import Table, tables
 from pipelines.errors import UserError
 
@@ -128,4 +129,4 @@ def make_report(source: str, only: Mapping[str, str] | None = None) -> Report:
         Section(title, [*map(numbered, groups)], [rows[name] for name in names if name in rows])
         for title, groups, names in parts
     ]
-    return Report(source, runs, table, sentences(to_dense, table), sections, answers(runs, table, scores))
+    return Report(source, runs, table, sentences(to_dense, table, scores), sections, answers(runs, table, scores))

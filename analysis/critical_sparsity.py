@@ -13,11 +13,9 @@ import operator
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.drawing import DENSE_LINE, Group, Styles, add_legend, drawing, name_sparsities
-from analysis.frame import select
 from analysis.metrics import Metric, metric
 from analysis.paired import Pair, Pairs
 from analysis.tables import SAMPLES, Cell, Table
@@ -39,7 +37,7 @@ def critical_sparsities(pairs: Pairs) -> Table:
     columns += ["largest sparsity within two points", "largest measured (%)"]
     table = Table("critical_sparsity", "Critical sparsity", note, ("model and task", "metric", "method"), columns)
     for (model, task), rows in pairs.items():
-        for family, mine in _families(rows).items():
+        for family, mine in families(rows).items():
             first, last = mine[0], mine[-1]
             cells: list[Cell | None] = [
                 Cell(max(pair.difference.samples for pair in mine), SAMPLES, first.row.run_id),
@@ -51,56 +49,25 @@ def critical_sparsities(pairs: Pairs) -> Table:
     return table
 
 
-def _families(pairs: Sequence[Pair], along: str = "row.sparsity") -> dict[str, list[Pair]]:
+def families(pairs: Sequence[Pair], along: str = "row.sparsity") -> dict[str, list[Pair]]:
     """The pairs that have this number by their methods without sparsity, each by rising number."""
     number, family = operator.attrgetter(along), operator.attrgetter("row.family")
     known = sorted(sorted((pair for pair in pairs if not math.isnan(number(pair))), key=number), key=family)
     return {name: [*mine] for name, mine in itertools.groupby(known, key=family)}
 
 
-def _within(pairs: Sequence[Pair], margin: float) -> Pair | None:
+def within(pairs: Sequence[Pair], margin: float) -> Pair | None:
     """The last of the pairs, by rising sparsity, that loses no more than so many points."""
     return next((pair for pair in reversed(pairs) if pair.difference.low >= -margin), None)
 
 
 def _largest(pairs: Sequence[Pair], margin: float) -> Cell:
-    pair = _within(pairs, margin)
+    pair = within(pairs, margin)
     if pair is None:
         return Cell(0.0, _SPARSITY, pairs[0].row.run_id, words="none")
     sparsity = 100 * pair.row.sparsity
     density = "" if pair.density is None else f" ({pair.density:.2f})"
     return Cell(sparsity, _SPARSITY, pair.row.run_id, words=f"{sparsity:g}%{density}")
-
-
-def sentences(pairs: Pairs, runs: pd.DataFrame) -> list[str]:
-    """What the runs show, a sentence for each model and task: which methods stay within two points of dense, up to
-    which sparsity, and at which measured speed where that was measured; else which comes closest."""
-    speeds = select(runs, kind="latency", metric="decode_speedup")
-    speed = {(row.model, row.method): row.value for row in speeds.itertuples()}
-    found = []
-    for (model, task), rows in pairs.items():
-        families = _families(rows)
-        mine = [pair for members in families.values() for pair in members]
-        count = max((pair.difference.samples for pair in mine), default=0)
-        if count < 2:  # one sample shows nothing
-            continue
-        near = [pair for members in families.values() if (pair := _within(members, TWO_POINTS))]
-        if near:
-            parts = []
-            for pair in sorted(near, key=lambda pair: (-pair.row.sparsity, pair.row.family)):
-                fast = speed.get((model, pair.row.method))
-                times = "" if fast is None else f", {fast:.2f} times as fast as dense"
-                parts.append(f"{pair.row.family} up to {100 * pair.row.sparsity:g}%{times}")
-            words = f"within two points of dense stay {'; '.join(parts)}"
-        else:
-            nearest = max(mine, key=lambda pair: pair.difference.rank)
-            difference = nearest.difference
-            words = (
-                f"nearest to dense is {nearest.row.method}, {difference.mean:+.1f} points "
-                f"[{difference.low:.1f}, {difference.high:.1f}]; no method was shown to stay within two points"
-            )
-        found.append(f"{task}, {model} ({mine[0].row.label}, n = {count}): {words}.")
-    return found
 
 
 def against_bytes(pairs: Pairs, styles: Styles) -> Group:
@@ -125,7 +92,7 @@ def _figure(pairs: Sequence[Pair], styles: Styles) -> Figure:
     figure, axis = new_figure()
     axis.axhspan(-TWO_POINTS, TWO_POINTS, color=NEUTRAL, alpha=0.12, linewidth=0)
     axis.axhline(0.0, **DENSE_LINE)
-    for family, mine in _families(pairs, "density").items():
+    for family, mine in families(pairs, "density").items():
         across, means = [pair.density or 0.0 for pair in mine], [pair.difference.mean for pair in mine]
         ends = np.array([(pair.difference.low, pair.difference.high) for pair in mine]).T
         axis.errorbar(across, means, np.nan_to_num(np.abs(ends - means)), linestyle=":", **styles.points(family))

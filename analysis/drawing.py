@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.figure_style import COLOURS, LIGHT, MARKERS, NEUTRAL, drawn_in
+from pipelines.figure_style import COLOURS, MARKERS, NEUTRAL, styled
 
 # These families have the same colour in every report. Every other family gets the next free colour, by name.
 _KNOWN = ("griffin", "magnitude", "wanda", "random", "recipe", "exact", "int8", "int4")
@@ -25,7 +25,7 @@ _INSIDE = 6  # a legend with more entries is placed below the axes
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of some runs that has not been drawn yet, because it is drawn once in each theme. Its caption tells what
+    """A figure of some runs that has not been drawn yet. Its caption tells what
     its group's note does not; its name is that of its file, without suffix."""
 
     name: str
@@ -37,7 +37,7 @@ class Drawing:
     def _repr_png_(self) -> bytes:
         """Notebooks call this to show the figure."""
         out = io.BytesIO()
-        with drawn_in(LIGHT):
+        with styled():
             self.draw().savefig(out, format="png", dpi=130)
         return out.getvalue()
 

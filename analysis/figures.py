@@ -134,13 +134,13 @@ def flocking(runs: Runs) -> Group:
 
 
 def _flocking_drawings(record: dict[str, Any], runs: Runs, model: str, task: str) -> Iterator[Drawing]:
-    run_id, kept = record["run_id"], record["config"]["task"]["kept"]
+    run_id, shown = record["run_id"], [record["config"]["task"][key] for key in ("kept", "heatmap_layers")]
     place = model if task == "flocking" else f"{model}, {task}"
     folder = runs.folders.get(run_id)
     whole = whole_samples(folder / "samples.jsonl")[0] if folder else []
     samples = sorted((sample for sample in whole if "arrays" in sample), key=lambda sample: sample["index"])
     captions = _FLOCKING | {"scores": f"The mean of {len(samples)} texts."}
-    for (name, *more), title, draw in flocking_figures.figures(samples, _layer_rows(runs, run_id), kept):
+    for (name, *more), title, draw in flocking_figures.figures(samples, _layer_rows(runs, run_id), *shown):
         words, caption = (f"flocking_{name}", model, task, *more), captions.get(name, "")
         yield drawing(words, title.format(place), [run_id], draw, caption)
 
@@ -158,7 +158,7 @@ def _sparsity_figure(runs: pd.DataFrame, styles: Styles, dense: Iterable[float])
     figure, axis = new_figure()
     for family, mine in _pruned(runs).groupby("family"):
         start = nearest(next(mine.itertuples()), select(runs, role="dense").itertuples())
-        line = mine if start is None else pd.concat([runs.loc[[start.Index]], mine])
+        line = mine if start is None or 0.0 in {*mine["sparsity"]} else pd.concat([runs.loc[[start.Index]], mine])
         line = _with_gaps(line, runs, "sparsity")
         axis.errorbar(100 * line["sparsity"], line["value"], _bars(line), **styles.points(str(family)))
     for value in dense:

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
 from analysis.contents import Report
 from analysis.drawing import MOST_SHOWN, file_name
@@ -27,7 +26,7 @@ from analysis.runs import watched
 from analysis.samples import Example, examples
 from analysis.tables import DASH, Cell, Table
 from pipelines.errors import UserError
-from pipelines.figure_style import DARK, LIGHT, drawn_in, save
+from pipelines.figure_style import save, styled, themed
 from pipelines.tracking import Media, track
 
 _VERSIONS = (
@@ -35,6 +34,7 @@ _VERSIONS = (
     *("processor", "cpus", "memory", "device", "started", "finished"),
 )
 _WRITTEN = ".written"  # lists the tables and figures that a report wrote, by their paths in its folder
+_PICTURES = (".png", ".pdf", ".svg", "_dark.svg")
 MISSING = "missing"
 
 _LATEX = {
@@ -62,7 +62,7 @@ def write_report(report: Report, out: Path) -> Path:
     """
     drawings = [drawing for group in report.groups for drawing in group.drawings]
     names = [f"tables/{table.name}.{suffix}" for table in report.tables for suffix in _TEXTS]
-    names += [f"figures/{drawing.name}.{suffix}" for drawing in drawings for suffix in ("png", "pdf")]
+    names += [f"figures/{drawing.name}{suffix}" for drawing in drawings for suffix in _PICTURES]
     names += [f"answers/{answers.name}.html" for answers in report.answers]
     try:
         for folder in ("tables", "figures", *(["answers"] if report.answers else [])):
@@ -87,12 +87,13 @@ def write_report(report: Report, out: Path) -> Path:
                 chosen[answers.name] = examples(samples)
         pictures = {}
         for drawing in watched(drawings, "figures"):
-            with drawn_in(LIGHT):
+            with styled():
                 figure = drawing.draw()
                 save(figure, out / "figures" / drawing.name)
-                light = _data_uri(figure)
-            with drawn_in(DARK):
-                pictures[drawing.name] = light, _data_uri(drawing.draw())
+                light, dark = themed(figure)
+            for text, theme in ((light, ""), (dark, "_dark")):
+                (out / "figures" / f"{drawing.name}{theme}.svg").write_text(text, encoding="utf-8")
+            pictures[drawing.name] = _data_uri(light), _data_uri(dark)
         (out / "index.html").write_text(_page(report, pictures, chosen), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={out}: cannot write {error.filename or out}: {error.strerror}") from error
@@ -144,11 +145,8 @@ def _versions(environment: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, known[name]) for name in _VERSIONS if name in known]
 
 
-def _data_uri(figure: Figure) -> str:
-    """The figure as SVG with nothing behind it, the same bytes every time."""
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 # -- templates, and tables as text -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ out/index.html      everything on one page that needs no network and no script
     report.md       the tables in Markdown, with the runs behind them
     runs.csv        the DataFrame of `analysis.frame`
     tables/*.tex, *.csv, *.md
-    figures/*.png, *.pdf
+    figures/*.png, *.pdf, *.svg, *_dark.svg
 """
 
 from __future__ import annotations

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.text import Text
 
 from analysis.drawing import file_name
 from analysis.frame import by_task, headlines
 from analysis.metrics import Metric, metric
 from analysis.runs import Runs, watched
-from pipelines.records import from_json
+from pipelines.records import from_json, pieces
 
 _ROLES = ("pruned", "dense", "assisted")  # the scores of the first less those of the next are what ranks samples
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one method wrote; `tokens` is None if the run did not count them."""
+    """What one method wrote; `tokens` is None if the run did not count them. Its text is in pieces, each with whether
+    it is drafts that the dense model accepted."""
 
     method: str
     score: float
     tokens: int | None
-    text: str
+    pieces: list[tuple[str, bool]]
+
+    @property
+    def text(self) -> str:
+        """What it wrote."""
+        return "".join(piece for piece, _ in self.pieces)
+
+    @property
+    def drafted(self) -> bool:
+        """Whether any of it was."""
+        return any(drafted for _, drafted in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Example:
 
     Attributes:
         reference: the answer that the data has.
+        prompt: what the models were given; empty if the samples do not say it.
         difference: mean score of the pruned methods less that of dense; without either, the mean score there is.
         rule: why it is an example: `best`, `median` or `worst`.
     """
@@ -43,6 +57,7 @@ class Example:
     index: int
     sample_id: str
     reference: str
+    prompt: str
     difference: float
     answers: list[Answer]
     rule: str = ""
@@ -55,12 +70,12 @@ class Scores:
     Attributes:
         values: of one metric, by the sample's index.
         lengths: tokens of the answers, of the samples that say so.
-        texts: whether any sample has an answer in words.
+        texts: the hashes of the answers in words.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     lengths: dict[int, float] = field(default_factory=dict)
-    texts: bool = False
+    texts: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,12 +118,36 @@ class Answers:
     def _example(self, index: int, samples: list[dict[str, Any]]) -> Example:
         first = samples[0]
         written = [
-            Answer(method, scores.values.get(index, 0.0), sample.get("generated_tokens"), _text(sample) or "")
+            Answer(
+                method,
+                scores.values.get(index, 0.0),
+                sample.get("generated_tokens"),
+                pieces((_text(sample) or "").rstrip(), sample.get("drafted_spans", ())),
+            )
             for (method, _, scores), sample in zip(self.runs, samples, strict=True)
         ]
         reference = first.get("reference", first.get("target", ""))
         words = "\n".join(map(str, reference)) if isinstance(reference, list) else str(reference)
-        return Example(index, str(first.get("id", index)), words, self.differences[index], written)
+        prompt = str(first.get("prompt", ""))
+        return Example(index, str(first.get("id", index)), words, prompt, self.differences[index], written)
+
+
+def coloured(answers: Sequence[Answers]) -> list[Text]:
+    """One text that was drafted and checked, with the accepted drafts in a colour, for terminals that have any."""
+    if Console().color_system is None:
+        return []
+    found = (
+        (answer, example)
+        for one in answers
+        for example in one.samples[:1]
+        for answer in example.answers
+        if answer.drafted
+    )
+    for answer, example in found:
+        words = f"{answer.method} wrote of sample {example.index}, accepted drafts in green: "
+        written = ((piece, "green" if drafted else "") for piece, drafted in answer.pieces)
+        return [Text.assemble(words, *written)]
+    return []
 
 
 def examples(samples: list[Example]) -> list[Example]:
@@ -135,9 +174,10 @@ def read_scores(runs: Runs, table: pd.DataFrame) -> dict[str, Scores]:
 
 
 def _scores(folder: Path | None, name: str) -> Scores:
-    values, lengths, texts = {}, {}, False
+    values, lengths, texts = {}, {}, {}
     for sample in read_samples(folder):
-        texts = texts or _text(sample) is not None
+        if (text := _text(sample)) is not None:
+            texts[sample["index"]] = hash(text)
         if name in sample:
             values[sample["index"]] = float(sample[name])
             if "generated_tokens" in sample:

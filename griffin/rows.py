@@ -73,11 +73,16 @@ class DraftStatistics:
     """What became of a row's draft tokens."""
 
     drafted: int = 0
-    accepted: int = 0  # those of them that became part of the text
+    accepted_by_check: list[int] = field(default_factory=list)  # those of them that became part of the text
     emitted: int = 0  # new tokens but the first: accepted ones, and one of the dense model's own a check
     draft_bytes: int = 0  # of weights that the drafts have read
     widths: list[int] = field(default_factory=list)  # in tokens, of the checks: dense steps over drafts and one token
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "check", "learn"), 0.0))
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that became part of the text."""
+        return sum(self.accepted_by_check)
 
     @property
     def checks(self) -> int:

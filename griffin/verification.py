@@ -77,11 +77,12 @@ def _round(
     length.update(probabilities, accepted)
     row.drafts.widths.append(count)
     row.drafts.drafted += len(drafts)
+    row.drafts.accepted_by_check.append(0)
     cache.set_window(1, 0, ran + accepted + 1)
     draft.learn(groups, accepted + 1, known_tokens)
     for place, token in enumerate(tokens):
         row.drafts.emitted += 1
-        row.drafts.accepted += place < accepted
+        row.drafts.accepted_by_check[-1] += place < accepted
         if generation.ends(row, token):
             return False
     return True

@@ -123,9 +123,12 @@ class RunConfig(MethodKeys):
         return tasks.KINDS[self.task.kind]
 
     def methods(self) -> list[Method]:
-        """The methods of the call, dense first; the dense model alone where nothing is pruned."""
+        """The methods of the call, dense first; the dense model alone where nothing is pruned. Of several, those that
+        check drafts are left out where the task generates no text."""
         methods = planned(self)
-        return methods if self.kind.prunes else [Method(sparsity=0.0)]
+        if not self.kind.prunes:
+            return [Method(sparsity=0.0)]
+        return [method for method in methods if self.kind.generates or not method.verified] or methods
 
     def _check_values(self) -> None:
         """Keys that can be judged by themselves."""

@@ -114,7 +114,7 @@ def evaluate(
             trackers[method] = stack.enter_context(track(config.wandb, folder.path, folder.run_id, **words))
         before, interval = sum(map(len, samples.values())), 0.1 if sys.stderr.isatty() else 15  # a log wants no film
         total = len(items) * len(folders)
-        bar = stack.enter_context(tqdm(total=total, initial=before, unit="sample", mininterval=interval))
+        bar = stack.enter_context(tqdm(total=total, initial=before, desc=what, unit="sample", mininterval=interval))
         refusals: dict[Method, str] = {}
         for method in together:
             try:

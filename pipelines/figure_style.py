@@ -5,10 +5,10 @@ Colours are seaborn's palette for the colour-blind; lines differ in their marker
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,14 @@ NEUTRAL = "#7d8590"  # of dense and of limits: what all others are read against;
 logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells every glyph that a PDF embeds
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Light or dark.
-
-    Attributes:
-        ink: of text and axes.
-        grid: of grid lines.
-        paper: what lies behind; figures in a page are transparent.
-        heat: a sequential colour map whose zero is the paper's colour.
-    """
-
-    ink: str
-    grid: str
-    paper: str
-    heat: str
-
-
-LIGHT = Theme(ink="#1f2328", grid="#e4e8ec", paper="#ffffff", heat="mako_r")
-DARK = Theme(ink="#e6edf3", grid="#2b323b", paper="#161b22", heat="mako")
+INK, GRID, PAPER = "#1f2328", "#e4e8ec", "#ffffff"
+# What these are in the dark. All other colours are clear on white and on black.
+_DARK = {INK: "#e6edf3", GRID: "#2b323b", PAPER: "#161b22"}
 
 
 @contextmanager
-def drawn_in(theme: Theme) -> Iterator[None]:
-    """Figures that are made and saved inside look like this theme, and are the same bytes every time."""
+def styled() -> Iterator[None]:
+    """Figures that are made and saved inside look alike, and are the same bytes every time."""
     options: dict[Any, Any] = {
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 9,
@@ -65,16 +49,16 @@ def drawn_in(theme: Theme) -> Iterator[None]:
         "legend.frameon": False,
         "lines.linewidth": 1.8,
         "lines.markersize": 5,
-        "figure.facecolor": theme.paper,
-        "axes.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
-        "grid.color": theme.grid,
-        "image.cmap": theme.heat,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "grid.color": GRID,
+        "image.cmap": "mako_r",  # its zero is white
         "svg.hashsalt": "griffin",
         "text.parse_math": False,  # a name may hold dollar signs
     }
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
-    with mpl.rc_context(options | dict.fromkeys(inked, theme.ink)):
+    with mpl.rc_context(options | dict.fromkeys(inked, INK)):
         yield
 
 
@@ -82,6 +66,16 @@ def new_figure(height: float = HEIGHT, **grid: Any) -> tuple[Figure, Any]:
     """An empty figure of the usual width, without pyplot's list of all figures, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(**grid)
+
+
+def themed(figure: Figure) -> tuple[str, str]:
+    """The figure as SVG with nothing behind it, for light pages and for dark ones: it is drawn once."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    dark = light = out.getvalue()
+    for colour, other in _DARK.items():
+        dark = dark.replace(colour, other)
+    return light, dark
 
 
 def save(figure: Figure, path: Path) -> Path:

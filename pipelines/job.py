@@ -21,6 +21,7 @@ from pipelines.config import RunConfig
 from pipelines.config_keys import typed
 from pipelines.errors import UserError, first_line, out_of_memory
 from pipelines.evaluation import evaluate, forget_model
+from pipelines.method_keys import planned
 from pipelines.methods import Method, identity, label, unused
 from pipelines.run_folder import RunFolder, run_id
 from pipelines.sweeps import FAILED, ManifestEntry, RunStatus, merged, of_this_call, wait_for_held
@@ -67,6 +68,9 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
 
     for override in unused(call.overrides, config):
         print(f"note: {override} changes nothing in this call", file=sys.stderr)
+    for method in planned(config) if config.kind.prunes else ():
+        if method not in config.methods():
+            print(f"note: task={config.task.name} generates no text, so {method.label} is left out", file=sys.stderr)
     device = device_kind(config.device)
     folders: dict[Method, RunFolder] = {}
     for method in config.methods():

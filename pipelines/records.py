@@ -10,6 +10,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -95,6 +96,14 @@ def append_samples(path: Path, samples: Sequence[Sample]) -> None:
         file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
+
+
+def pieces(text: str, drafted_spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+    """A text in pieces, and whether each is accepted drafts, by the `drafted_spans` of its sample."""
+    places, found = [place for span in drafted_spans for place in span], []
+    for number, (begin, end) in enumerate(itertools.pairwise([0, *places, len(text)])):
+        found += [(text[begin:end], number % 2 == 1)] * (begin < min(end, len(text)))
+    return found
 
 
 def to_json(value: Any, **options: Any) -> str:

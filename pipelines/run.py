@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 
+from rich.console import Console
+
 from pipelines.composition import compose_and_call
 from pipelines.job import job
-from pipelines.summary import CLOSING, tables
+from pipelines.summary import CLOSING, OPENING, tables
 from pipelines.sweeps import FAILED, of_this_call, run_status_table
 
 
 def main() -> None:
     """Compose, run, print the summary. Exit code 1 if any run failed, 128 + N where signal N ended it."""
     of_this_call.clear()
+    OPENING.clear()
     CLOSING.clear()
     compose_and_call(job)
+    for line in OPENING:
+        Console(highlight=False, soft_wrap=True).print("", line, markup=False, sep="\n")
     statuses = [one for _, point in of_this_call for one in point]
     rows = [(one.method, record) for one in statuses if (record := one.record()) is not None]
     if rows:

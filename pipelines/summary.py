@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.text import Text
 from tabulate import tabulate
 
 from pipelines.records import Record
 
-# What a callback has to say when the call ends, behind the tables.
+# What a callback has to say when the call ends, before the tables and behind them.
+OPENING: list[str | Text] = []
 CLOSING: list[str] = []
 
 # Of verified runs, and the last one of fidelity.

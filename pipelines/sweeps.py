@@ -82,10 +82,12 @@ def merged(before: Sequence[RunStatus], after: Sequence[RunStatus]) -> list[RunS
 
 
 def run_status_table() -> str:
-    """One line per run of this call's sweep, and the counts below."""
+    """One line per run of this call's sweep, unless all have just finished, and the counts below."""
     lines = [[words, one.method, one.state, one.reason or ""] for words, point in of_this_call for one in point]
     counts = Counter(state for _, _, state, _ in lines)
     told = ", ".join(f"{counts[state]} {state}" for state in (FINISHED, SKIPPED, FAILED, HELD) if counts[state])
+    if counts.keys() == {FINISHED}:
+        return told
     headers = ["point", "method", "state", "reason"]
     return f"{tabulate(lines, headers, disable_numparse=True, maxcolwidths=[None, None, None, 80])}\n\n{told}"
 

@@ -48,7 +48,8 @@ class Tracker:
         Metrics and timing are keys of their own, for charts. The whole of the record beside them is what the analysis
         reads back: the summary also keeps what was logged on the way.
         """
-        rows = [{key: value for key, value in sample.items() if key != "arrays"} for sample in samples]
+        own = ("arrays", "prompt")  # a table of W&B has neither room for them, nor perhaps the right to the latter
+        rows = [{key: value for key, value in sample.items() if key not in own} for sample in samples]
         self.show(Media(media.images, {"samples": rows, **media.tables}))
         if self._run is not None:
             parts = ("run_id", "method", "evaluation", "metrics", "timing", "environment", "digests")

@@ -4,12 +4,16 @@ became of their drafts; and what would become of drafts, from where a pruned mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import griffin
 from pipelines.records import Sample, mean_and_stderr
 from pipelines.tasks.prompts import Evaluation
+
+if TYPE_CHECKING:
+    from pipelines.models import LoadedModel
 
 # Metrics of drafts that have a standard error.
 ERRORS = frozenset(
@@ -28,9 +32,24 @@ def decoding_part(row: griffin.Row, run: Evaluation) -> Sample:
     if traffic is None:
         return part
     if row.method.verified:
-        return part | drafting_part([row.drafts], traffic.dense, run.check_costs)
+        written = {"accepted_by_check": row.drafts.accepted_by_check, "drafted_spans": drafted_spans(row, run.loaded)}
+        return part | written | drafting_part([row.drafts], traffic.dense, run.check_costs)
     taken = row.statistics(traffic)
     return part | {"weight_bytes": {"read": taken.bytes_read, "dense": taken.dense_bytes}}
+
+
+def drafted_spans(row: griffin.Row, loaded: LoadedModel) -> list[tuple[int, int]]:
+    """Where a verified text is accepted drafts: from one character to before another. The rest is the dense model's
+    own: the first token, and one a check."""
+    spans, count = [], 1
+    for accepted in row.drafts.accepted_by_check:
+        begin, end = (
+            len(loaded.tokenizer.decode(row.tokens[:tokens], skip_special_tokens=True))
+            for tokens in (count, count + accepted)
+        )
+        spans += [(begin, end)] * (end > begin)
+        count += accepted + 1
+    return spans
 
 
 def drafting_part(

@@ -86,6 +86,7 @@ def _texts(run: Evaluation, lm: HFLM, documents: Sequence[Document]) -> Batches:
         rows = run.generated([*requests], methods, lambda request: run.prefill(request.ids), generation, longest)
         for row, seconds in rows:
             sample = _sample(requests[row.label], [row.label.text(lm, row.tokens)], seconds, task)
+            sample["prompt"] = requests[row.label].instances[0].args[0]
             yield row.method, [sample | decoding_part(row, run)]
 
 

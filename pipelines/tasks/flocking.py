@@ -25,7 +25,7 @@ from griffin import DENSE, Row
 from pipelines.config import RunConfig
 from pipelines.data import read_rows, read_text_file
 from pipelines.errors import UserError
-from pipelines.figure_style import LIGHT, drawn_in, save
+from pipelines.figure_style import save, styled
 from pipelines.methods import engine_for
 from pipelines.models import LoadedModel
 from pipelines.records import Sample, writing
@@ -87,7 +87,7 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
-    """The figures as PNG and PDF and the measures by layer as CSV, into the run folder; and for W&B."""
+    """The measures by layer as CSV and, for W&B, the figures as PNG and PDF, into the run folder."""
     measured = sorted((sample for sample in samples if "skipped" not in sample), key=lambda sample: sample["index"])
     if not measured:
         return Media()
@@ -95,8 +95,10 @@ def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
     lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
     with writing(folder):
         (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        with drawn_in(LIGHT):
-            plans = figures(measured, rows, config.task.kept)
+        if config.wandb.mode == "disabled":  # a report draws them
+            return Media()
+        with styled():
+            plans = figures(measured, rows, config.task.kept, config.task.heatmap_layers)
             images = [save(draw(), folder / "figures" / "_".join(words)) for words, _, draw in plans]
     return Media(images, {"layers": rows})
 

@@ -144,7 +144,8 @@ def picking(
 
 
 def _sample(prompt: Prompt, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> Sample:
-    return prompt.sample_part(ids) | {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
+    took = {"generated_tokens": len(tokens), "seconds": round(seconds, 4)}
+    return prompt.sample_part(ids) | {"prompt": prompt.text} | took
 
 
 # -- transformers' assisted generation ---------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def _assisted(run: Evaluation, encoded: dict[P, list[int]], ended: Callable[[Seq
         drafts = griffin.DraftStatistics(
             widths=widths,
             drafted=sum(rounds),
-            accepted=emitted - len(widths),
+            accepted_by_check=[emitted - len(widths)],  # of all: transformers does not tell them apart
             emitted=emitted,
             draft_bytes=len(drafted) * draft_bytes,
         )

@@ -16,7 +16,7 @@ from analysis.figures import against_sparsity, against_speed, flocking, latency,
 from analysis.frame import frame
 from analysis.metrics import metric
 from analysis.runs import Runs
-from pipelines.figure_style import LIGHT, NEUTRAL, drawn_in
+from pipelines.figure_style import NEUTRAL, styled
 
 LATENCY = ("latency", 0.5)
 
@@ -32,7 +32,7 @@ def only(make: Callable[[pd.DataFrame, Styles], Group], records: Iterable[Record
 
 
 def axes(drawing: Drawing) -> Axes:
-    with drawn_in(LIGHT):
+    with styled():
         return drawing.draw().axes[0]
 
 
