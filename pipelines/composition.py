@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,6 +77,16 @@ def register() -> None:
         store.store(group="schema", name=name, node=node)
     store.store(group="hydra/help", name="griffin", node={"app_name": "pipelines.run", "template": help_text()})
     store.store(group="hydra/help", name="bake", node={"app_name": "pipelines.bake", "template": help_text(BAKE)})
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a call, by itself; UserError where it cannot be composed."""
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", overrides=[*overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_readable(error, RUN)) from error
 
 
 def compose_and_call(task: Callable[[DictConfig], Any], name: str = "config", nodes: Nodes = RUN) -> None:

@@ -149,9 +149,10 @@ def test_forward_calls_by_hand_are_prompts_only(loop: dict[str, Any]) -> None:
             model(prompt(1), past_key_values=output.past_key_values)
 
 
-def turns(model: Any, batch: list[Tensor], new_only: bool, **cache: Any) -> list[Tensor]:
+def turns(model: Any, batch: list[Tensor], new_only: bool, decoding: Any = None, **cache: Any) -> list[Tensor]:
     """What two turns say, and a third one."""
     (ids_BS, mask_BS), found, options = pad(batch), [], {"max_new_tokens": 9, "output_logits": False}
+    options |= {"custom_generate": decoding} if decoding else {}
     for turn in range(3):
         output = generate(model, ids_BS, mask_BS, **options, **cache)
         found.append(output.sequences[:, ids_BS.shape[1] :])
@@ -172,11 +173,12 @@ def test_a_verified_conversation_is_dense(family: str, static: bool, rows: int, 
     """A left-padded one too; the last token of a turn has not run, and is read with the next turn."""
     model = tiny(family)
 
-    def talk() -> list[Tensor]:
+    def talk(decoding: Any = None) -> list[Tensor]:
         cache = {"past_key_values": StaticCache(model.config, max_cache_len=64)} if static else {}
-        return turns(model, ROWS[:rows], new_only, **cache)
+        return turns(model, ROWS[:rows], new_only, decoding, **cache)
 
     expected = talk()
     with griffin.prune(model, **LOOPS[loop]) as pruner:
         assert same(talk(), expected)
         assert len(pruner.stats) == rows
+    assert same(talk(griffin.decode_with("griffin", **LOOPS[loop])), expected)

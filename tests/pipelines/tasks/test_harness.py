@@ -1,6 +1,7 @@
 """Classification and question answering through lm-eval, on the embedded articles."""
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,15 +135,25 @@ def test_lm_eval_scores_log_likelihoods_by_the_name_of_our_model(tmp_path: Path)
         evaluated(composed(*arguments(tmp_path, "briefs_qa")).task, tmp_path, "griffin", ",sparsity=0.5")
 
 
+PROBLEMS = [
+    {"question": f"A ferry takes {boats} cars a trip. How many in 3 trips?", "answer": f"3 * {boats}\n#### {3 * boats}"}
+    for boats in range(4, 4 + DOCUMENTS)
+]
+
+
+@pytest.mark.parametrize("task", ["briefs_qa", "gsm8k_cot_zeroshot"])
 @pytest.mark.parametrize("method", ["griffin", "exact", "dense"])
-def test_lm_evals_own_model_generates_by_a_method(method: str, tmp_path: Path) -> None:
-    """Without anything of ours but a folder, and with the answers of our own pipeline."""
+def test_lm_evals_own_model_generates_by_a_method(method: str, task: str, tmp_path: Path) -> None:
+    """Without anything of ours but a folder, and with the answers of our own pipeline; GSM8K as lm-eval defines it."""
     griffin.save_custom_generate(tmp_path / "folder")
-    folder = {"custom_generate": str(tmp_path / "folder"), "trust_remote_code": True, "method": method}
-    task = composed(*arguments(tmp_path, "briefs_qa")).task
-    results = evaluated(task, tmp_path, "hf", gen_kwargs=folder)
-    found = {sample["doc_id"]: sample["resps"][0] for sample in results["samples"]["briefs_qa"]}
-    (ours,) = ran(*arguments(tmp_path / "out", "briefs_qa", f"method={method}"))
+    data, options = tmp_path / "gsm8k.jsonl", [f"method={method}"]
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    options += [f"task.data_files={data}", "task.max_new_tokens=24"] if task != "briefs_qa" else []
+    gen_kwargs = {"custom_generate": str(tmp_path / "folder"), "trust_remote_code": True, "method": method}
+    gen_kwargs |= {"max_gen_toks": 24} if task != "briefs_qa" else {}
+    results = evaluated(composed(*arguments(tmp_path, task, *options)).task, tmp_path, "hf", gen_kwargs=gen_kwargs)
+    found = {sample["doc_id"]: sample["resps"][0] for sample in results["samples"][task]}
+    (ours,) = ran(*arguments(tmp_path / "out", task, *options))
     assert [found[index] for index in range(DOCUMENTS)] == answers(ours)
 
 

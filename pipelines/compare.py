@@ -1,0 +1,162 @@
+"""`python -m pipelines.compare "your prompt"`: named methods side by side on a prompt of one's own, as they write.
+
+Green is what was drafted and accepted, the rest of that text is the dense model's own. In a notebook
+`compare("your prompt", "grid.method=[recipe,exact]")` shows the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
+
+import griffin
+from pipelines.composition import composed
+from pipelines.config import RunConfig
+from pipelines.config_keys import typed
+from pipelines.errors import UserError
+from pipelines.records import pieces
+from pipelines.tasks.answers import drafted_spans
+
+USAGE = """python -m pipelines.compare "your prompt" [KEY=VALUE ...]
+
+The keys are those of python -m pipelines.run, for example 'grid.method=[recipe,exact]', sparsity=0.7, model=MODEL,
+task.max_new_tokens=200, task.chat_template=false (the prompt as it is, and not as what a user says in a chat)."""
+
+# What is compared, and how, unless the call says otherwise.
+DEFAULTS = {
+    "task": "briefs_chat",
+    "task.max_new_tokens": "80",
+    "grid.method": "[dense,griffin,recipe,int8,exact]",
+    "wandb.mode": "disabled",
+}
+
+DRAFTED = "green"
+_NARROW = 24  # characters a column; with less for each, methods are below each other
+_EVERY = 0.2  # seconds between two views of a text
+
+
+@dataclass
+class Written:
+    """What a method has written so far, and, when it is done, what that took."""
+
+    method: str
+    text: Text
+    facts: str = "..."
+
+
+def compare(prompt: str, *overrides: str) -> None:
+    """Show what methods make of a prompt, in the terminal or below a notebook's cell.
+
+    Raises:
+        UserError: a value that is not allowed; a prompt that is empty, or too long for the model.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    given |= {"task.max_new_tokens"} if "task" in given else set()
+    defaults = [f"{key}={value}" for key, value in DEFAULTS.items() if not {key, key.removeprefix("grid.")} & given]
+    config = typed(composed([*defaults, *overrides])).settled()
+    if not prompt.strip():
+        raise UserError("the prompt is empty: expected some words")
+    if config.task.kind != "generation":
+        raise UserError(f"task={config.task.name}: expected a task of kind generation, for its template and lengths")
+    console = Console(highlight=False)
+    written: dict[int, Written] = {}
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+
+        def show(place: int, one: Written) -> None:
+            written[place] = one
+            if console.is_terminal or console.is_jupyter:
+                live.update(side_by_side([*written.values()], console.width), refresh=True)
+
+        write(config, prompt, show)
+        live.update(side_by_side([*written.values()], console.width), refresh=True)
+
+
+def write(config: RunConfig, prompt: str, show: Callable[[int, Written], None]) -> None:
+    """Continue a prompt by every method, dense first, and show now and then the method's place and its text so far."""
+    from pipelines.evaluation import kept_model
+    from pipelines.tasks.generation import end_tokens
+    from pipelines.tasks.prompts import Evaluation
+
+    methods = [griffin.DENSE, *(method for method in config.methods() if not method.dense)]
+    loaded = kept_model(config.model, config.device, config.seed, False, bool(config.cpu_onednn and not config.compile))
+    ids, length = loaded.encode(prompt, config.task.chat_template), config.task.max_new_tokens
+    if len(ids) > (most := loaded.context_length - length):
+        raise UserError(f"a prompt of {len(ids)} tokens: expected at most {most}, with task.max_new_tokens={length}")
+    run, ends = Evaluation(loaded, config, methods, {method: set() for method in methods}), end_tokens(loaded)
+    try:
+        state = run.prefill(ids)
+    except griffin.UnsupportedModelError as error:
+        raise UserError(f"model={config.model.name}: {error}") from error
+    dense: griffin.Row | None = None
+    for place, method in enumerate(methods):
+        last = time.monotonic()
+
+        def text(row: griffin.Row) -> Text:
+            found = loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
+            return Text.assemble(*((part, DRAFTED * own) for part, own in pieces(found, drafted_spans(row, loaded))))
+
+        def ended(row: griffin.Row) -> bool:
+            nonlocal last
+            if time.monotonic() - last > _EVERY:
+                show(row.label, Written(row.method.label, text(row)))
+                last = time.monotonic()
+            return row.tokens[-1] in ends
+
+        rows = griffin.begin(run.engine, [state], method, config.seed, [place])
+        generation = griffin.Generation(length, ended)
+        for row in griffin.decode(run.engine, iter(rows), generation, max_prompt_tokens=len(ids)):
+            dense = dense or row
+            show(place, Written(method.label, text(row), facts(row, dense, run.traffic.get(method))))
+
+
+def facts(row: griffin.Row, dense: griffin.Row, traffic: griffin.Traffic | None) -> str:
+    """What a text took, in words, beside the dense model's."""
+    lines = [f"{len(row.tokens)} tokens in {row.seconds:.1f} s"]
+    if traffic is None:
+        return lines[0]
+    taken = row.statistics(traffic)
+    lines += [f"{len(row.tokens) / row.seconds / (len(dense.tokens) / dense.seconds):.2f} times dense's speed"]
+    lines += [f"{taken.effective_density:.2f} of its bytes per token"]
+    lines += [] if taken.acceptance is None else [f"{taken.acceptance:.2f} of drafts accepted"]
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, dense.tokens, strict=False)))
+    lines += ["the dense model's text" if row.tokens == dense.tokens else f"as dense for {same} tokens"]
+    return "\n".join(lines)
+
+
+def side_by_side(written: Sequence[Written], width: int) -> Table:
+    """The texts in columns, or in rows where the terminal is narrow."""
+    if width < _NARROW * len(written):
+        table = Table("method", "text", show_lines=True)
+        for one in written:
+            table.add_row(f"{one.method}\n\n{one.facts}", one.text)
+        return table
+    table = Table(*(Column(one.method, ratio=1, overflow="fold") for one in written), expand=True, show_lines=True)
+    table.add_row(*(one.text for one in written))
+    table.add_row(*(one.facts for one in written))
+    return table
+
+
+def main() -> None:
+    """Run the command. A mistake ends it with one line."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & {*words}:
+        print(USAGE, file=sys.stdout if words else sys.stderr)
+        sys.exit(0 if words else 2)
+    try:
+        compare(words[0], *words[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
