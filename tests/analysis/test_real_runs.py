@@ -4,6 +4,7 @@ All tests of real runs are in this file, because making the runs takes longer th
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -197,12 +198,21 @@ def test_an_unreachable_server_costs_the_report_one_warning(runs: Path, lab: Lab
 def test_the_quickstart_writes_a_report_and_says_where(tmp_path: Path) -> None:
     out = tmp_path / "out"
     shape = ["model=random_tiny", "model.architecture.num_hidden_layers=1", "limit=2", "task.max_new_tokens=2"]
-    call = ["experiment=quickstart", *shape, f"output_dir={out}", "wandb.mode=disabled"]
+    plain = 'hydra.sweeper.params.task="briefs,fidelity,flocking"'  # the tiny model has no format of conversations
+    call = ["experiment=quickstart", plain, *shape, f"output_dir={out}"]
     ended = process(command(*call), tmp_path, HOME=str(tmp_path))
     assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[-1] == f"Report: {out}/report/index.html (4 runs, 5 tables, 7 figures)"
+    assert ended.out.splitlines()[-1] == f"Report: {out}/report/index.html (10 runs, 7 tables, 10 figures)"
+    sentence = (
+        r"\nexact 50%: 2 of 2 texts are the dense model's, at [\d.]+ of its bytes per token \(briefs, random_tiny\)\.\n"
+    )
+    assert re.search(sentence, ended.out)
+    assert re.search(
+        r"\nKL from the dense model, in nats per token: int8 .*\(fidelity, random_tiny, n = 2\)\.\n", ended.out
+    )
+    assert "green" not in ended.out, "nobody would see the colours"
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("python -m pipelines.run task=briefs experiment=quickstart") >= 3
+    assert page.count("python -m pipelines.run task=briefs experiment=quickstart") >= 5
     assert page.count("python -m pipelines.run task=flocking experiment=quickstart") >= 1
 
 

@@ -40,9 +40,9 @@ def written(runs: Path, out: Path) -> str:
 def test_a_report_is_a_page_texts_tables_and_figures(report: Path) -> None:
     names = {path.name for path in report.iterdir()}
     assert names == {".written", "index.html", "report.md", "runs.csv", "tables", "figures"}
-    for folder, suffixes, files in (("tables", (".md", ".tex", ".csv"), 10), ("figures", (".png", ".pdf"), 11)):
-        found = Counter(path.suffix for path in (report / folder).iterdir())
-        assert found == dict.fromkeys(suffixes, files)
+    suffixes = {"tables": (".md", ".tex", ".csv"), "figures": (".png", ".pdf", ".svg")}
+    found = {folder: Counter(path.suffix for path in (report / folder).iterdir()) for folder in suffixes}
+    assert found == {"tables": dict.fromkeys(suffixes["tables"], 10), "figures": {".png": 11, ".pdf": 11, ".svg": 22}}
 
 
 def test_every_number_of_every_table_is_a_number_of_its_run(report: Path) -> None:

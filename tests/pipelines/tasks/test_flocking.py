@@ -19,8 +19,8 @@ from pipelines.tracking import Media
 
 
 def options(out: Path, *more: str) -> list[str]:
-    plain = ["model=random_tiny", "task=flocking", "limit=3", f"output_dir={out}", "wandb.mode=disabled"]
-    return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", *more]
+    plain = ["model=random_tiny", "task=flocking", "limit=3", f"output_dir={out}", "wandb.mode=offline"]
+    return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", "task.heatmap_layers=4", *more]
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_samples_say_what_came_out_and_metrics_are_rouge_of_the_texts_times_100(
         samples, record = read_samples(folder), read_record(folder)
         metrics, dense = record["metrics"], record["method"]["family"] == "dense"
         assert [sample["index"] for sample in samples] == [0, 1, 2, 3, 4]
-        fields = {"index", "id", "prompt_tokens", "generated_tokens", "seconds", *ROUGE, "text", "reference"}
+        fields = {"index", "id", "prompt", "prompt_tokens", "generated_tokens", "seconds", *ROUGE, "text", "reference"}
         for sample in samples:
             assert set(sample) == fields | (set() if dense else {"weight_bytes"})
             assert sample["reference"] == ALPHABET
