@@ -48,8 +48,9 @@ Table = tuple[list[str], list[list[Any]]]  # headers and lines
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
     """A table for each kind of measurement that there is."""
-    for make in (_quality, _perplexity, _latency, _flocking):
-        headers, lines = make(rows)
+    kinds = dict.fromkeys(record["config"]["task"]["kind"] for _, record in rows)
+    alike = [[row for row in rows if row[1]["config"]["task"]["kind"] == kind] for kind in kinds]
+    for headers, lines in [*map(_quality, alike), *(make(rows) for make in (_perplexity, _latency, _flocking))]:
         if lines:
             yield tabulate(lines, headers, disable_numparse=True, tablefmt="simple")
 
