@@ -67,6 +67,13 @@ def test_a_line_begins_at_dense_and_has_every_point_of_its_method() -> None:
     assert axis.get_ylabel() == metric("rouge1").axis == "ROUGE-1 (F x 100), higher is better"
 
 
+def test_a_quantised_copy_has_its_own_point_where_nothing_is_pruned() -> None:
+    copies = [record("int8", sparsity=0, quantization="int8", metrics=score(19.5))]
+    lines = drawn(only(against_sparsity, [*sweep(griffin={0: 20.0, 0.5: 15.0}), *copies]))
+    assert lines["int8"][1][0] == 19.5
+    assert lines["griffin"][1] == [20.0, 15.0]
+
+
 def test_of_several_dense_runs_a_line_begins_at_the_nearest() -> None:
     dense = [record(f"dense-{size}", sparsity=0, batch_size=size, metrics=score(10.0 * size)) for size in (1, 2)]
     pruned = [record(f"{part}", sparsity=part, batch_size=2, metrics=score(9.0)) for part in (0.25, 0.5)]
