@@ -21,8 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import analysis.contents, pipelines.tasks.generation'
 	touch $@
 
+# Tests start many processes, which must not compile anew where PYTHONDONTWRITEBYTECODE is set.
 $(DEVELOPING): $(INSTALLED)
 	$(PIP) --editable '.[pipelines,notebooks,dev]'
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1
 	touch $@
 
 run: install
