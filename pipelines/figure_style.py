@@ -53,7 +53,7 @@ def styled() -> Iterator[None]:
         "axes.facecolor": PAPER,
         "savefig.facecolor": PAPER,
         "grid.color": GRID,
-        "image.cmap": "mako_r",  # its zero is white
+        "image.cmap": "mako_r",  # its zero is pale, on dark pages too
         "svg.hashsalt": "griffin",
         "text.parse_math": False,  # a name may hold dollar signs
     }

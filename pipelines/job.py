@@ -68,12 +68,13 @@ def run(config: RunConfig, call: Call) -> list[RunStatus]:
 
     for override in unused(call.overrides, config):
         print(f"note: {override} changes nothing in this call", file=sys.stderr)
+    methods = config.methods()
     for method in planned(config) if config.kind.prunes else ():
-        if method not in config.methods():
+        if method not in methods:
             print(f"note: task={config.task.name} generates no text, so {method.label} is left out", file=sys.stderr)
     device = device_kind(config.device)
     folders: dict[Method, RunFolder] = {}
-    for method in config.methods():
+    for method in methods:
         readable = "-".join([config.task.name, config.model.name, method.label.replace(" ", "-").replace("%", "")])
         folders[method] = RunFolder(Path(config.output_dir), run_id(readable, identity(config, method, device)))
     ManifestEntry(config).note(runs=[folder.run_id for folder in folders.values()], failed=None)

@@ -29,6 +29,8 @@ import numpy as np
 
 from pipelines.errors import UserError
 
+DRAFTED = "green"  # in terminals, accepted drafts
+
 Sample = dict[str, Any]
 Record = dict[str, Any]
 

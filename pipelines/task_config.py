@@ -182,7 +182,6 @@ class FlockingTask(Task):
     sequence_length: int = described("tokens of a sequence, at most", 256, least=16)
     max_new_tokens: int = described("tokens that the model continues each sequence with", 32, least=1)
     kept: float = described("share of a layer's neurons in its top-k set", 0.5)
-    heatmap_layers: int = described("so many layers have heatmaps, evenly; 1: the middle one", 1, least=1)
     heatmap_tokens: int = described("heatmaps show the first N tokens", 128, least=1)
     heatmap_neurons: int = described("heatmaps show the first M neurons", 128, least=1)
 

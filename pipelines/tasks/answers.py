@@ -41,12 +41,13 @@ def decoding_part(row: griffin.Row, run: Evaluation) -> Sample:
 def drafted_spans(row: griffin.Row, loaded: LoadedModel) -> list[tuple[int, int]]:
     """Where a verified text is accepted drafts: from one character to before another. The rest is the dense model's
     own: the first token, and one a check."""
-    spans, count = [], 1
+    spans, count = list[tuple[int, int]](), 1
     for accepted in row.drafts.accepted_by_check:
         begin, end = (
             len(loaded.tokenizer.decode(row.tokens[:tokens], skip_special_tokens=True))
             for tokens in (count, count + accepted)
         )
+        begin = max(begin, spans[-1][1] if spans else 0)  # a character may come of several tokens
         spans += [(begin, end)] * (end > begin)
         count += accepted + 1
     return spans

@@ -98,7 +98,7 @@ def media(folder: Path, samples: Sequence[Sample], config: RunConfig) -> Media:
         if config.wandb.mode == "disabled":  # a report draws them
             return Media()
         with styled():
-            plans = figures(measured, rows, config.task.kept, config.task.heatmap_layers)
+            plans = figures(measured, rows, config.task.kept)
             images = [save(draw(), folder / "figures" / "_".join(words)) for words, _, draw in plans]
     return Media(images, {"layers": rows})
 

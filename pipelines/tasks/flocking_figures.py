@@ -135,13 +135,11 @@ def _by_layer(samples: Sequence[Sample], text: str, measure: str) -> list[tuple[
     return [mean_and_stderr(list(column)) for column in columns]
 
 
-def figures(
-    samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float, heatmap_layers: int
-) -> Iterator[Plan]:
+def figures(samples: Sequence[Sample], rows: Sequence[dict[str, Any]], kept: float) -> Iterator[Plan]:
     """The figures of a run: the words of each one's name, its title with a place for what it is of, how it is drawn.
 
     The samples are the measured sequences, by index, with their arrays, the rows are those of `layer_table`, and
-    `kept` is the share of the neurons in a top-k set. So many layers have heatmaps.
+    `kept` is the share of the neurons in a top-k set. The heatmaps are of the middle layer.
     """
     for name, (words, _) in COMPARED.items():
         if any(row["measure"] == name for row in rows):
@@ -150,17 +148,12 @@ def figures(
         return
     scores_NLD = np.stack([sample["arrays"]["natural_scores"] for sample in samples])
     yield ("scores",), "Scores, {}", partial(score_figure, scores_NLD)
-    for layer in shown_layers(scores_NLD.shape[1], heatmap_layers) if panels(samples) else ():
-        place, title = ("heatmap", f"layer{layer:02d}"), f"Relative activations, {{}}, layer {layer}"
+    if panels(samples):
+        layer = scores_NLD.shape[1] // 2
+        place, title = ("heatmap",), f"Relative activations, {{}}, layer {layer}"
         yield place, title, partial(heatmap_figure, samples, layer)
         title += ", neurons sorted by their score in text A"
         yield (*place, "sorted"), title, partial(heatmap_figure, samples, layer, ordered=True)
-
-
-def shown_layers(layers: int, count: int) -> list[int]:
-    """So many of the layers, evenly from the first to the last; of one, the middle one."""
-    parts = [0.5] if count == 1 else [part / (count - 1) for part in range(count)]
-    return sorted({round(part * (layers - 1)) for part in parts})
 
 
 def panels(samples: Sequence[Sample]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -212,8 +205,9 @@ def score_figure(scores_NLD: np.ndarray) -> Figure:
     share_D = 100 * (np.arange(width) + 1) / width
     step = max(1, width // 400)
     shades = sns.color_palette("flare", layers)
+    named = {round(part * (layers - 1) / 3) for part in range(4)}  # evenly from the first to the last
     for layer in range(layers):
-        label = f"layer {layer}" if layer in shown_layers(layers, 4) else None
+        label = f"layer {layer}" if layer in named else None
         axis.plot(share_D[::step], curves_LD[layer][::step], color=shades[layer], linewidth=1, label=label)
     axis.set(xlabel="neurons, in falling order of score (%)", ylabel="score / largest score")
     axis.set(xlim=(0, 100), yscale="log")

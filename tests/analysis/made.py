@@ -26,7 +26,7 @@ _TASKS: dict[str, dict[str, Any]] = {
     "perplexity": {"name": "perplexity", "prompt_lengths": [64, 128], "generation_lengths": [32]},
     "fidelity": {"name": "fidelity", "shots": 1},
     "latency": {"name": "latency", "prompt_lengths": [64], "generation_lengths": [32]},
-    "flocking": {"name": "flocking", "kept": 0.5, "heatmap_layers": 4},
+    "flocking": {"name": "flocking", "kept": 0.5},
 }
 _COMPARED = {"seed": 0, "limit": None, "batch_size": 1, "offload_dense": False}
 _NEVER_COMPARED = {"device": "auto", "output_dir": "outputs", "tags": [], "wandb": {"mode": "disabled"}}

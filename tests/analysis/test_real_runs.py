@@ -135,7 +135,7 @@ def test_online_runs_hold_metrics_tables_and_images(lab: Lab) -> None:
     logged = {key: value.get("_type") for key, value in flocking.summary.items() if isinstance(value, dict)}
     assert logged["layers_table"] == logged["samples_table"] == "table-file"
     images = {key for key, kind in logged.items() if kind == "image-file"}
-    names = ("jaccard_sequences", "scores", "heatmap_layer00", "heatmap_layer00_sorted")
+    names = ("jaccard_sequences", "scores", "heatmap", "heatmap_sorted")
     assert {f"{name}_image" for name in names} <= images
     folder = lab.out / flocking.name.rpartition("-")[0] / "figures"
     for key in images:

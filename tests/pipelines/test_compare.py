@@ -10,8 +10,8 @@ from calling import ran, read_samples
 from rich.text import Text
 
 from pipelines import compare
-from pipelines.compare import DRAFTED, Written, side_by_side
-from pipelines.records import pieces
+from pipelines.compare import Written, side_by_side
+from pipelines.records import DRAFTED, pieces
 
 TINY = ("model=random_tiny", "task=briefs", "task.max_new_tokens=12")
 
@@ -40,6 +40,8 @@ def test_every_method_is_shown_as_it_writes_and_the_verified_one_is_dense(monkey
         (("tide", "task=latency"), "task=latency: expected a task of kind generation, for its template and lengths"),
         (("tide " * 3000, *TINY), "tokens: expected at most"),
         (("tide", "sparsty=0.5"), "sparsty"),
+        (("tide", "task=null"), "cannot compose"),
+        (("tide", *TINY, "grid.method=[griffin]", "sparsity=[0.5,0.5]"), "model=random_tiny: sparsity has 2"),
     ],
 )
 def test_a_mistake_is_one_line(words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from pipelines.tracking import Media
 
 def options(out: Path, *more: str) -> list[str]:
     plain = ["model=random_tiny", "task=flocking", "limit=3", f"output_dir={out}", "wandb.mode=offline"]
-    return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", "task.heatmap_layers=4", *more]
+    return [*plain, "task.sequence_length=48", "task.max_new_tokens=5", *more]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_what_is_to_be_looked_at_is_in_the_run_folder(whole: Path) -> None:
     names = {path.stem for path in (whole / "figures").glob("*.png")}
     assert names == {path.stem for path in (whole / "figures").glob("*.pdf")}
     assert {"jaccard_sequences", "jaccard_halves", "jaccard_generation", "scores"} < names
-    assert {f"heatmap_layer0{layer}{order}" for layer in range(3) for order in ("", "_sorted")} < names
+    assert {"heatmap", "heatmap_sorted"} < names
     heatmaps = [{name for name in arrays_of(whole, index) if "heatmap" in name} for index in range(3)]
     assert heatmaps == [{f"{text}_heatmap" for text in TEXTS}, {"natural_heatmap"}, set()]
     heat_LTM = arrays_of(whole, 0)["natural_heatmap"]
