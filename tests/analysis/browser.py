@@ -24,7 +24,8 @@ Promise.all([...document.images].map(image => image.decode().catch(() => null)))
   images: [...document.images].map(image => {
     const box = image.getBoundingClientRect();
     return {natural: image.naturalWidth, width: box.width, height: box.height, left: box.left, right: box.right,
-            shown: image.checkVisibility(), source: image.currentSrc.length};
+            shown: image.checkVisibility(),
+            source: [...image.currentSrc].reduce((sum, letter) => (31 * sum + letter.charCodeAt(0)) | 0, 0)};
   }),
   result: RESULT,
   page_width: document.documentElement.scrollWidth,

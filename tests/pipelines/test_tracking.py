@@ -110,7 +110,7 @@ def test_samples_are_logged_as_they_come_and_as_a_table(tracked: Tracked) -> Non
     assert logged == [(1, pytest.approx(scores[0])), (2, pytest.approx(sum(scores) / 2))]
     (table,) = offline_run(tracked.pruned).rglob("*.table.json")
     content = json.loads(table.read_text(encoding="utf-8"))
-    assert content["columns"] == list(samples[0])
+    assert content["columns"] == [key for key in samples[0] if key != "prompt"]
     assert [row[content["columns"].index("text")] for row in content["data"]] == [sample["text"] for sample in samples]
 
 
@@ -173,5 +173,5 @@ def test_the_same_run_in_two_places_is_two_runs_in_one_project(tmp_path: Path) -
         with track(WandbConfig(mode="offline"), tmp_path / name, "a-run", name="a run", config={}):
             pass
         for path in (tmp_path / name / "wandb").glob("offline-run-*"):
-            ids.add(path.name.partition("-a-run-")[2])
+            ids.add(path.name.partition("-a-run-")[2][:8])  # wandb numbers runs of one second
     assert len(ids) == 2
