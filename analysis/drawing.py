@@ -25,8 +25,8 @@ _INSIDE = 6  # a legend with more entries is placed below the axes
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of some runs that has not been drawn yet. Its caption tells what
-    its group's note does not; its name is that of its file, without suffix."""
+    """A figure of some runs that has not been drawn yet. Its caption tells what its group's note does not; its name is
+    that of its file, without suffix."""
 
     name: str
     title: str

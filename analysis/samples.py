@@ -49,7 +49,7 @@ class Example:
 
     Attributes:
         reference: the answer that the data has.
-        prompt: what the models were given; empty if the samples do not say it.
+        prompt: its text, in a chat what the user says last; empty if the samples do not say it.
         difference: mean score of the pruned methods less that of dense; without either, the mean score there is.
         rule: why it is an example: `best`, `median` or `worst`.
     """

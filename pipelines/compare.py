@@ -110,7 +110,9 @@ def write(config: RunConfig, prompt: str, show: Callable[[int, Written], None]) 
 
         def text(row: griffin.Row) -> Text:
             found = loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
-            return Text.assemble(*((part, DRAFTED * own) for part, own in pieces(found, drafted_spans(row, loaded))))
+            return Text.assemble(
+                *((part, DRAFTED * drafted) for part, drafted in pieces(found, drafted_spans(row, loaded)))
+            )
 
         def ended(row: griffin.Row) -> bool:
             nonlocal aside, last
