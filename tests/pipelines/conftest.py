@@ -1,5 +1,6 @@
 """What all tests of the pipeline share: a process that looks fresh, and a call of its entry."""
 
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -26,10 +27,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The pipeline keeps the model for as long as a process lives; every test is a new one."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: this takes it back after the test
     evaluation._kept.clear()
+    yield
+    # Hydra's handlers write to the streams of this test, which are closed after it.
+    for handler in [each for each in logging.root.handlers if type(each) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture
