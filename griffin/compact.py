@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from griffin.feedforward import UnsupportedModelError, find_feedforward_blocks
 from griffin.hooked import DenseView
 from griffin.projection import CompactProjection, QuantizedProjection
-from griffin.quantization import linear_layers, quantize
+from griffin.quantization import linear_layers, quantize, together
 from griffin.ridge import Correction
 from griffin.selection import Experts
 from griffin.views import Compiler, View, view_of
@@ -35,7 +35,7 @@ class CompactView(View):
         if quantization != "none":
             kind = partial(QuantizedProjection, quantization=quantization, static=compiler is not None)
         blocks = find_feedforward_blocks(self.module)
-        self._layers: list[list[CompactProjection]] = [
+        self._layers: list[list[Any]] = [
             [
                 *(kind(module, neurons_out=True, parts=block.parts) for module in block.inputs),
                 kind(block.output, neurons_out=False, parts=1),
@@ -51,8 +51,7 @@ class CompactView(View):
         self.head = self._head and view_of(self._head)  # as it was
         if quantization != "none":
             others = [layer for layer in linear_layers(self.module) if layer not in {*self.shared, self._head}]
-            for layer in others:
-                quantize(layer, quantization, packed=self._packed)
+            together(partial(quantize, layer, quantization, packed=self._packed) for layer in others)
             self.shared += others
 
     @property
@@ -93,8 +92,9 @@ class CompactView(View):
                     projection.load(dense, kept)
             for correction in parts[max(1, len(loaded[layer])) :]:
                 projections[-1].correct(correction)
-            for projection in projections:
-                projection.finish(learns=bool(experts.fits))
+        if self.quantization != "none":
+            learns = bool(experts.fits)
+            together(partial(projection.finish, learns=learns) for layer in self._layers for projection in layer)
         self._experts, self._loaded = ref(experts), [[ref(part) for part in parts] for parts in by_layer]
 
     def _forget(self) -> None:
@@ -108,7 +108,8 @@ class CompactView(View):
 
     def written(self, layer: int, kept_NK: Tensor) -> Tensor:
         """What a layer's neurons write [N, H] at N tokens, with all that was learned and without the bias."""
-        return self._layers[layer][-1].written(kept_NK)
+        output: CompactProjection = self._layers[layer][-1]
+        return output.written(kept_NK)
 
 
 def compact_model(model: nn.Module, experts: Experts) -> Any:

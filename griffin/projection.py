@@ -72,9 +72,6 @@ class CompactProjection:
         """As `correct`, for what is learned while the projection is in use."""
         self.correct(correction)
 
-    def finish(self, *, learns: bool) -> None:
-        """Be ready: all is loaded and corrected; `learns`: whether more may be learned while it is in use."""
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def correct(self, correction: Correction) -> None:
@@ -130,7 +127,7 @@ class QuantizedProjection(CompactProjection):
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self, *, learns: bool) -> None:
-        """Quantise what was loaded and corrected, if anything was."""
+        """Quantise what was loaded and corrected, if anything was; `learns`: whether more may be learned later."""
         if self._stale:
             quantize(self.quantized, self._quantization, self.module, packed=not self._static)
             self._beside.clear(self.module, BESIDE if learns else 0)

@@ -12,6 +12,8 @@ Dimensions: O = outputs, I = inputs of a linear layer.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ SCALE_BITS = 16
 VNNI = torch.cpu._is_vnni_supported()
 
 _PIECE = 2**17  # weights that are rounded at a time: a core's cache holds what is made of them
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says once a process that it will move quantised tensors elsewhere
+    torch._make_per_channel_quantized_tensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1), 0)
 
 
 def stored_bits(quantization: str, columns: float) -> float:
@@ -119,11 +125,16 @@ def _packed(weight_OI: Tensor, quantization: str) -> Any:
         pieces.append(levels(piece_OI if quantization == "int8" else rounded(piece_OI, quantization), "int8"))
     level_OI = torch.cat([level.to(torch.int8) for level, _ in pieces])
     scale_O = torch.cat([scale for _, scale in pieces]).squeeze(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will move quantised tensors elsewhere; nothing else has the product yet
-        zeros_O = torch.zeros(len(scale_O), dtype=torch.int64)
-        tensor = torch._make_per_channel_quantized_tensor(level_OI, scale_O, zeros_O, 0)
-        return torch.ops.quantized.linear_prepack(tensor, None)
+    zeros_O = torch.zeros(len(scale_O), dtype=torch.int64)
+    tensor = torch._make_per_channel_quantized_tensor(level_OI, scale_O, zeros_O, 0)
+    return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+def together(jobs: Iterable[Callable[[], object]]) -> None:
+    """Run these on as many threads as PyTorch has: packing, most of the time that quantising takes, runs on one."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda job: job(), jobs):
+            pass
 
 
 def linear_layers(model: nn.Module) -> list[nn.Module]:
