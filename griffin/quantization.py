@@ -3,8 +3,8 @@
 Weights are rounded to the nearest level, symmetrically, without calibration data: those of the FF blocks, of attention
 and of the output embedding. Norms and the embedding table stay as they are. Integer products are a library's affair: on
 a CPU PyTorch's own dynamic int8 product runs both, and rounds activations too: weights of 4 bits are held in 8 there.
-Elsewhere, and in compiled calls, rounded weights are computed with in the model's precision. Bytes are what a kernel
-would read.
+On a GPU torchao runs those of a bfloat16 model, if it is installed. Elsewhere, and in compiled calls on a CPU, rounded
+weights are computed with in the model's precision. Bytes are what a kernel would read.
 
 Dimensions: O = outputs, I = inputs of a linear layer.
 """
@@ -12,7 +12,7 @@ Dimensions: O = outputs, I = inputs of a linear layer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,12 @@ GROUP = 32
 # A scale has as many bits as a weight of the model: bytes are compared with those of 16 bits a weight.
 SCALE_BITS = 16
 
+# Devices on which torchao's products are used.
+TORCHAO = ("cuda",)
+
 VNNI = torch.cpu._is_vnni_supported()
+
+_TILES = 8  # of 16 inputs, that the int4 product for GPUs reads at a time
 
 _PIECE = 2**17  # weights that are rounded at a time: a core's cache holds what is made of them
 
@@ -51,16 +56,16 @@ def stored_bits(quantization: str, columns: float) -> float:
 
 
 def levels(weight_OI: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
-    """Levels, whole numbers in float32, and their scales: weight = level * scale, [O, I] and [O, 1] for int8;
-    [O, G, 32] and [O, G, 1] for int4, whose last group is filled up with zeros."""
-    weight_OI = weight_OI.float()
+    """Levels, whole numbers in float32, and their scales, of the weights' dtype in float32: weight = level * scale,
+    [O, I] and [O, 1] for int8; [O, G, 32] and [O, G, 1] for int4, whose last group is filled up with zeros."""
+    dtype, weight_OI = weight_OI.dtype, weight_OI.float()
     if quantization == "int8":
-        scale = weight_OI.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127.0
-        return (weight_OI / scale).round_(), scale
+        scale = (weight_OI.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127.0).to(dtype).float()
+        return (weight_OI / scale).round_().clamp_(-127, 127), scale
     weight_OGI = functional.pad(weight_OI, (0, -weight_OI.shape[1] % GROUP)).view(len(weight_OI), -1, GROUP)
     low, high = weight_OGI.amin(dim=-1, keepdim=True), weight_OGI.amax(dim=-1, keepdim=True)
     # The largest weight of a group lies at level -8, which has no opposite.
-    scale = torch.where(high > -low, -high, -low) / 8.0
+    scale = (torch.where(high > -low, -high, -low) / 8.0).to(dtype).float()
     scale = torch.where(scale == 0, 1.0, scale)
     return (weight_OGI / scale).round_().clamp_(-8, 7), scale
 
@@ -69,11 +74,26 @@ def rounded(weight_OI: Tensor, quantization: str) -> Tensor:
     """The weights as they are after quantisation, in their own dtype."""
     if quantization == "none":
         return weight_OI
-    pieces = []
+    return torch.cat(
+        [
+            (level * scale).flatten(1)[:, : weight_OI.shape[1]].to(weight_OI.dtype)
+            for level, scale in _in_pieces(weight_OI, quantization)
+        ]
+    )
+
+
+def _in_pieces(weight_OI: Tensor, quantization: str) -> Iterator[tuple[Tensor, Tensor]]:
     for piece_OI in torch.split(weight_OI, max(1, _PIECE // weight_OI.shape[1])):
-        level, scale = levels(piece_OI, quantization)
-        pieces.append((level * scale).flatten(1)[:, : weight_OI.shape[1]].to(weight_OI.dtype))
-    return torch.cat(pieces)
+        yield levels(piece_OI, quantization)
+
+
+def _levels(weight_OI: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+    """All levels [O, I] as int8, and their scales [O, 1] or [O, G]."""
+    pieces = [
+        (level.flatten(1).to(torch.int8), scale.flatten(1)) for level, scale in _in_pieces(weight_OI, quantization)
+    ]
+    level, scale = zip(*pieces, strict=True)
+    return torch.cat(level), torch.cat(scale)
 
 
 class Int8Linear(nn.Module):
@@ -106,6 +126,15 @@ def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = Non
         target.packed = _packed(weight_OI, quantization)
         target.__class__ = Int8Linear
         return
+    if plain and weight_OI.device.type in TORCHAO and weight_OI.dtype == torch.bfloat16:
+        for_product = _for_torchao(weight_OI, quantization)
+        if for_product is not None:
+            held = target.weight
+            if isinstance(held, type(for_product)) and held.shape == for_product.shape:
+                held.copy_(for_product)  # it does not move: graphs know its address
+            else:
+                target._parameters["weight"] = nn.Parameter(for_product, requires_grad=False)
+            return
     value = rounded(weight_OI, quantization)
     value = value.T if isinstance(layer, Conv1D) else value
     if isinstance(layer, Conv1D):
@@ -120,14 +149,37 @@ def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = Non
 
 def _packed(weight_OI: Tensor, quantization: str) -> Any:
     """Weights in the layout of PyTorch's int8 product."""
-    pieces = []
-    for piece_OI in torch.split(weight_OI, max(1, _PIECE // weight_OI.shape[1])):
-        pieces.append(levels(piece_OI if quantization == "int8" else rounded(piece_OI, quantization), "int8"))
-    level_OI = torch.cat([level.to(torch.int8) for level, _ in pieces])
-    scale_O = torch.cat([scale for _, scale in pieces]).squeeze(1)
+    level_OI, scale = _levels(weight_OI if quantization == "int8" else rounded(weight_OI, quantization), "int8")
+    scale_O = scale.squeeze(1)
     zeros_O = torch.zeros(len(scale_O), dtype=torch.int64)
     tensor = torch._make_per_channel_quantized_tensor(level_OI, scale_O, zeros_O, 0)
     return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+def _for_torchao(weight_OI: Tensor, quantization: str) -> Tensor | None:
+    """Weights as torchao's weight-only products read them; None where it is not installed."""
+    made: Tensor
+    try:
+        from torchao.quantization import Int4TilePackedTo4dTensor, Int8Tensor
+    except ImportError:
+        return None
+    if quantization == "int8":
+        made = Int8Tensor(*_levels(weight_OI, "int8"), [1, weight_OI.shape[1]], weight_OI.dtype)
+        return made
+    bytes_OI, scales_GO2 = int4_tiles(weight_OI)
+    packed = torch.ops.aten._convert_weight_to_int4pack(bytes_OI, _TILES)
+    made = Int4TilePackedTo4dTensor(packed, scales_GO2, [1, GROUP], weight_OI.shape)
+    return made
+
+
+def int4_tiles(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """What PyTorch's int4 product for GPUs is packed from: two levels in a byte [O, I / 2], counted from 0, and scales
+    with their zeros [G, O, 2], for outputs in eights and inputs in thousands, filled up with zeros."""
+    outputs, inputs = weight_OI.shape
+    level_OI, scale_OG = _levels(functional.pad(weight_OI, (0, -inputs % 1024, 0, -outputs % 8)), "int4")
+    level_OI = (level_OI + 8).to(torch.uint8)
+    scale_GO = scale_OG.T.to(weight_OI.dtype)
+    return level_OI[:, ::2] << 4 | level_OI[:, 1::2], torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1)
 
 
 def together(jobs: Iterable[Callable[[], object]]) -> None:
