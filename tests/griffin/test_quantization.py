@@ -102,6 +102,7 @@ def test_compiled_calls_have_rounded_weights_and_no_integer_product(method: str,
 def test_torchaos_int8_weights_are_the_rounded_ones_and_do_not_move(
     outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("torchao")
     monkeypatch.setattr(quantization, "TORCHAO", ("cpu",))
     layer, input_NI = nn.Linear(inputs, outputs, dtype=torch.bfloat16), torch.randn(3, inputs, dtype=torch.bfloat16)
     addresses = set()
@@ -130,7 +131,7 @@ def test_int4_tiles_are_what_the_product_for_gpus_takes(
     found = torch.ops.aten._weight_int4pack_mm_for_cpu(padded_NI, packed, quantization.GROUP, scales_GO2)
     expected = nn.functional.linear(input_NI, quantization.rounded(weight_OI, "int4"))
     assert difference(found[:, :outputs], expected) < 0.02
-    # Shapes and types pass torch's own checks; the product itself needs a GPU.
+    pytest.importorskip("torchao")  # whose tensors pass torch's own checks of shapes and types; the product needs a GPU
     monkeypatch.setattr(quantization, "TORCHAO", ("cpu",))
     with FakeTensorMode():
         layer = nn.Linear(inputs, outputs, dtype=torch.bfloat16)
