@@ -55,6 +55,7 @@ QUALITY = {
     "question_answering": "Question answering",
     "perplexity": "Perplexity",
     "fidelity": "Fidelity to the dense model",
+    "exactness": "Exactness of verified texts",
 }
 
 _DIGEST = "sha256:"

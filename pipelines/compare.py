@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +24,7 @@ from pipelines.config import RunConfig
 from pipelines.config_keys import typed
 from pipelines.errors import UserError, first_line, out_of_memory
 from pipelines.records import DRAFTED, pieces
-from pipelines.tasks.answers import drafted_spans
+from pipelines.tasks.answers import begin_alike, drafted_spans
 
 USAGE = """python -m pipelines.compare "your prompt" [KEY=VALUE ...]
 
@@ -141,7 +140,7 @@ def facts(
     lines += [f"{len(row.tokens) / seconds / (len(dense.tokens) / dense_seconds):.2f} times dense's speed"]
     lines += [f"{taken.effective_density:.2f} of its bytes per token"]
     lines += [] if taken.acceptance is None else [f"{taken.acceptance:.2f} of drafts accepted"]
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, dense.tokens, strict=False)))
+    same = begin_alike(row.tokens, dense.tokens)
     lines += ["the dense model's text" if row.tokens == dense.tokens else f"as dense for {same} tokens"]
     return "\n".join(lines)
 

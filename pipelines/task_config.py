@@ -40,9 +40,9 @@ class Task:
 class GenerationTask(Task):
     """Summaries of articles, or other answers: generated and compared with a reference by ROUGE (kind `generation`), or
     the dense model's own, teacher-forced, on which the pruned next-token distributions are compared (kind
-    `fidelity`)."""
+    `fidelity`), or written again and compared token by token (kind `exactness`)."""
 
-    kind: str = described(KIND, "generation", ("generation", "fidelity"))
+    kind: str = described(KIND, "generation", ("generation", "fidelity", "exactness"))
     hub: HubDataset | None = described("the data set on the hub", None)
     embedded: str | None = described("the project's own data: a file in pipelines/data", None)
     embedded_shots: str | None = described("the shots that go with it", None)

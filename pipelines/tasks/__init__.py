@@ -56,6 +56,7 @@ KINDS = {
     "question_answering": Kind("classification_and_qa", "Question answering", "", batched=True, generates=True),
     "perplexity": Kind("perplexity", "Perplexity", "perplexity", batched=True),
     "fidelity": Kind("fidelity", "Fidelity to the dense model", "kl", batched=True, oracles=True),
+    "exactness": Kind("exactness", "Exactness of verified texts", "equal_texts", generates=True),
     "latency": Kind("latency", "Latency", "decode_speedup", generates=True, compiles=True, timed=True),
     "flocking": Kind("flocking", "Flocking", "jaccard_sequences_natural", prunes=False),
 }

@@ -4,6 +4,7 @@ became of their drafts; and what would become of drafts, from where a pruned mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,6 +69,11 @@ def drafting_part(
     drafting["step_bytes"] = step_bytes
     drafting["seconds"] = {part: round(sum(row.seconds[part] for row in drafts), 6) for part in drafts[0].seconds}
     return {"drafting": drafting}
+
+
+def begin_alike(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common before they first differ."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False)))
 
 
 def means(samples: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:

@@ -54,16 +54,21 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], told: str, monkeypatch: p
 
 def test_samples_say_which_part_of_a_text_was_drafted(tmp_path: Path) -> None:
     (folder,) = ran(
-        f"output_dir={tmp_path / 'out'}", *TINY, "limit=2", "method=exact", "task.stop=nowhere", "wandb.mode=disabled"
+        f"output_dir={tmp_path / 'out'}", *TINY, "limit=6", "method=exact", "task.stop=nowhere", "wandb.mode=disabled"
     )
+    seen = []
     for sample in read_samples(folder):
         checked: dict[str, Any] = sample["drafting"]
         assert sum(sample["accepted_by_check"]) == checked["accepted"]
         assert len(sample["accepted_by_check"]) == checked["checks"]
         found = pieces(sample["text"], sample["drafted_spans"])
         assert "".join(text for text, _ in found) == sample["text"]
-        assert any(drafted for _, drafted in found) is bool(checked["accepted"])
+        seen.append(any(drafted for _, drafted in found))
+        assert checked["accepted"] or not seen[-1], (
+            "accepted drafts may have no characters, as special tokens have none"
+        )
         assert sample["prompt"].startswith("###\nArticle: ")
+    assert any(seen)
 
 
 def test_a_text_that_was_cut_keeps_what_is_left_of_its_pieces() -> None:
