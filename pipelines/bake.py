@@ -24,7 +24,7 @@ from pipelines.bake_config import BakeConfig
 from pipelines.composition import compose_and_call
 from pipelines.config_keys import BAKE, checked
 from pipelines.data import read_jsonl
-from pipelines.errors import UserError, first_line, out_of_memory
+from pipelines.errors import UserError, told_in_one_line
 from pipelines.methods import data_digests
 
 if TYPE_CHECKING:
@@ -51,19 +51,16 @@ def main() -> None:
     composed: list[BakeConfig] = []  # none for --help
     compose_and_call(lambda cfg: composed.append(checked(cfg, BAKE)), "bake", BAKE)
     for config in composed:
-        try:
-            bake(config, command)
-        except UserError as error:
-            sys.exit(f"error: {str(error).removeprefix('task.')}")  # of the comparison's task, whose keys are ours
-        except griffin.UnsupportedModelError as error:
-            sys.exit(f"error: {UserError(f'model={config.model.name}: {error}')}")
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+        with told_in_one_line():
+            try:
+                bake(config, command)
+            except UserError as error:
+                raise UserError(str(error).removeprefix("task.")) from error  # the comparison's task has our keys
+            except griffin.UnsupportedModelError as error:
+                raise UserError(f"model={config.model.name}: {error}") from error
+            except KeyboardInterrupt:
+                print(f"interrupted; {config.out} is whole when its README.md is there", file=sys.stderr)
                 raise
-            sys.exit(f"error: out of memory ({first_line(error)}); use a smaller model, or a larger device")
-        except KeyboardInterrupt:
-            print(f"interrupted; {config.out} is whole when its README.md is there", file=sys.stderr)
-            sys.exit(130)
 
 
 def bake(config: BakeConfig, command: str) -> None:

@@ -22,7 +22,7 @@ import griffin
 from pipelines.composition import composed
 from pipelines.config import RunConfig
 from pipelines.config_keys import typed
-from pipelines.errors import UserError, first_line, out_of_memory
+from pipelines.errors import UserError, told_in_one_line
 from pipelines.records import DRAFTED, pieces
 from pipelines.tasks.answers import begin_alike, drafted_spans
 
@@ -164,16 +164,8 @@ def main() -> None:
     if not words or {"-h", "--help"} & {*words}:
         print(USAGE, file=sys.stdout if words else sys.stderr)
         sys.exit(0 if words else 2)
-    try:
+    with told_in_one_line():
         compare(words[0], *words[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"error: out of memory ({first_line(error)}); use a smaller model, or a larger device")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

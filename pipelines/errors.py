@@ -4,7 +4,9 @@ values that raise it."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -25,6 +27,21 @@ def out_of_memory(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """What went wrong, in a line; the exception's name where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """A mistake, or memory that is short, ends the process with one line; so does an interrupt, in silence."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory ({first_line(error)}); use a smaller model, or a larger device")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

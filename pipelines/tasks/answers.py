@@ -99,12 +99,10 @@ def sample_counts(samples: Sequence[Sample]) -> dict[str, float]:
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """`answer_tokens`, with its standard error, and `effective_density`, the bytes that pruned decoding read over those
-    of dense decoding, over all samples; what became of drafts where there were any.
-
-    Samples that were written before these were measured give none.
-    """
-    lengths = [{"answer_tokens": sample["generated_tokens"]} for sample in samples if "generated_tokens" in sample]
-    values = means(lengths, ("answer_tokens",)) if len(lengths) == len(samples) else {}
+    of dense decoding, over all samples; what became of drafts where there were any. Answers that are scored, and not
+    written, have no tokens."""
+    written = [{"answer_tokens": sample["generated_tokens"]} for sample in samples if "generated_tokens" in sample]
+    values = means(written, ("answer_tokens",))
     return values | effective_density(samples) | drafting_metrics(samples)
 
 
