@@ -43,7 +43,7 @@ VNNI = torch.cpu._is_vnni_supported()
 
 _TILES = 8  # of 16 inputs, that the int4 product for GPUs reads at a time
 
-_PIECE = 2**17  # weights that are rounded at a time: a core's cache holds what is made of them
+_PIECE = 2**20  # weights that are rounded at a time: each piece takes some megabytes, and a dozen calls
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once a process that it will move quantised tensors elsewhere
