@@ -14,15 +14,6 @@ from transformers import PreTrainedModel
 import griffin
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models run many times faster on one thread than on a shared pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts learn after four tokens: the tests' texts have few more."""

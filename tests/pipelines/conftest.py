@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import calling
 import pytest
-import torch
 from absl import logging as absl_logging
 from calling import Entry, Outcome
 
@@ -15,15 +14,6 @@ from pipelines import evaluation
 # rouge-score's logger keeps the stderr it was imported with, and closes it when Hydra sets up logging anew: that
 # would be pytest's own.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models run many times faster on one thread than on a pool; on a busy machine the real one does, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
