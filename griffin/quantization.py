@@ -56,9 +56,11 @@ def stored_bits(quantization: str, columns: float) -> float:
 
 
 def levels(weight_OI: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
-    """Levels, whole numbers in float32, and their scales, of the weights' dtype in float32: weight = level * scale,
-    [O, I] and [O, 1] for int8; [O, G, 32] and [O, G, 1] for int4, whose last group is filled up with zeros."""
-    dtype, weight_OI = weight_OI.dtype, weight_OI.float()
+    """Levels, whole numbers, and their scales, in float32: weight = level * scale, [O, I] and [O, 1] for int8;
+    [O, G, 32] and [O, G, 1] for int4, whose last group is filled up with zeros."""
+    # Products of bfloat16 have scales of it; float16 has no room for small ones.
+    dtype = torch.bfloat16 if weight_OI.dtype == torch.bfloat16 else torch.float32
+    weight_OI = weight_OI.float()
     if quantization == "int8":
         scale = (weight_OI.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127.0).to(dtype).float()
         return (weight_OI / scale).round_().clamp_(-127, 127), scale
