@@ -34,6 +34,15 @@ def test_a_rounded_weight_is_near_and_rounding_again_changes_nothing(precision: 
     assert len(found[0].unique()) <= 2 ** int(precision[3:]) * (2 if precision == "int4" else 1)  # two groups
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_small_weights_and_none_are_rounded_in_half_precision(precision: str, dtype: torch.dtype) -> None:
+    weight_OI = (torch.randn(3, 64) * torch.tensor([1.0, 1e-6, 0.0]).unsqueeze(1)).to(dtype)
+    found = quantization.rounded(weight_OI, precision)
+    near = weight_OI.float().abs().amax(1, keepdim=True) * ROUNDED[precision]
+    assert bool(((found.float() - weight_OI.float()).abs() <= near).all())
+
+
 @pytest.mark.parametrize("precision", ROUNDED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compact_equals_masked_and_the_model_stays(family: str, precision: str) -> None:
