@@ -46,12 +46,14 @@ class CompactView(View):
         self._loaded: list[list[ref[Any]]] = []  # by layer, the neurons and corrections that the weights are made of
         # What a view of this one has in common with it: layers whose weights change or are packed.
         self.shared = [module for block in blocks for module in block.projections]
-        self._packed = compiler is None
+        calls = "eager" if compiler is None else "compiled"
+        self._quantize = partial(quantize, quantization=quantization, calls=calls)
+        self._packs = calls == "eager" and next(model.parameters()).device.type == "cpu"
         self._head = self.module.get_output_embeddings() if quantization != "none" else None  # until it is quantised
         self.head = self._head and view_of(self._head)  # as it was
         if quantization != "none":
             others = [layer for layer in linear_layers(self.module) if layer not in {*self.shared, self._head}]
-            together(partial(quantize, layer, quantization, packed=self._packed) for layer in others)
+            together((partial(self._quantize, layer) for layer in others), packing=self._packs)
             self.shared += others
 
     @property
@@ -62,7 +64,7 @@ class CompactView(View):
     def quantize_head(self) -> None:
         """Have the output embedding quantised too; a draft that has some rows of it does without."""
         if self._head is not None:
-            quantize(self._head, self.quantization, packed=self._packed)
+            self._quantize(self._head)
             self._head = None
 
     def holds(self, experts: Experts) -> bool:
@@ -94,7 +96,8 @@ class CompactView(View):
                 projections[-1].correct(correction)
         if self.quantization != "none":
             learns = bool(experts.fits)
-            together(partial(projection.finish, learns=learns) for layer in self._layers for projection in layer)
+            projections = [projection for layer in self._layers for projection in layer]
+            together((partial(one.finish, learns=learns) for one in projections), packing=self._packs)
         self._experts, self._loaded = ref(experts), [[ref(part) for part in parts] for parts in by_layer]
 
     def _forget(self) -> None:

@@ -182,7 +182,7 @@ class MaskedView(View):
         self.load, blocks = masks.load, find_feedforward_blocks(self.module)
         if quantization != "none":
             for linear in {*linear_layers(self.module)} - {block.output for block in blocks}:
-                quantize(linear, quantization, packed=False)
+                quantize(linear, quantization, calls="masked")
         for layer, block in enumerate(blocks):
             block.output.register_forward_pre_hook(partial(masks.mask, layer))
             block.output.register_forward_hook(partial(masks.correct, layer))

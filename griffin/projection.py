@@ -129,7 +129,7 @@ class QuantizedProjection(CompactProjection):
     def finish(self, *, learns: bool) -> None:
         """Quantise what was loaded and corrected, if anything was; `learns`: whether more may be learned later."""
         if self._stale:
-            quantize(self.quantized, self._quantization, self.module, packed=not self._static)
+            quantize(self.quantized, self._quantization, self.module, calls="compiled" if self._static else "eager")
             self._beside.clear(self.module, BESIDE if learns else 0)
             self._stale = False
 

@@ -2,9 +2,9 @@
 
 Weights are rounded to the nearest level, symmetrically, without calibration data: those of the FF blocks, of attention
 and of the output embedding. Norms and the embedding table stay as they are. Integer products are a library's affair: on
-a CPU PyTorch's own dynamic int8 product runs both, and rounds activations too: weights of 4 bits are held in 8 there.
-On a GPU torchao runs those of a bfloat16 model, if it is installed. Elsewhere, and in compiled calls on a CPU, rounded
-weights are computed with in the model's precision. Bytes are what a kernel would read.
+a CPU int8 and int4 weights run by PyTorch's own dynamic int8 product, which rounds activations too: int4 is held in 8
+bits there. On a GPU they run by torchao, if it is installed and the model is in bfloat16; int8 in compiled calls only.
+In all other calls rounded weights are computed with in the model's precision. Bytes are what a kernel would read.
 
 Dimensions: O = outputs, I = inputs of a linear layer.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ QUANTIZATIONS = {
 # Weights that share a scale of int4, as in the Q4_0 format of llama.cpp.
 GROUP = 32
 
-# A scale has as many bits as a weight of the model: bytes are compared with those of 16 bits a weight.
+# A scale is counted as one weight of 16 bits, whatever it is held in here: of bytes all others are counted so too.
 SCALE_BITS = 16
 
 # Devices on which torchao's products are used.
@@ -45,9 +46,12 @@ _TILES = 8  # of 16 inputs, that the int4 product for GPUs reads at a time
 
 _PIECE = 2**20  # weights that are rounded at a time: each piece takes some megabytes, and a dozen calls
 
+_AT_A_TIME = 4  # layers that are packed: each has its copies, and threads that round its weights
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once a process that it will move quantised tensors elsewhere
-    torch._make_per_channel_quantized_tensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1), 0)
+    with torch.device("cpu"):
+        torch._make_per_channel_quantized_tensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1), 0)
 
 
 def stored_bits(quantization: str, columns: float) -> float:
@@ -89,7 +93,7 @@ def _in_pieces(weight_OI: Tensor, quantization: str) -> Iterator[tuple[Tensor, T
         yield levels(piece_OI, quantization)
 
 
-def _levels(weight_OI: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+def _all_levels(weight_OI: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     """All levels [O, I] as int8, and their scales [O, 1] or [O, G]."""
     pieces = [
         (level.flatten(1).to(torch.int8), scale.flatten(1)) for level, scale in _in_pieces(weight_OI, quantization)
@@ -115,28 +119,31 @@ class Int8Linear(nn.Module):
         return product.to(input.dtype).view(*input.shape[:-1], -1)
 
 
-def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = None, *, packed: bool = True) -> None:
+def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = None, *, calls: str = "eager") -> None:
     """Have a linear layer of a view compute with weights that are quantised: its own, or those of another one.
 
-    `packed`: whether by an integer product, where there is one; compiled calls cannot have it.
+    `calls`: how it will be called: `eager`; `compiled`, which cannot have PyTorch's product; or `masked`, of many rows,
+    which have rounded weights.
     """
     source = source or layer
     target: Any = layer
     weight_OI, target._parameters["bias"] = weight_out_in(source).detach(), getattr(source, "bias", None)
     plain = type(layer) in (nn.Linear, OneDNNLinear, Conv1D, Int8Linear) and "forward" not in vars(layer)
-    if packed and plain and weight_OI.device.type == "cpu":
+    if plain and calls == "eager" and weight_OI.device.type == "cpu":
         target.packed = _packed(weight_OI, quantization)
         target.__class__ = Int8Linear
         return
-    if plain and weight_OI.device.type in TORCHAO and weight_OI.dtype == torch.bfloat16:
-        for_product = _for_torchao(weight_OI, quantization)
-        if for_product is not None:
-            held = target.weight
-            if isinstance(held, type(for_product)) and held.shape == for_product.shape:
-                held.copy_(for_product)  # it does not move: graphs know its address
-            else:
-                target._parameters["weight"] = nn.Parameter(for_product, requires_grad=False)
-            return
+    # An eager int8 product of torchao would write every weight in bfloat16 before it reads it.
+    pays = calls == "compiled" or (calls == "eager" and quantization == "int4")
+    if plain and pays and not isinstance(layer, Conv1D) and _runs_torchao(weight_OI):
+        value = _for_torchao(weight_OI, quantization)
+        held = vars(layer).setdefault("held", {})  # by shape: what a graph knows the address of does not move
+        if value.shape in held:
+            held[value.shape].copy_(value)
+        else:
+            held[value.shape] = nn.Parameter(value, requires_grad=False)
+        target._parameters["weight"] = held[value.shape]
+        return
     value = rounded(weight_OI, quantization)
     value = value.T if isinstance(layer, Conv1D) else value
     if isinstance(layer, Conv1D):
@@ -151,22 +158,28 @@ def quantize(layer: nn.Module, quantization: str, source: nn.Module | None = Non
 
 def _packed(weight_OI: Tensor, quantization: str) -> Any:
     """Weights in the layout of PyTorch's int8 product."""
-    level_OI, scale = _levels(weight_OI if quantization == "int8" else rounded(weight_OI, quantization), "int8")
+    level_OI, scale = _all_levels(weight_OI if quantization == "int8" else rounded(weight_OI, quantization), "int8")
     scale_O = scale.squeeze(1)
     zeros_O = torch.zeros(len(scale_O), dtype=torch.int64)
     tensor = torch._make_per_channel_quantized_tensor(level_OI, scale_O, zeros_O, 0)
     return torch.ops.quantized.linear_prepack(tensor, None)
 
 
-def _for_torchao(weight_OI: Tensor, quantization: str) -> Tensor | None:
-    """Weights as torchao's weight-only products read them; None where it is not installed."""
+def _runs_torchao(weight_OI: Tensor) -> bool:
+    """Whether torchao is installed, and has products for these weights, where they are."""
+    if weight_OI.device.type not in TORCHAO or weight_OI.dtype != torch.bfloat16 or not find_spec("torchao"):
+        return False
+    nvidia = torch.version.hip is None
+    return weight_OI.device.type != "cuda" or (nvidia and torch.cuda.get_device_capability(weight_OI.device) >= (8, 0))
+
+
+def _for_torchao(weight_OI: Tensor, quantization: str) -> Tensor:
+    """Weights as torchao's weight-only products read them."""
+    from torchao.quantization import Int4TilePackedTo4dTensor, Int8Tensor
+
     made: Tensor
-    try:
-        from torchao.quantization import Int4TilePackedTo4dTensor, Int8Tensor
-    except ImportError:
-        return None
     if quantization == "int8":
-        made = Int8Tensor(*_levels(weight_OI, "int8"), [1, weight_OI.shape[1]], weight_OI.dtype)
+        made = Int8Tensor(*_all_levels(weight_OI, "int8"), [1, weight_OI.shape[1]], weight_OI.dtype)
         return made
     bytes_OI, scales_GO2 = int4_tiles(weight_OI)
     packed = torch.ops.aten._convert_weight_to_int4pack(bytes_OI, _TILES)
@@ -178,15 +191,19 @@ def int4_tiles(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """What PyTorch's int4 product for GPUs is packed from: two levels in a byte [O, I / 2], counted from 0, and scales
     with their zeros [G, O, 2], for outputs in eights and inputs in thousands, filled up with zeros."""
     outputs, inputs = weight_OI.shape
-    level_OI, scale_OG = _levels(functional.pad(weight_OI, (0, -inputs % 1024, 0, -outputs % 8)), "int4")
+    level_OI, scale_OG = _all_levels(functional.pad(weight_OI, (0, -inputs % 1024, 0, -outputs % 8)), "int4")
     level_OI = (level_OI + 8).to(torch.uint8)
     scale_GO = scale_OG.T.to(weight_OI.dtype)
     return level_OI[:, ::2] << 4 | level_OI[:, 1::2], torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1)
 
 
-def together(jobs: Iterable[Callable[[], object]]) -> None:
-    """Run these on as many threads as PyTorch has: packing, most of the time that quantising takes, runs on one."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+def together(jobs: Iterable[Callable[[], object]], *, packing: bool) -> None:
+    """Run what quantises layers; packing, which takes most of the time on a CPU and runs on one thread, on several."""
+    if not packing:
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(min(torch.get_num_threads(), _AT_A_TIME)) as pool:
         for _ in pool.map(lambda job: job(), jobs):
             pass
 

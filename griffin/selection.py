@@ -118,10 +118,11 @@ class Experts:
 
     def output_weights(self, layer: int, block: FeedForwardBlock) -> Tensor:
         """What a layer's experts write by [H, K], float32: corrected, and quantised where they are."""
-        weight_HK = block.output_columns(self.neurons[layer]).float()
+        columns_HK = block.output_columns(self.neurons[layer])
+        weight_HK = columns_HK.float()
         for correction in self.corrections[layer]:
             weight_HK = torch.addmm(weight_HK, correction.weights_NH.T, correction.basis_NK)
-        return rounded(weight_HK, self.quantization)
+        return rounded(weight_HK.to(columns_HK.dtype), self.quantization).float()
 
     def corrected(self, further: dict[int, Correction]) -> Experts:
         """The same with further corrections of some layers."""

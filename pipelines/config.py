@@ -187,6 +187,12 @@ class RunConfig(MethodKeys):
             yield self.mode == "masked", f"{setting} {mode}: expected compact, drafts are to be cheap"
             for key in ("shared_experts", "offload_dense"):
                 yield getattr(self, key), f"{setting} {key}=true: expected one of the two"
+        if self.task.kind == "exactness":
+            setting = "task.kind=exactness with"
+            yield self._several, f"{setting} batch_size={self.batch_size}: expected 1, texts are compared one by one"
+            yield self.shared_experts, f"{setting} shared_experts=true: expected false, texts are compared one by one"
+            sampled = getattr(self.task, "decoding", "greedy")
+            yield sampled != "greedy", f"{setting} task.decoding={sampled}: expected greedy"
         yield from self._rules_of_assistance(method)
         if self.compile is True:
             yield not self.kind.compiles, f"compile=true with {task}: expected a generation or latency task"

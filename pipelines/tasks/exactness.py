@@ -17,7 +17,7 @@ from torch import Tensor
 import griffin
 from griffin import DENSE, Generation, Row
 from pipelines.records import Sample
-from pipelines.tasks.answers import begin_alike, decoding_part, means, sample_counts
+from pipelines.tasks.answers import answer_metrics, begin_alike, decoding_part, means, sample_counts
 from pipelines.tasks.generation import end_tokens
 from pipelines.tasks.prompts import Batches, Evaluation, Prompt, fitting
 from pipelines.tasks.prompts import read as read
@@ -44,13 +44,14 @@ def evaluate(run: Evaluation, prompts: Sequence[Prompt]) -> Batches:
         steps.clear()
         state, longest = run.prefill(encoded[prompt]), len(encoded[prompt])
         (dense,) = _written(run, prompt, state, DENSE, Generation(length, ended, watch), longest)
-        for method in methods:
+        for method in [method for method in methods if run.lacks(method, prompt)]:
             began = time.perf_counter()
             (row,) = _written(run, prompt, state, method, Generation(length, ended), longest)
             same = begin_alike(row.tokens, dense.tokens)
-            apart = None if row.tokens == dense.tokens else steps[min(same, len(steps) - 1)]
+            apart = None if row.tokens == dense.tokens else steps[same]
             sample = prompt.sample_part(encoded[prompt]) | {"seconds": round(time.perf_counter() - began, 4)}
-            sample |= {"compared_tokens": same, "steps_apart": apart, "ties": steps.count(0)}
+            text = run.loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
+            sample |= {"text": text, "compared_tokens": same, "steps_apart": apart, "ties": steps.count(0)}
             yield method, [sample | decoding_part(row, run)]
 
 
@@ -78,8 +79,8 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
     found = [sample for sample in samples if "skipped" not in sample]
     outcomes = [_outcome(sample["steps_apart"]) for sample in found]
     shares = [{name: float(name == outcome) for name in OUTCOMES} for outcome in outcomes]
-    names = ("generated_tokens", "compared_tokens", "ties")
-    return means(shares, OUTCOMES) | sample_counts(samples) | {name: sum(one[name] for one in found) for name in names}
+    counts = {name: sum(one[name] for one in found) for name in ("generated_tokens", "compared_tokens", "ties")}
+    return means(shares, OUTCOMES) | sample_counts(samples) | counts | answer_metrics(found)
 
 
 def _outcome(apart: int | None) -> str:

@@ -112,6 +112,8 @@ def test_torchaos_products_are_those_of_rounded_weights(
     engine = Engine(whole, mode="compact", compiler=compiled_call)
     for _ in range(3):  # compiled, warmed up, captured
         _, found = generated(engine, prompt(40), method, tokens)
+        layer = engine.compact(precision).module.get_decoder().layers[0].mlp.down_proj
+        assert type(layer.weight.data).__module__.startswith("torchao")
         assert distance(found, rounded) < TOLERANCES[torch.bfloat16]
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from threading import Barrier, get_ident
 from typing import Any
 
 import pytest
 import torch
-from engines import begun, chosen, prefilled, scored
+from engines import begun, chosen, prefilled, scored, uncompiled
 from families import FAMILIES, LAYERS, REFRESHED, fresh, prompt, tiny, tokens
 from running import difference, generate, text
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 import griffin
 from griffin import Engine, Method, projection, quantization, traffic
+from griffin.feedforward import weight_out_in
 from griffin.projection import BESIDE
 
 IDS = prompt(11)
@@ -63,7 +67,7 @@ def test_compact_equals_masked_and_the_model_stays(family: str, precision: str) 
 def test_without_pruning_all_linear_layers_are_rounded_and_nothing_else(family: str) -> None:
     model, copy = tiny(family), fresh(family)
     for layer in quantization.linear_layers(copy):
-        quantization.quantize(layer, "int4", packed=False)
+        quantization.quantize(layer, "int4", calls="compiled")
     more = torch.tensor([tokens(5, 1)])
     expected = copy(more, past_key_values=model(IDS).past_key_values).logits[0]
     for mode, near in (("compact", 0.15), ("masked", 1e-5)):
@@ -119,7 +123,7 @@ def test_torchaos_int8_weights_are_the_rounded_ones_and_do_not_move(
         weight_OI = torch.randn(outputs, inputs, dtype=torch.bfloat16)
         source = nn.Linear(inputs, outputs, dtype=torch.bfloat16)
         source.weight = nn.Parameter(weight_OI)
-        quantization.quantize(layer, "int8", source, packed=False)
+        quantization.quantize(layer, "int8", source, calls="compiled")
         assert type(layer.weight.data).__name__ == "Int8Tensor"
         addresses.add(layer.weight.qdata.data_ptr())  # type: ignore[operator]
         expected = nn.functional.linear(input_NI, quantization.rounded(weight_OI, "int8"), source.bias)
@@ -128,9 +132,7 @@ def test_torchaos_int8_weights_are_the_rounded_ones_and_do_not_move(
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 1024), (13, 45)])
-def test_int4_tiles_are_what_the_product_for_gpus_takes(
-    outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int4_tiles_are_what_the_product_for_gpus_takes(outputs: int, inputs: int) -> None:
     weight_OI, input_NI = torch.randn(outputs, inputs, dtype=torch.bfloat16), torch.randn(3, inputs).bfloat16()
     tiles_OI, scales_GO2 = quantization.int4_tiles(weight_OI)
     # The product for CPUs takes levels and scales of the same meaning, in an order of its own.
@@ -140,12 +142,55 @@ def test_int4_tiles_are_what_the_product_for_gpus_takes(
     found = torch.ops.aten._weight_int4pack_mm_for_cpu(padded_NI, packed, quantization.GROUP, scales_GO2)
     expected = nn.functional.linear(input_NI, quantization.rounded(weight_OI, "int4"))
     assert difference(found[:, :outputs], expected) < 0.02
-    pytest.importorskip("torchao")  # whose tensors pass torch's own checks of shapes and types; the product needs a GPU
+
+
+def test_torchaos_int4_weights_pass_torchs_checks_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
     monkeypatch.setattr(quantization, "TORCHAO", ("cpu",))
-    with FakeTensorMode():
-        layer = nn.Linear(inputs, outputs, dtype=torch.bfloat16)
-        quantization.quantize(layer, "int4", packed=False)
-        assert layer(torch.empty(2, 3, inputs, dtype=torch.bfloat16)).shape == (2, 3, outputs)
+    with FakeTensorMode():  # the product itself needs a GPU
+        layer = nn.Linear(45, 13, dtype=torch.bfloat16)
+        quantization.quantize(layer, "int4", calls="compiled")
+        assert type(layer.weight.data).__name__ == "Int4TilePackedTo4dTensor"
+        assert layer(torch.empty(2, 3, 45, dtype=torch.bfloat16)).shape == (2, 3, 13)
+
+
+def test_layers_that_are_not_linear_and_eager_int8_have_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_runs_torchao", lambda weight_OI: True)
+    with torch.device("meta"):  # no CPU, whose own product would be taken
+        cases = [(Conv1D(13, 45), "compiled"), (nn.Linear(45, 13), "eager"), (nn.Linear(45, 13), "masked")]
+    for layer, calls in cases:
+        quantization.quantize(layer.to(torch.bfloat16), "int8", calls=calls)
+        assert type(layer.weight) is nn.Parameter, (
+            "torchao would multiply Conv1D otherwise, and write eager weights anew"
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masked_rows_have_the_compact_views_output_weights_in_half_precision(family: str) -> None:
+    engine = Engine(fresh(family).to(torch.bfloat16), mode="compact", compiler=uncompiled)
+    view, method = engine.compact("int4"), Method(quantization="int4")
+    experts = chosen(engine, prefilled(engine, tokens(9), method), method)
+    view.load(experts)
+    for layer, block in enumerate(griffin.find_feedforward_blocks(engine.model)):
+        mine = griffin.find_feedforward_blocks(view.module)[layer].output
+        assert torch.equal(weight_out_in(mine).float(), experts.output_weights(layer, block))
+
+
+def test_layers_are_packed_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    both, threads = Barrier(2, timeout=10), set[int]()
+
+    def job() -> None:
+        both.wait()
+        threads.add(get_ident())
+
+    quantization.together([job, job], packing=True)
+    assert len(threads) == 2
+    assert get_ident() not in threads
+    with pytest.raises(ValueError, match="of a layer"):
+        quantization.together([partial(int, "of a layer")], packing=True)
+    quantization.together([partial(threads.add, get_ident())], packing=False)
+    assert get_ident() in threads
 
 
 def test_what_is_learned_stands_beside_the_weights_until_there_is_too_much_of_it() -> None:

@@ -82,6 +82,8 @@ VALUES: list[tuple[str, ...]] = [
     *((f"draft_tokens={value}", f"draft_tokens={value}", "auto, or 1 to 32") for value in ("0", "33", "few", "null")),
     ("verification=exact sparsity=0", "verification=exact with sparsity=0", "sparsity > 0"),
     ("grid.verification=[none,exact] sparsity=[0,0,0]", "grid.verification=exact", "sparsity > 0"),
+    ("task.kind=exactness batch_size=2", "task.kind=exactness", "batch_size=2", "expected 1"),
+    ("task.kind=exactness task.decoding=reference_sampling", "task.decoding=reference_sampling", "expected greedy"),
     ("task=perplexity verification=exact", "verification=exact", "task=perplexity", "generates"),
     ("assistance=prompt_lookup", "assistance=prompt_lookup", "sparsity=0.5", "sparsity=0"),
     ("assistance=model sparsity=0", "assistance=model", "assistant=null"),

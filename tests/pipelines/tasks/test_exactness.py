@@ -46,9 +46,11 @@ def test_texts_are_compared_up_to_their_first_difference(tmp_path: Path) -> None
 
 
 def test_half_precision_differs_where_logits_are_close(tmp_path: Path) -> None:
-    (folder,) = ran(*tiny(tmp_path / "out", "task.kind=exactness", "method=exact", "model.dtype=bfloat16", tokens=40))
-    record = read_record(folder)
-    apart = [sample["steps_apart"] for sample in read_samples(folder)]
-    assert record["metrics"]["equal_texts"] == apart.count(None) / len(apart)
-    assert all(steps is None or steps <= 2 for steps in apart)
-    assert record["metrics"]["ties"] > 0, "an eighth of a bit is coarse"
+    exact, lossy = ran(*tiny(tmp_path / "out", "task.kind=exactness", METHODS, "model.dtype=bfloat16", tokens=40))[1:]
+    metrics = read_record(exact)["metrics"]
+    apart = [sample["steps_apart"] for sample in read_samples(exact)]
+    assert metrics["equal_texts"] == apart.count(None) / len(apart)
+    assert all(steps is None or steps <= 2 for steps in apart), "rounding moves a logit by few steps"
+    assert metrics["ties"] > 0, "bfloat16 has few numbers"
+    assert any(sample["steps_apart"] is not None for sample in read_samples(lossy))
+    assert metrics["acceptance_rate"] > 0
