@@ -191,7 +191,7 @@ class RunConfig(MethodKeys):
             setting = "task.kind=exactness with"
             yield self._several, f"{setting} batch_size={self.batch_size}: expected 1, texts are compared one by one"
             yield self.shared_experts, f"{setting} shared_experts=true: expected false, texts are compared one by one"
-            sampled = getattr(self.task, "decoding", "greedy")
+            sampled = self.task.decoding
             yield sampled != "greedy", f"{setting} task.decoding={sampled}: expected greedy"
         yield from self._rules_of_assistance(method)
         if self.compile is True:
